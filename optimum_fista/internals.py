@@ -77,7 +77,7 @@ def experts_implementation(config: Any) -> str | None:
 
 
 def classes_by_configuration(automatic_class: Any) -> Mapping[type, Any]:
-    """Return the model class of each class of configurations, for a class such as AutoModelForCausalLM."""
+    """Return the model class of each class of configurations, for an `automatic_class` such as AutoModelForCausalLM."""
     mapping: Mapping[type, Any] = automatic_class._model_mapping
     return mapping
 
@@ -98,6 +98,7 @@ def is_as_loaded(generation_config: Any) -> bool:
 
     Transformers notes a hash when it reads one, so that it can save an invalid one again.
     """
+    # set when the file is read; a configuration made in Python has none
     noted = getattr(generation_config, "_original_object_hash", None)
     return noted is not None and noted == hash(generation_config)
 
@@ -105,8 +106,8 @@ def is_as_loaded(generation_config: Any) -> bool:
 def cached_file_if_any(name: str, file: str, *, needs_hub: bool = True) -> str | None:
     """Return the path of a model's file, downloaded to the Hub's cache if need be; `None` if there is no such file.
 
-    `name` is a Hub id or a folder. If the Hub can't be reached and the cache lacks the file, an error is raised if
-    `needs_hub`, otherwise `None` is returned.
+    `name` is a Hub id or a folder, and `file` the name of the file in it, such as "config.json". If the Hub can't be
+    reached and the cache lacks the file, an error is raised if `needs_hub`, otherwise `None` is returned.
     """
     from transformers.utils import cached_file
 
@@ -138,7 +139,8 @@ def original_targets(conversion: Any) -> list[str]:
 def copy_weight_conversions(source: nn.Module, target: nn.Module) -> None:
     """Have `save_pretrained` save `target` under the names that it gives the tensors of `source`.
 
-    Both are models of Transformers. An attribute of `target` is set if `source` was loaded from files.
+    Both are models of Transformers. An attribute of `target` is set if `source` was loaded from files; a model that was
+    made in Python has no such attribute.
     """
     if "_weight_conversions" in vars(source):
         vars(target)["_weight_conversions"] = vars(source)["_weight_conversions"]
@@ -193,9 +195,12 @@ def checkpointing_option() -> str:
 
 
 def set_only_device(arguments: Any, device: torch.device) -> None:
-    """Have the Trainer of these TrainingArguments, which this changes, use one device: any one, such as "cuda:1"."""
+    """Have the Trainer of these TrainingArguments, which this changes, use one device: any one, such as "cuda:1".
+
+    Transformers keeps the device that it finds in a cached property, `_setup_devices`; this sets its value.
+    """
     arguments._setup_devices = device
-    arguments._n_gpu = 1
+    arguments._n_gpu = 1  # for more, the Trainer would copy the model to all devices
 
 
 # Accelerate
@@ -216,13 +221,17 @@ def forward_attribute(module: nn.Module) -> str:
 
 @contextmanager
 def accelerate_states_restored() -> Iterator[None]:
-    """Put the states that Accelerate shares in the whole process back at the end of the context."""
+    """Put the states that Accelerate shares in the whole process back at the end of the context, also after an error.
+
+    They say which devices and processes there are. Accelerate keeps each in a dictionary of a class.
+    """
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     with ExitStack() as stack:
         for kind in (AcceleratorState, GradientState, PartialState):
             shared: dict[str, Any] = kind._shared_state
-            stack.callback(_put_back, shared, dict(shared))
+            content_before = dict(shared)
+            stack.callback(_put_back, shared, content_before)
         yield
 
 
@@ -250,11 +259,12 @@ def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
             if isinstance(parent, ActivationWrapper):
                 continue
             for name, child in list(parent.named_children()):
-                module = child
+                module = child  # or what a wrapper is around
                 while isinstance(module, ActivationWrapper):  # one may be around another
                     module = module._checkpoint_wrapped_module
                 if module is not child:
                     setattr(parent, name, module)
+                    # called at the end
                     stack.callback(setattr, parent, name, child)
         yield
 
@@ -280,14 +290,18 @@ def has_forward_pre_hooks(module: nn.Module) -> bool:
 
 
 def hooks_of(module: nn.Module) -> list[Mapping[int, Callable[..., Any]]]:
-    """Return the dictionaries of all kinds of hooks of a module, such as those before and after `forward`."""
+    """Return the dictionaries of all kinds of hooks of a module itself, such as those before and after `forward`."""
     return [value for name, value in vars(module).items() if name.endswith("_hooks")]
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Tell whether `torch.compile(module)`, `torch.compile(module.forward)` or `module.compile()` was called."""
+    """Tell whether `torch.compile(module)`, `torch.compile(module.forward)` or `module.compile()` was called.
+
+    In the first case, `module` is what `torch.compile` has returned.
+    """
     forward = module.forward
-    is_disabled = hasattr(forward, "_torchdynamo_disable")  # by torch.compiler.disable
+    # `torch.compiler.disable` leaves the same trace on a function as `torch.compile`, and one more
+    is_disabled = hasattr(forward, "_torchdynamo_disable")
     has_compiled_forward = hasattr(forward, "_torchdynamo_orig_callable") and not is_disabled
     is_wrapper = "_orig_mod" in dict(module.named_children())  # of torch.compile(module)
     has_compiled_call = module._compiled_call_impl is not None  # by module.compile()
@@ -315,9 +329,10 @@ def tensors_replaced(values: Any, replace: Callable[[Tensor], Tensor]) -> Any:
 
 
 def onednn_multiplies(dtype: torch.dtype) -> bool:
-    """Tell whether oneDNN multiplies matrices of bfloat16 or float16 on this processor.
+    """Tell whether oneDNN multiplies matrices of a dtype, bfloat16 or float16, on this processor.
 
-    ONEDNN_MAX_CPU_ISA restricts it. A PyTorch without oneDNN has no such function, and the answer is False.
+    The environment variable ONEDNN_MAX_CPU_ISA may restrict oneDNN. A PyTorch without oneDNN has no function that
+    tells, and the answer is False.
     """
     kind = "bf16" if dtype == torch.bfloat16 else "fp16"
     is_supported = getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported", None)
@@ -325,7 +340,10 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
 
 
 def has_bfloat16_units() -> bool:
-    """Tell whether an x86 processor has AMX, or AVX-512 for bfloat16; an older PyTorch may not tell: False."""
+    """Tell whether an x86 processor has units for bfloat16: AMX, or AVX-512 with its extension for bfloat16.
+
+    An older PyTorch may have no function that tells; then the answer is False.
+    """
     for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
         is_supported = getattr(torch.cpu, name, None)
         if is_supported is not None and is_supported():

@@ -39,7 +39,10 @@ _WORDS_OF_ERRORS = (
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that a device, one of its libraries, or the CPU has no more memory to give."""
+    """Tell whether an error says that a device, one of its libraries, or the CPU has no more memory to give.
+
+    Some errors have a type for this. Others are a RuntimeError, and only their words tell (`_WORDS_OF_ERRORS`).
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if not isinstance(error, RuntimeError):
@@ -70,16 +73,21 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def _available_on_host() -> int:
-    """Return the bytes that the system can give, or those that the control group can give if they are fewer."""
+    """Return the bytes that the system can give, or those that the control group can give if they are fewer.
+
+    Reads files of Linux. If the process has no control group with a limit, the system counts alone.
+    """
     available = psutil.virtual_memory().available
-    # There may be no such group, or it has no limit ("max").
+    # Without such a group the files are missing. Without a limit the first one says "max", which is no number.
     with suppress(OSError, ValueError, KeyError):
         limit = int((_GROUP / "memory.max").read_text())
         used = int((_GROUP / "memory.current").read_text())
         lines = (_GROUP / "memory.stat").read_text().splitlines()
         statistics = dict(line.split() for line in lines)
-        pages_of_files = int(statistics["inactive_file"])  # the system can drop them
-        available = min(available, max(0, limit - used + pages_of_files))
+        # What the group uses includes pages of files that were read. The system can drop these.
+        pages_of_files = int(statistics["inactive_file"])
+        available_in_group = max(0, limit - used + pages_of_files)
+        available = min(available, available_in_group)
     return available
 
 
@@ -91,7 +99,8 @@ def size_text(count: float) -> str:
 def total_bytes() -> int:
     """Count the bytes of the machine's memory, or fewer if the process's control group may never use as many."""
     total = psutil.virtual_memory().total
-    with suppress(OSError, ValueError):  # no group, or no limit
+    # without such a group the file is missing; without a limit it says "max", which is no number
+    with suppress(OSError, ValueError):
         total = min(total, int((_GROUP / "memory.max").read_text()))
     return total
 
@@ -102,7 +111,9 @@ def module_that_counts(device: torch.device) -> Any:
     `None` if there is none, as for the CPU. A module that counts has `max_memory_allocated`, `memory_allocated` and
     `memory_reserved`.
     """
-    module = getattr(torch, device.type, None)  # the meta device has none
+    module = getattr(
+        torch, device.type, None
+    )  # `torch.cpu` does not count, and `torch.meta` does not exist
     return module if hasattr(module, "max_memory_allocated") else None
 
 
@@ -122,8 +133,9 @@ class MemoryPeak:
 def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
     """Watch the memory of this process inside the context, in a thread of its own, 50 times a second.
 
-    Yields the peak, whose values rise while the thread watches, and are final after the context. PyTorch's own count of
-    the largest memory on an accelerator (`torch.cuda.max_memory_allocated` and its like) is set back at the start.
+    Yields the peak, whose values rise while the thread watches, and are final after the context. For an accelerator as
+    `device`, PyTorch counts the largest memory of tensors (`torch.cuda.max_memory_allocated` and its like): this count
+    of the whole process is set back at the start, and read at the end.
     """
     peak = MemoryPeak(0)
     device_module = module_that_counts(device)  # such as torch.cuda; None for the CPU
@@ -131,13 +143,16 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
     ended = threading.Event()
 
     def watch() -> None:
-        """Raise the values of `peak` to what the process holds, until the event `ended` is set, and once after that."""
+        """Raise the values of `peak` to what the process holds, until the event `ended` is set, and once after that.
+
+        Runs in the thread; `process` is this process.
+        """
         is_last = False
         while not is_last:
             is_last = ended.is_set()
             memory = process.memory_info()
             peak.resident_bytes = max(peak.resident_bytes, memory.rss)
-            if hasattr(memory, "shared"):
+            if hasattr(memory, "shared"):  # pages of files; only Linux tells
                 peak.anonymous_bytes = max(peak.anonymous_bytes or 0, memory.rss - memory.shared)
             ended.wait(0.02)  # seconds
 
@@ -149,7 +164,7 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
         yield peak
     finally:
         ended.set()
-        if thread.is_alive():  # not if an interrupt came while it was started
+        if thread.is_alive():  # it is not if an interrupt came before it was started
             thread.join()
         if device_module is not None:
             peak.device_bytes = device_module.max_memory_allocated(device)
@@ -163,7 +178,9 @@ def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> Non
     tiny, unused cycles of Python objects are freed first, and the accelerator's cache is emptied. No tensor that is
     in use changes; of the module only the sizes of its parameters are read.
     """
-    is_large = of is not None and sum(p.nbytes for p in of.parameters()) >= _WORTH_A_SEARCH
+    num_bytes = 0 if of is None else sum(parameter.nbytes for parameter in of.parameters())
+    # in a tiny model, the search for cycles takes longer than pruning
+    is_large = num_bytes >= _WORTH_A_SEARCH
     if collect or is_large:
         gc.collect()
         if torch.accelerator.is_available():

@@ -70,15 +70,17 @@ class CalibrationBatch:
         return int(self.attention_mask.sum())
 
     def sequences_without_padding(self) -> Iterator[Self]:
-        """Every sequence as a batch of its own, without padding."""
+        """Yield every sequence as a new batch of its own, without padding; all other fields are those of this batch."""
         for row, ids in enumerate(self.input_ids):
             real = ids if self.attention_mask is None else ids[self.attention_mask[row]]
+            # [tokens] -> [1, tokens]
             yield replace(self, input_ids=real[None], attention_mask=None)
 
     def arguments(self, model: PreTrainedModel) -> dict[str, Any]:
         """Keyword arguments to run a model with, on the device where it computes; images are in the model's dtype.
 
-        The model is only read.
+        `self.attention_mask` is bool, or `None` without padding. `self.media` are images and the like, by the names of
+        the model's arguments. The model is only read.
         """
         device = execution_device(model.get_input_embeddings())
         mask = None
@@ -97,15 +99,16 @@ class CalibrationBatch:
     def run(self, model: PreTrainedModel) -> Any:
         """Run a model on this batch, and return its output.
 
-        If the batch has images or sounds, and the model fails because an argument that describes them is missing, the
-        error names that argument.
+        `self.media` are its images and sounds, and the arguments that describe them, by name. If one of these arguments
+        is missing, and the model therefore ends in an error of Python, the error that is raised names the argument.
         """
         try:
             return model(**self.arguments(model))
-        except UnsupportedArchitectureError:
+        except UnsupportedArchitectureError:  # by code of this package that runs inside the model
             raise
         except _ERRORS_OF_PYTHON as error:
-            # arguments that describe images or sounds, which the model takes and the batch lacks
+            # Arguments that describe images or sounds, which the model takes and the batch lacks. If the batch has no
+            # image and no sound, there are none.
             lacking = media_arguments(model).lacking(self.media)
             if not lacking:
                 raise
@@ -116,7 +119,10 @@ class CalibrationBatch:
             ) from error
 
     def sequences(self, start: int, stop: int) -> Self:
-        """A batch of the sequences with the numbers `start` to `stop` (exclusive)."""
+        """Return a new batch of the sequences with the numbers `start` to `stop` (exclusive), which shares memory.
+
+        All other fields are those of this batch. Its mask is `None` if no token of these sequences is padding.
+        """
         mask = self.attention_mask
         if mask is not None:
             mask = mask[start:stop]
@@ -160,16 +166,20 @@ def read_batches(
 
 
 def _items_of(loader: Any) -> Iterable[Any]:
-    """Iterate over the batches of a loader; a single sequence of ids is one batch."""
+    """Iterate over the batches of the user's `calib_dataloader`; a single sequence of ids is one batch.
+
+    Reads no batch yet. A loader is a list or tensor, an iterable, or a data set that has only `__getitem__`.
+    """
     if isinstance(loader, Mapping | str) or not isinstance(loader, Iterable | Dataset):
         raise ValueError(
             f"calib_dataloader is a {type(loader).__name__}: pass an iterable of batches, such as a DataLoader or a "
             "list of {'input_ids': ..., 'attention_mask': ...} dicts."
         )
     if isinstance(loader, Tensor):
-        # a tensor [sequences, length] gives one sequence after another
+        # A tensor [sequences, length] gives one sequence after another. A tensor [length] is a single one.
         return loader if loader.ndim > 1 else [loader]
     if isinstance(loader, list | tuple):
+        # a list of numbers, not of batches
         is_one_sequence = bool(loader) and all(isinstance(item, int) for item in loader)
         return [loader] if is_one_sequence else loader
     if isinstance(loader, Iterable):
@@ -180,7 +190,11 @@ def _items_of(loader: Any) -> Iterable[Any]:
 
 
 def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:
-    """Mark the last sequences as held out; if they begin inside a batch, it is cut in two."""
+    """Mark the last `num_sequences` sequences as held out, and all others as not.
+
+    A batch in which the first of them is not the first sequence is cut in two. Returns new batches; the given ones are
+    not changed. With 0 sequences, the batches are returned as they are.
+    """
     if not num_sequences:
         return list(batches)
     total = sum(batch.input_ids.shape[0] for batch in batches)
@@ -191,11 +205,11 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
         )
 
     marked = list[CalibrationBatch]()
-    # Sequences of this batch and the later ones that are not held out.
+    # how many sequences, of this batch and of the later ones, are not held out
     num_fitted = total - num_sequences
     for batch in batches:
         size = batch.input_ids.shape[0]
-        cut = min(num_fitted, size)
+        cut = min(num_fitted, size)  # sequences of this batch before `cut` are not held out
         if cut:
             marked.append(replace(batch.sequences(0, cut), held_out=False))
         if cut < size:
@@ -234,12 +248,16 @@ def _describe(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
 
 def shapes_of(batches: Sequence[CalibrationBatch]) -> list[list[int]]:
     """Shapes of the batches, in their order: `[count, sequences, tokens]` for `count` equal ones in a row."""
-    shapes = itertools.groupby(list(batch.input_ids.shape) for batch in batches)
-    return [[len(list(same)), *shape] for shape, same in shapes]
+    all_shapes = [list(batch.input_ids.shape) for batch in batches]
+    # `groupby` puts only neighbours together
+    return [[len(list(same)), *shape] for shape, same in itertools.groupby(all_shapes)]
 
 
 def tokens_sha256(batches: Sequence[CalibrationBatch]) -> str:
-    """SHA-256 of all real tokens (and images) with the sequence boundaries, whatever the batch size."""
+    """SHA-256 of all real tokens (and images) with the sequence boundaries, as hexadecimal digits.
+
+    It depends on the order of the sequences, but not on how they are cut into batches. Changes nothing.
+    """
     digest = hashlib.sha256()
     for batch in batches:
         for row in batch.sequences_without_padding():
@@ -267,9 +285,11 @@ class _BatchReader:
     def read(self, item: Any, where: str) -> list[CalibrationBatch]:
         """Read one item of the loader: one batch, or a batch for each sequence if there are images or sounds.
 
-        Adds keys that are not read to `ignored_keys`.
+        `item` is a dictionary in the form that `read_batches` takes, or only token ids. `where` names it in errors,
+        such as "calib_dataloader[3]". `self.media.names` are the model's arguments for images and sounds; there are
+        none for a model of text. Adds keys that are not read to `self.ignored_keys`.
         """
-        others: Mapping[str, Any] = {}
+        others: Mapping[str, Any] = {}  # the whole dictionary, if it is one
         if isinstance(item, Mapping):
             self._check_keys(item, where)
             others = item
@@ -279,9 +299,10 @@ class _BatchReader:
         ids = self._read_ids(item, where)
         real = _real_tokens(ids, others, where)
 
-        # Real tokens come first: models count positions, and recurrent models keep states, from the first token on.
+        # Real tokens come first: models count positions, and recurrent models keep states, from the first token on. A
+        # stable sort by "is padding" (0 or 1) keeps their order.
         order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
-        held_out = others.get("held_out")
+        held_out = others.get("held_out")  # True, or the name of the text
         batch = CalibrationBatch(
             input_ids=ids.gather(1, order),
             attention_mask=None if bool(real.all()) else real.gather(1, order),
@@ -300,7 +321,12 @@ class _BatchReader:
         ]
 
     def _check_keys(self, item: Mapping[str, Any], where: str) -> None:
-        """Refuse a batch without ids, or with arguments that would be missed; collect other unread keys."""
+        """Refuse a batch without ids, or with arguments that would be missed; collect other unread keys.
+
+        `item` is the user's batch, and `where` names it in errors, such as "calib_dataloader[3]". Keys are read if they
+        are in `_READ`, or in `self.media.names`, the model's arguments for images and sounds. Others are added to
+        `self.ignored_keys`, for a warning.
+        """
         self._refuse_changing_keys(item, where)
         if "input_ids" not in item:
             raise ValueError(
@@ -308,12 +334,20 @@ class _BatchReader:
             )
         for key, value in item.items():
             is_read = key in _READ or key in self.media.names
-            if value is not None and not is_read and not key.endswith("token_type_ids"):
+            # types of tokens that are still here are zeros, which change nothing
+            are_types = key.endswith("token_type_ids")
+            if value is not None and not is_read and not are_types:
                 self.ignored_keys.add(key)
 
     def _refuse_changing_keys(self, item: Mapping[str, Any], where: str) -> None:
-        """Refuse arguments that change the output of models, but that this model does not take."""
+        """Refuse arguments that change the output of models for the same tokens, but that are not read.
+
+        `item` is the user's batch, and `where` names it in errors, such as "calib_dataloader[3]". `_CHANGES_OUTPUT` is
+        a pattern for the names of such arguments. `self.media.names` are those that are read for this model: images and
+        sounds, none for a model of text.
+        """
         for key, value in item.items():
+            # a string, such as the address of an image, is no argument of a model
             if value is None or isinstance(value, str) or key in self.media.names:
                 continue
             if not _CHANGES_OUTPUT.search(key):
@@ -328,7 +362,12 @@ class _BatchReader:
             )
 
     def _read_ids(self, values: Any, where: str) -> Tensor:
-        """Read token ids [batch, sequence], int64, and check them against the vocabulary and the longest sequence."""
+        """Read token ids [batch, sequence], int64, and check them.
+
+        `values` are the user's ids, a tensor or lists, and `where` names their batch in errors, such as
+        "calib_dataloader[3]". Ids must be below `self.vocab_size`, and sequences have at most `self.longest` tokens;
+        `None`: any number.
+        """
         ids = _as_rows(values, where, "input_ids").to(torch.int64)
         low = int(ids.min())
         high = int(ids.max())
@@ -349,18 +388,21 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
     """Find which tokens are real, bool [batch, sequence]; they must be consecutive, one document in every row.
 
     `ids` are [batch, sequence], and `others` is the user's batch, of which `attention_mask`, `position_ids` and the
-    arguments of packed rows count. Several documents in one row are refused: the model would read them as one, because
-    it gets no boundaries.
+    arguments of packed rows (`_PACKING`, such as "seq_idx") count. Several documents in one row are refused: the model
+    would read them as one, because it gets no boundaries. `where` names the batch in errors, such as
+    "calib_dataloader[3]".
     """
     mask = others.get("attention_mask")
     numbers = torch.ones_like(ids) if mask is None else _as_rows(mask, where, "attention_mask", ids)
     real = numbers.bool()
 
+    # names of arguments that show several documents in a row
     packing = [key for key in _PACKING if others.get(key) is not None]
     if int(numbers.max()) > 1:  # 1, 1, 2, 2: two documents
         packing.append("attention_mask")
     if others.get("position_ids") is not None:
         positions = _as_rows(others["position_ids"], where, "position_ids", ids)
+        # One document has rising positions, which count its tokens with the padding before them, or without.
         from_the_row = torch.arange(ids.shape[1]).to(ids).expand_as(ids)
         from_the_first_real_token = real.cumsum(1) - 1
         counts_all = torch.equal(positions[real], from_the_row[real])
@@ -385,7 +427,11 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
 
 
 def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> Tensor:
-    """Read integers [batch, sequence]; with `like`, they must have its shape, and get its dtype and device."""
+    """Read integers [batch, sequence]; with `like`, they must have its shape, and get its dtype and device.
+
+    `values` are the user's, a tensor or lists, for one sequence or for several. `where` and `key` name them in errors,
+    such as "calib_dataloader[3]" and "attention_mask".
+    """
     rows = as_tensor(values, where, key, "ids [batch, sequence] of equal length")
     if rows.ndim == 1:
         rows = rows.unsqueeze(0)
@@ -407,17 +453,22 @@ def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> T
 def cut_batches(
     batches: Sequence[CalibrationBatch], sizes: Sequence[int]
 ) -> list[CalibrationBatch]:
-    """Cut batches into batches of `sizes` sequences; no new batch has sequences of two old ones."""
+    """Cut batches into batches of `sizes` sequences; no new batch has sequences of two old ones.
+
+    `sizes` add up to the numbers of sequences of the old batches, one after the other. The old ones are not changed.
+    """
     lengths = [batch.input_ids.shape[0] for batch in batches]
     return [batches[number].sequences(start, end) for number, start, end in pieces(lengths, sizes)]
 
 
 def pieces(lengths: Sequence[int], sizes: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cut batches of `lengths` sequences into pieces of `sizes`, which add up to them; a piece ends with its batch.
+    """Cut batches of `lengths` sequences into pieces of `sizes` sequences.
 
-    Yields for each piece the number of its batch, and its first and last sequence (exclusive) there.
+    No piece has sequences of two batches: the sizes must add up to the length of the first batch, then to that of the
+    second one, and so on. Yields for each piece the number of its batch, and there the number of its first sequence and
+    of the first one after it.
     """
-    remaining = iter(sizes)
+    remaining = iter(sizes)  # one iterator for all batches
     for number, length in enumerate(lengths):
         start = 0
         while start < length:

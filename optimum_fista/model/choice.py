@@ -24,7 +24,7 @@ def find_operators(
 
     `layer_name` is the layer's name in the model, such as "model.layers.3". Fused experts whose names match one of the
     shell-style patterns `dense_experts` are skipped, and so are routers. These patterns are the user's `exclude`, of
-    this run or in the report of an earlier one, or "*" if a caller wants no experts.
+    this run or in the report of an earlier one, or "*" if a caller wants no experts. The layer is not changed.
     """
     operators: dict[str, LinearOperator] = {}
     skipped = skipped_modules(layer_name, layer, dense_experts)
@@ -53,6 +53,8 @@ def choose_operators(
     `exclude` are the user's patterns, by which whole mixtures are skipped. `reason_left_dense` says of the name of an
     operator why the configuration leaves it dense; `None`: it does not. Weights in memory must be finite. Changes
     nothing.
+
+    Returns the operators by the name of their layer and then by their own name, and the reasons by operator or mixture.
     """
     chosen: dict[str, dict[str, LinearOperator]] = {}
     left_dense: dict[str, str] = {}
@@ -67,7 +69,7 @@ def choose_operators(
                 left_dense[name] = reason
                 continue
             is_parameter = internals.is_own_parameter(operator.owner, operator.tensor)
-            if not is_parameter:  # zeros in it would be overwritten
+            if not is_parameter:  # the module would compute it anew, and overwrite the zeros
                 raise UnsupportedArchitectureError(
                     f"the weight of {operator.name} is computed from other tensors (weight_norm, spectral_norm, "
                     "torch.nn.utils.prune or a parametrization): make it a parameter again (remove_weight_norm, "
@@ -75,7 +77,7 @@ def choose_operators(
                 )
             chosen[layer_name][name] = operator
 
-    # the loop checks offloaded weights when it loads them; an estimate has none
+    # The pruning loop checks offloaded weights when it loads them. An estimate has no weights (meta device).
     in_memory = [
         operator
         for operators in chosen.values()
@@ -93,7 +95,7 @@ def skipped_modules(
 
     They are fused experts that the user excludes ("exclude"), and routers ("router"). Routers decide by small
     differences and have few weights, so they stay dense. A router is a linear module beside fused experts that has one
-    output for each expert, or a single output.
+    output for each expert, or a single output. Changes nothing.
 
     `layer_name` is the layer's name in the model, such as "model.layers.3". `dense_experts` are shell-style patterns,
     the user's `exclude`: fused experts whose names match one of them stay dense.

@@ -59,9 +59,14 @@ class Correction:
 
     @classmethod
     def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Self:
-        """Read the two options of a configuration; a number means `"full"` with this share of the dense inputs."""
+        """Read the two options of a configuration.
+
+        `error_correction` is "none", "intra" or "full" (`carry`); a number means "full" with this share of the dense
+        inputs, `a` in [0, 1]. `residual_correction` is the share `b` in [0, 1].
+        """
         if isinstance(error_correction, int | float):
             return cls("full", float(error_correction), residual_correction)
+        # With "none", operators see only the dense network: D* = D, and b is not used.
         residual_share = residual_correction if error_correction != "none" else 0.0
         return cls(error_correction, 1.0, residual_share)  # type: ignore[arg-type]
 
@@ -78,8 +83,9 @@ class Correction:
         """The hidden states that enter the first decoder layer: as dense ones, as pruned ones, or as both, as needed.
 
         In front of the first layer both are the same `hidden_states` [batch, sequence, hidden], a batch each.
+        `self.needs_dense`: targets need the inputs or outputs of the dense network.
         """
-        if self.carry != "full":
+        if self.carry != "full":  # every layer starts from dense hidden states
             return HiddenStates(dense=hidden_states, pruned=None)
         if not self.needs_dense:
             return HiddenStates(dense=None, pruned=hidden_states)
@@ -104,6 +110,9 @@ class LastOperator:
 
         The errors are sums over held-out batches (True) and over the others (False), float64. The operator runs once on
         all batches, with the weights that it has at the first access; the result is kept in the object.
+
+        `self.inputs` are `X*`, and `self.dense` are `W X` [tokens, out] in the dense network. `self.rest` is the rest
+        of the layer's output, to which that of the operator is added. `self.activations` is the decoder layer.
         """
         squares = {
             held_out: torch.zeros((), dtype=torch.float64, device=self.activations.device)
@@ -140,13 +149,16 @@ class GroupProblems:
     ) -> float | None:
         """`|| W* X* - W X ||_F / || W X ||_F` with weights `W*` as written; `None` if `W X` is not known.
 
-        `problem` is one of `fitted`, or of `held_out` if that is True. The error equals `fit_error` if the targets are
-        the dense network's outputs, on held-out tokens and on others. If `self.last` is set, the operator with a
-        residual correction, it runs on all batches at the first call, with the weights that it has then.
+        `problem` is one of `self.fitted`, or with `held_out` one of `self.held_out`; `weight` is `W*` [out, in].
+        `fit_error` is the relative error against the targets, on the tokens of the problem. It is the result if the
+        targets are the dense network's outputs (`problem.aims_at_dense`).
+
+        If the operator has a residual correction (`self.last` is set), it runs on all batches at the first call, with
+        the weights that it has then. Errors and outputs of this run are kept.
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
-        squares, _ = self.last.results
+        squares, _ = self.last.results  # by held out or not
         energy = self.last.energies[held_out].sum()
         square_of_error, square_of_output = torch.stack([squares[held_out], energy]).tolist()
         return relative(square_of_error, square_of_output)
@@ -175,17 +187,25 @@ class LayerTargets:
         ends: Mapping[str, PartEnd] | None = None,
         experts: nn.Module | None = None,
     ) -> None:
-        """Run the dense layer once, on `entering`, and record what later problems need of the dense network.
+        """Run the dense layer once, and record what later problems need of the dense network.
 
-        `groups` (in execution order) and `ends` come from `trace_groups`. `experts` is the module with the experts, if
-        some of them will be removed. Hooks are on the modules while the layer runs.
+        If the targets need nothing of the dense network, the layer does not run. Hooks are on the modules while it
+        runs.
+
+        Args:
+            activations: The layer, with the recorded arguments of its calls.
+            groups: Groups of operators, in execution order; from `trace_groups`.
+            correction: Which inputs and targets the operators have.
+            entering: The hidden states that enter the layer, in the dense and in the pruned network.
+            ends: From `trace_groups`: which operators end parts of the layer, by their names.
+            experts: The module with the experts, if some of them will be removed.
         """
         self.activations = activations
         self.entering = entering
         self._groups = groups
         self._correction = correction
         self._finished = FinishedParts(activations, groups, ends or {})
-        # by the number of the group, until its problems are made
+        # by the number of the group; each is taken out when the problems of its group are made
         self._records = {
             number: _DenseRecord(
                 group,
@@ -205,6 +225,7 @@ class LayerTargets:
 
         # whether the sum of all experts gets a residual correction
         self.adds_experts = False
+        # Asked for a group after all others: the rest of the layer's output differs in the two networks.
         has_rest = not correction.sees_dense_inputs(len(groups))
         if experts is not None and correction.residual_share > 0 and has_rest:
             hidden = entering.to_prune_on[0]
@@ -217,7 +238,9 @@ class LayerTargets:
         """Run the dense layer on every batch, and return its output hidden states.
 
         One pass serves all groups: hooks fill the record of each (`self._records`), and `self._expert_outputs` if
-        experts will be removed. The hooks are removed at the end.
+        experts will be removed (`self._experts` is their module then). The hooks are removed at the end.
+
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer.
         """
         outputs = self.activations.store()
         num_tokens = 0  # of the batch that runs, padding included
@@ -244,15 +267,16 @@ class LayerTargets:
             for batch, hidden in enumerate(hidden_states):
                 num_tokens = hidden.shape[:2].numel()
                 for record in self._records.values():
-                    record.batch = batch
+                    record.batch = batch  # its hooks need the number
                 outputs.append(self.activations.run(batch, hidden))
         return outputs
 
     def problems(self, index: int) -> GroupProblems:
-        """The problems of the group with a number, which is still dense; all groups before it are pruned and written.
+        """The problems of the group number `index`, which is still dense; all groups before it are pruned and written.
 
-        The record of the group is used up: this is called once for each group. The layer runs, unless the group sees
-        the inputs of the dense network. Outputs of finished parts may be kept for later groups.
+        This is called once for each group: its record in `self._records` is used up. The layer runs, unless the group
+        has the inputs of the dense network; then outputs of finished parts may be kept for later groups, and
+        `self._last` is set if the group has a residual correction.
         """
         # popped, so that the record and its sums are freed with the problems, before the next group's are made
         record = self._records.pop(index)
@@ -261,20 +285,24 @@ class LayerTargets:
         if not self._correction.sees_dense_inputs(index):
             self._sum_pruned_inputs(index, record)
 
+        # Sums are over tokens to fit (False) and over held-out tokens (True), if there are any.
+        sums_to_fit = record.sums[False]
+        held_out_sums = record.sums.get(True)
         share = self._correction.dense_share
         weights = [operator.read() for operator in group]
-        fitted = list(record.sums[False].problems(group, weights, share))
+        fitted = list(sums_to_fit.problems(group, weights, share))
         held_out: Iterator[LayerProblem | None] = iter([None] * len(group))
-        if True in record.sums and record.sums[True].num_tokens:
+        if held_out_sums is not None and held_out_sums.num_tokens:
+            # generators: a problem is made when the caller asks for it
             dense_weights = (problem.weight for problem in fitted)
-            held_out = record.sums[True].problems(group, dense_weights, share)
+            held_out = held_out_sums.problems(group, dense_weights, share)
         return GroupProblems(group, fitted, held_out, self._last)
 
     def _sum_pruned_inputs(self, index: int, record: _DenseRecord) -> None:
-        """Run the layer as it is now, and sum over `X*` of a group.
+        """Run the layer as it is now, and sum over `X*` of the group number `index`.
 
-        Changes the sums of `record`, and the outputs of finished parts that are kept. Sets `self._last` if the group
-        has a residual correction.
+        Changes the sums of `record`, which is that of the group, and the outputs of finished parts that are kept
+        (`self._finished`). Sets `self._last` if the group has a residual correction.
         """
         group = self._groups[index]
         is_last = index == len(self._groups) - 1
@@ -292,6 +320,7 @@ class LayerTargets:
             with self._finished.skipped(index, keep=False):
                 self._last = self._sum_residual(record)
         else:
+            # for a later group, or at the end (`leave`); otherwise keeping outputs of parts would not pay
             runs_again = not is_last or self.entering.pruned is not None
             with self._finished.skipped(index, keep=runs_again):
                 self._sum_inputs(record)
@@ -307,8 +336,11 @@ class LayerTargets:
 
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
-        with `D` and `D*` the rest of the layer's output; b = 0 unless `adds_experts`. A hook is on the mixture until
-        the iterator ends.
+        with `D` and `D*` the rest of the layer's output; b = 0 unless `self.adds_experts`. `a` and `b` are the
+        `dense_share` and the `residual_share` of the correction.
+
+        `self._experts` is the mixture; a hook is on it until the iterator ends. The dense pass has kept
+        `self._expert_outputs`, E(X) [tokens, out], and `self._outputs`, the layer's outputs D + E(X), of each batch.
         """
         assert self._experts is not None
         correction = self._correction
@@ -331,24 +363,27 @@ class LayerTargets:
                         f"a {type(self._experts).__name__} is called {len(sums)} times in a forward pass of its "
                         "decoder layer, so its experts can't be removed: use another pattern."
                     )
-                same = sums.pop()
+                same = sums.pop()  # E(X*)
                 target = same
                 if correction.needs_dense:
-                    dense = self._expert_outputs[batch].float()
+                    dense = self._expert_outputs[batch].float()  # E(X)
+                    # (1 - a) E(X*) + a E(X), a new tensor
                     target = torch.lerp(same, dense, correction.dense_share)
                     if self.adds_experts:
                         assert self._outputs is not None
                         both = output - self._outputs[batch].to(output.device)
                         both = both.reshape(same.shape).float()  # (D* + E(X*)) - (D + E(X))
                         target -= (both - same + dense) * correction.residual_share
-                # of hidden states, of which a layer may have several for a token (hyper-connections)
+                # [tokens, out] -> [batch, sequence, out]; with hyper-connections, out is several hidden states
                 yield target.to(output.dtype).view(*hidden.shape[:2], -1)
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """Run the pruned layer, and return the hidden states after it; this is called once, after the last group.
 
         If experts were removed, the copy `smaller` without them runs in place of the layer. If the last operator has a
-        residual correction, only that operator runs.
+        residual correction (`self._last`), only that operator runs. If later layers need no hidden states of the pruned
+        network (`self.entering.pruned` is `None`), nothing runs. Those of the dense network are known from the dense
+        pass (`self._outputs`).
         """
         entering = self.entering.pruned
         pruned: ActivationStore | None = None
@@ -366,6 +401,7 @@ class LayerTargets:
         """Run the layer up to a group, and add its inputs `X*` to the sums of its `record`.
 
         For experts the layer runs once for the whole mixture, and `self._mixture` keeps the tokens that it assigned.
+        Then the first group of the mixture runs the layer, and later groups read what is kept.
         """
         operator = record.group[0]
         if isinstance(operator, ExpertOperator):
@@ -388,8 +424,9 @@ class LayerTargets:
     def _assigned_tokens(self, experts: FusedExperts) -> list[AssignedTokens]:
         """The tokens that a mixture assigns to its experts in each batch.
 
-        The layer runs once for all experts of a mixture: their inputs are computed from the input of the mixture. The
-        result is kept in `self._mixture` until another mixture comes.
+        The layer runs once for all `experts` of a mixture: their inputs are computed from the input of the mixture. The
+        result is kept in `self._mixture` until another mixture comes. `self.entering` are the hidden states that enter
+        the layer.
         """
         if self._mixture is None or self._mixture[0] is not experts:  # it is another mixture
             entering = self.entering.to_prune_on
@@ -400,19 +437,24 @@ class LayerTargets:
         """Run the layer to its end, and sum over the inputs and the targets of the last operator.
 
         The operator still has its dense weights. So the run gives its inputs `X*`, its outputs `W X*`, and the layer's
-        outputs `D* + W X*`. From them, and from the record of the dense network, the targets are made
+        outputs `D* + W X*`. From them, and from the `record` of the dense network, the targets are made
         (`_add_residual`). Changes the sums of `record`; hooks on the operator are removed at the end.
+
+        Returns the operator with what was kept of this run, so that the layer need not run again after the operator is
+        pruned.
         """
         activations = self.activations
         operator = record.group[0]
         energies = {
             held_out: sums.energies[operator.name] for held_out, sums in record.sums.items()
         }
+        # The record has the outputs W X of the operator, or its inputs X: then `_add_residual` computes W X by `weight`.
         last = LastOperator(
             operator,
             activations,
             energies=energies,
             inputs=activations.store(),
+            # later layers may start from dense hidden states: then those after this layer are not needed
             rest=None if self.entering.pruned is None else activations.store(),
             dense=activations.store() if record.outputs is None else record.outputs,
         )
@@ -428,7 +470,7 @@ class LayerTargets:
         with watching({operator.module: inputs_seen.append}, {operator.module: copy_output}):
             for batch, hidden in enumerate(self.entering.to_prune_on):
                 layer_output = activations.run(batch, hidden)
-                # some call their operator with [tokens, in]
+                # a view, because some layers call their operator with [tokens, in]
                 own_output = outputs_seen.pop().view(layer_output.shape)
                 inputs = inputs_seen.pop()
                 self._add_residual(
@@ -460,8 +502,8 @@ class LayerTargets:
 
             Y = W (a X + (1 - a) X*) - b (D* - D)
 
-        `D` and `D*` are the rest of the layer's output in the dense and in the pruned network. Changes the sums of
-        `record`, and appends to the stores of `last`.
+        `D` and `D*` are the rest of the layer's output in the dense and in the pruned network. `self._outputs` are the
+        layer's outputs in the dense network. Changes the sums of `record`, and appends to the stores of `last`.
 
         Args:
             batch: Number of the batch.
@@ -470,17 +512,17 @@ class LayerTargets:
             weight: `W` [out, in]; `None` if the record has `W X`.
             layer_output: `D* + W X*`, with the operator's bias, [batch, sequence, out].
             own_output: `W X*`, with the bias, [batch, sequence, out].
-            inputs: `X*`, as the operator was called with.
+            inputs: `X*`, as the operator was called with, [batch, sequence, in] or [tokens, in].
         """
         assert self._outputs is not None
         activations = self.activations
         correction = self._correction
         operator = last.operator
 
-        # W X*
+        # W X* [tokens, out], float32, without padding
         same = operator.outputs_without_bias(activations.rows(own_output, batch, operator)).float()
         if record.inputs is not None and weight is not None:
-            # W X
+            # W X, from X
             dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
             last.dense.append(dense)
         else:
@@ -522,7 +564,11 @@ class _DenseRecord:
         is_dense_input: bool,
         needs_dense: bool,
     ) -> None:
-        """Begin empty; with `is_dense_input`, `X* = X`, and `needs_dense` is that of the `Correction`."""
+        """Begin empty, and decide what is kept: inputs `X`, outputs `W X`, or only sums.
+
+        `is_dense_input` says that `X* = X`: everything is summed in the dense pass. Without `needs_dense`, targets need
+        nothing of the dense network. In both cases only sums are kept. `activations` is the decoder layer.
+        """
         self.group = group
         self.batch = 0
         self._activations = activations
@@ -545,7 +591,7 @@ class _DenseRecord:
             is_in_files = isinstance(activations.storage, Path)
             storage = torch.device("cpu") if is_in_files else activations.storage
             self.inputs = ActivationStore(storage, activations.device)
-        elif num_outputs < size:  # keep the smaller one
+        elif num_outputs < size:  # keep what is smaller: outputs of all operators, or their inputs
             self.outputs = activations.store()
         else:
             self.inputs = activations.store()
@@ -558,7 +604,8 @@ class _DenseRecord:
     def see_input(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Record the dense inputs of the group; a forward pre-hook of its first operator.
 
-        They are added to `sums`, or appended to `inputs`. The batch that runs is number `self.batch`.
+        If `X* = X` (`self._is_dense_input`), the inputs are added to `self.sums`. Otherwise they are appended to the
+        store `self.inputs`, if inputs are kept. The batch that runs is number `self.batch`.
         """
         inputs = operator_input(arguments, keywords)
         tokens = arguments[1] if self._is_expert else None  # as `ExpertLinear` is called
@@ -566,7 +613,7 @@ class _DenseRecord:
         if self._is_dense_input:
             self.sums[self._activations.held_out[self.batch]].add(rows)
         elif self.inputs is not None:
-            self.inputs.append(rows, copy=True)  # the layer may overwrite it
+            self.inputs.append(rows, copy=True)  # a copy, because the layer may overwrite them
             if tokens is not None:
                 self._tokens.append(self._real_tokens(tokens, self.batch))
 
@@ -575,10 +622,12 @@ class _DenseRecord:
     ) -> None:
         """Record the dense outputs of one operator, as its forward hook; those of a group come in its order.
 
-        Their energies are added to `sums`. When the last operator of the group has run, the outputs of all are appended
-        to `outputs`, unless inputs are kept instead.
+        Their energies are added to `self.sums`, by whether the batch is held out. If outputs are kept (`self.outputs`),
+        they wait in `self._side_by_side`, and are appended to the store when the last operator of the group has run.
+        `self.batch` is the number of the batch that runs.
         """
         if self._is_dense_input or self._is_expert:
+            # With dense inputs, outputs are known from the Gram matrix. For an expert, `add_expert` computes them.
             return
         products = operator.outputs_without_bias(  # W X
             self._activations.rows(output, self.batch, operator)
@@ -586,14 +635,17 @@ class _DenseRecord:
         held_out = self._activations.held_out[self.batch]
         self.sums[held_out].add_energies(operator.name, products)
         if self.outputs is not None:
-            # a copy, because Falcon adds to it in place
+            # a copy, because the layer may add to the output in place (Falcon)
             self._side_by_side.append(products.to(output.dtype, copy=True))
             if operator is self.group[-1]:
                 self.outputs.append(torch.cat(self._side_by_side, dim=1))
                 self._side_by_side.clear()
 
     def add(self, batch: int, inputs: Tensor) -> None:
-        """Add the inputs `X*` [batch, sequence, in] of a batch, and the dense network's record of it, to `sums`."""
+        """Add the inputs `X*` [batch, sequence, in] of a batch, and the dense network's record of it, to `self.sums`.
+
+        `batch` is its number. The record is `self.outputs` or `self.inputs`, or nothing if targets do not need it.
+        """
         sums = self.sums[self._activations.held_out[batch]]
         rows = self._activations.rows(inputs, batch, self.group[0])
         if self.outputs is not None:
@@ -608,16 +660,18 @@ class _DenseRecord:
     def add_expert(
         self, batch: int, inputs: Tensor, tokens: Tensor, dense_weights: Sequence[Tensor]
     ) -> None:
-        """Add the inputs `X*` [tokens, in] of an expert in a batch, and the dense network's record of it, to `sums`.
+        """Add the inputs `X*` [tokens, in] of an expert in a batch, and the dense record of it, to `self.sums`.
 
-        `tokens` are those of the rows, and `dense_weights` [out, in] those of the group's operators.
+        `batch` is the number of the batch. `tokens`, int64, are the tokens of the rows, and `dense_weights` [out, in]
+        the weights of the group's operators. The dense pass has kept `self.inputs`, if targets need them, and which
+        tokens these were (`self._tokens`).
         """
         sums = self.sums[self._activations.held_out[batch]]
         rows = self._activations.rows(inputs, batch, self.group[0], tokens)
         if self.inputs is None:
             sums.add(rows)
             return
-        # in the dense network other tokens may have reached the expert
+        # In the dense network other tokens may have reached the expert. A token without a dense input gets `X*`.
         dense_inputs = _rows_of(
             self._real_tokens(tokens, batch),
             recorded=self.inputs[batch].to(rows.device, non_blocking=True),
@@ -646,7 +700,8 @@ def _rows_of(tokens: Tensor, recorded: Tensor, recorded_tokens: Tensor, others: 
     """
     if not recorded_tokens.numel():
         return others
-    # of each token, the row in which it is if it was recorded
+    # Of each token, the row in which it is if it was recorded. A token after all recorded ones would be out of range:
+    # it gets the last row, and is compared with that.
     rows = torch.searchsorted(recorded_tokens, tokens).clamp_max(recorded_tokens.numel() - 1)
     is_recorded = recorded_tokens[rows] == tokens
     return torch.where(is_recorded[:, None], recorded[rows], others)

@@ -19,7 +19,7 @@ def sha256_of(module: nn.Module, names: Iterable[str]) -> str:
 
     `names` are relative to the module, such as "mlp.down_proj.weight". Changes nothing.
     """
-    digests = {}
+    digests = {}  # by the name of the tensor
     for name in names:
         tensor = stored_tensor(module, name)
         digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())

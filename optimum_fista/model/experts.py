@@ -61,20 +61,27 @@ class ExpertLinear(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias [out], a view; `None` without."""
+        """The bias [out] of this expert, a view; `None` without.
+
+        `self.operator` is its matrix. The mixture has the biases of all experts in a parameter [experts, ...], such as
+        "gate_up_proj_bias" beside "gate_up_proj".
+        """
         bias = getattr(self.operator.owner, f"{self.operator.tensor}_bias", None)
         if bias is None:
             return None
+        # the part of this expert, and of that the outputs of this matrix
         return bias[self.operator.expert][self.operator.rows(bias.shape[-1])]
 
     def forward(self, inputs: Tensor, tokens: Tensor) -> Tensor:
-        """Outputs [tokens, out] of inputs [tokens, in].
+        """Outputs [tokens, out] of inputs [tokens, in], with the bias if there is one.
 
         `tokens`, int64 [tokens], say which tokens these are. They are not used here, but hooks see all arguments.
+        `self.operator` has the weight, a view of the mixture's parameter.
         """
         weight = self.operator.parameter
         if self.operator.transposed:
             weight = weight.T
+        # `in_few_sizes` may append rows of zeros, whose outputs are cut off again
         padded_outputs = nn.functional.linear(in_few_sizes(inputs), weight, self.bias)
         return padded_outputs[: len(inputs)]
 
@@ -94,9 +101,14 @@ class ExpertOperator(LinearOperator):
     def __init__(
         self, experts: FusedExperts, kind: str, expert: int, tensor: str, half: int | None
     ) -> None:
-        """Name one matrix of the `expert` with a number, which is a part of the mixture's parameter `tensor`.
+        """Name one matrix of an expert, which is a part of a parameter of its mixture. Nothing is copied.
 
-        `kind` is "gate_proj", "up_proj" or "down_proj". If the parameter has both gate and up, `half` is 0 or 1.
+        Args:
+            experts: The mixture.
+            kind: "gate_proj", "up_proj" or "down_proj".
+            expert: The number of the expert.
+            tensor: Name of the parameter, such as "gate_up_proj", with the matrices of all experts [experts, ...].
+            half: If the parameter has both gate and up projections, 0 for gate and 1 for up; otherwise `None`.
         """
         self.experts = experts
         self.kind = kind
@@ -111,24 +123,28 @@ class ExpertOperator(LinearOperator):
         )
 
     def select(self, stored: Tensor) -> Tensor:
-        """This expert's matrix of the stored tensor [experts, ...], a view."""
+        """This expert's matrix of the `stored` tensor [experts, out, in], a view; [experts, in, out] if transposed."""
         if self.transposed:
             return stored[self.expert, :, self.rows(stored.shape[2])]
         return stored[self.expert, self.rows(stored.shape[1])]
 
     def rows(self, width: int) -> slice:
-        """Its outputs among `width` outputs of the gate and up projections together."""
+        """Find which outputs are this operator's, among the `width` outputs that its parameter has for an expert.
+
+        `self._half` is 0 for gate and 1 for up, if the parameter has both, and otherwise `None`: then all are.
+        """
         if self._half is None:
             return slice(None)
-        if self.experts.interleaved:
+        if self.experts.interleaved:  # gate and up alternate
             return slice(self._half, width, 2)
-        return slice(self._half * (width // 2), (self._half + 1) * (width // 2))
+        half_width = width // 2
+        return slice(self._half * half_width, (self._half + 1) * half_width)
 
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
-        """Compute its inputs in a batch, [tokens, in], on the device of its expert.
+        """Compute the operator's inputs in a batch, [tokens, in], on `device`, which is that of its weight.
 
         Row i belongs to the token `batch.tokens_of(self.expert)[i]`. For a down projection the gate and up projections
-        of the expert run, with the weights that they have now.
+        of the expert run, with the weights that they have now. Changes nothing.
         """
         part = batch.part(self.expert)
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
@@ -152,17 +168,23 @@ class FusedExperts:
     """
 
     def __init__(self, name: str, module: nn.Module) -> None:
-        """Make an operator of every matrix; `module` has a known form (`can_be_split`), and stays as it is."""
+        """Make an operator of every matrix; `module` has a known form (`can_be_split`), and stays as it is.
+
+        `name` is that of the module in the model, such as "model.layers.3.mlp.experts".
+        """
         self.name = name
         self.module = module
         self.gated = hasattr(module, "gate_up_proj")
         self.interleaved = not getattr(module, "is_concatenated", True)
-        # Transformers' experts get the router's choices, too; Llama-4's only get hidden states.
+        # Most experts of Transformers get the router's choices, too. Llama-4's get only `self` and hidden states.
         self._is_routed = len(inspect.signature(type(module).forward).parameters) > 2
 
         first = module.get_parameter("gate_up_proj" if self.gated else "up_proj")
         down = module.get_parameter("down_proj")
-        self.transposed = bool(getattr(module, "is_transposed", first.shape[1] == down.shape[2]))
+        # Hidden states enter the first matrix and leave the last one. If a module does not say how it stores matrices,
+        # they are [in, out] if, read so, the first has as many inputs as the last has outputs.
+        has_form_of_transposed = first.shape[1] == down.shape[2]
+        self.transposed = bool(getattr(module, "is_transposed", has_form_of_transposed))
 
         self._experts = [self._operators_of(expert) for expert in range(len(down))]
         self.operators = [operator for expert in self._experts for operator in expert.values()]
@@ -172,7 +194,10 @@ class FusedExperts:
         return len(self._experts)
 
     def _operators_of(self, expert: int) -> dict[str, ExpertOperator]:
-        """Make the operators of one expert, by their kind, in the order in which they are called."""
+        """Make the operators of the expert with a number, by their kind, in the order in which they are called.
+
+        `self.gated` says that the gate and the up projection are the two halves of one parameter.
+        """
         operators = {}
         if self.gated:
             operators["gate_proj"] = ExpertOperator(
@@ -199,11 +224,11 @@ class FusedExperts:
     ) -> Tensor:
         """Compute the module's output expert by expert, in place of its own forward pass `original`.
 
-        The other arguments are those of the forward pass. `watcher` is called for every expert. Only the first output
-        is compared with that of `original`, which `self._checked` notes: whether they agree does not depend on the
-        batch.
+        The other arguments are those of the forward pass. `watcher` is called for every expert. The first output is
+        compared with that of `original`, and the module is refused if they differ. `self._checked` is set then: whether
+        they agree does not depend on the batch.
         """
-        values = self._values(arguments, keywords)
+        values = self._values(arguments, keywords)  # the first are the hidden states
         assigned = self.assigned(*arguments, **keywords)
         output = self.outputs(assigned, watcher).view(values[0].shape)
         if not self._checked:
@@ -212,8 +237,13 @@ class FusedExperts:
         return output
 
     def _compare(self, original: Callable[..., Tensor], values: list[Any], output: Tensor) -> None:
-        """Refuse the module if `output` is not what its own forward pass `original` returns for `values`."""
-        # Some tokens are enough, and few products: `original` does not use `in_few_sizes`.
+        """Refuse the module if `output` is not what its own forward pass `original` returns, up to rounding.
+
+        `values` are the arguments of the forward pass, by position: the hidden states, and the router's choices if the
+        module gets them (`self._is_routed`). Changes nothing.
+        """
+        # The first tokens are enough. With all, oneDNN would keep memory for products of many sizes, because `original`
+        # does not use `in_few_sizes`. Only [tokens, hidden] can be cut so.
         is_by_token = self._is_routed and values[0].ndim == 2
         some = slice(16) if is_by_token else slice(None)
         with torch.no_grad():
@@ -235,16 +265,18 @@ class FusedExperts:
             )
 
     def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
-        """Sort the tokens that the module is called with by expert; the host waits once.
+        """Sort the tokens that the module is called with by expert; the host waits once for the device.
 
-        The arguments are those of the module's forward pass.
+        The arguments are those of the module's forward pass: hidden states, and if `self._is_routed` the router's
+        choices. Changes nothing.
         """
         hidden_states, *routing = self._values(arguments, keywords)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_experts = len(self._experts)
         if self._is_routed:
-            chosen_experts, router_weights = routing  # both [tokens, k]
-            # [tokens, k] -> [tokens * k]: choice p is of token p // k; a stable sort keeps tokens in order.
+            # Numbers of the k experts that the router chooses for a token, and their weights; both are [tokens, k].
+            chosen_experts, router_weights = routing
+            # [tokens, k] -> [tokens * k]: choice p is of token p // k. A stable sort by expert keeps tokens in order.
             experts, choices = chosen_experts.flatten().sort(stable=True)
             num_choices = chosen_experts.numel() // flat.shape[0]  # k
             tokens = choices // num_choices
@@ -257,22 +289,27 @@ class FusedExperts:
             experts = rows // num_tokens
             tokens = rows % num_tokens
             weights = None
-        # Where each expert begins among the sorted choices; choices of unknown experts are left out.
+        # Where each expert begins among the sorted choices, and where the last one ends. Choices that are no number of
+        # an expert come after that, so they are left out.
         numbers = torch.arange(num_experts + 1, device=experts.device, dtype=experts.dtype)
         bounds = torch.searchsorted(experts, numbers).tolist()
         return AssignedTokens(flat, rows=rows, tokens=tokens, weights=weights, bounds=bounds)
 
     def _values(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Any]:
-        """The arguments of the module's forward pass by position, however the decoder layer passes them."""
+        """The arguments of the module's forward pass by position, however the decoder layer passes them.
+
+        The first are the hidden states. `self.module` is the mixture of Transformers.
+        """
         signature = inspect.signature(type(self.module).forward)
         bound = signature.bind(self.module, *arguments, **keywords)
         _, *values = bound.arguments.values()  # the first is the module itself
         return values
 
     def outputs(self, batch: AssignedTokens, watcher: ExpertWatcher | None = None) -> Tensor:
-        """Run the experts on a batch, and sum their outputs for each row, [rows, hidden].
+        """Run the experts on a batch, and sum their outputs for each row of its hidden states, [rows, hidden].
 
-        `watcher` is called with the outputs of every expert. Changes nothing.
+        `watcher` is called with the outputs of every expert. Changes nothing. `self.module` may have a norm of its own
+        for the outputs.
         """
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
@@ -284,7 +321,8 @@ class FusedExperts:
             expert_outputs = self._call(expert, "down_proj", middle, tokens)  # [tokens, hidden]
             if getattr(module, "has_post_expert_norm", False):
                 expert_outputs = module.post_expert_norm(expert_outputs)
-            if batch.weights is not None:  # before it is added, as Transformers does
+            if batch.weights is not None:
+                # weighted before they are added, in the order of Transformers
                 expert_outputs = expert_outputs * batch.weights[part]
             if watcher is not None:
                 watcher(expert, tokens, expert_outputs)
@@ -295,7 +333,9 @@ class FusedExperts:
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
         """Compute the inputs of the down projection of one expert, [tokens, intermediate].
 
-        `inputs` [tokens, hidden] are the hidden states of `tokens`, which hooks of the operators are told.
+        `inputs` [tokens, hidden] are the hidden states of the `tokens`, int64, that the expert gets. Hooks on the
+        operators see both. `self.gated` says that the gate and the up projection are halves of one parameter. Changes
+        nothing.
         """
         module: Any = self.module
         if not self.gated:
@@ -304,8 +344,8 @@ class FusedExperts:
         up = self._call(expert, "up_proj", inputs, tokens)
         if not internals.applies_gate(module):
             return up * module.act_fn(gate)
-        # The module itself applies the gate, [tokens, 2 * intermediate] -> [tokens, intermediate]. It needs both in the
-        # order of the fused matrix.
+        # The module itself applies the gate, [tokens, 2 * intermediate] -> [tokens, intermediate]. It needs the outputs
+        # of gate and up in the order of the fused matrix: alternating, or one after the other.
         if self.interleaved:
             return internals.apply_gate(module, torch.stack((gate, up), dim=-1).flatten(-2))
         return internals.apply_gate(module, torch.cat((gate, up), dim=-1))
@@ -317,16 +357,19 @@ class FusedExperts:
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Tell whether a module keeps matrices in 3-D parameters."""
-    if internals.is_convolution(module):
+    """Tell whether a module keeps matrices in 3-D parameters of its own, as fused experts do [experts, ...]."""
+    if internals.is_convolution(module):  # its 3-D weight is no stack of matrices
         return False
     parameters = module.parameters(recurse=False)
-    # a size of one is that of a scale or a norm
+    # a parameter with a size of one is a scale or the weight of a norm
     return any(parameter.ndim == 3 and min(parameter.shape) > 1 for parameter in parameters)
 
 
 def can_be_split(module: nn.Module) -> bool:
-    """Tell whether the form of fused experts is known: an up and a down projection, with a gate or without."""
+    """Tell whether the form of fused experts is known: an up and a down projection, with a gate or without.
+
+    Both must have matrices of the same number of experts. `module` is a mixture (`is_fused_experts`).
+    """
     fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     has_names = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
     numbers_of_experts = {parameter.shape[0] for parameter in fused.values()}
@@ -343,6 +386,7 @@ def split_experts(
     layer, of one mixture, or of the whole model; operators that are of no mixture are ignored. `watcher` is called for
     every expert of every mixture in every pass.
     """
+    # each mixture once, although it has many operators
     mixtures = {id(o.experts): o.experts for o in operators if isinstance(o, ExpertOperator)}
     with ExitStack() as replaced:
         for experts in mixtures.values():

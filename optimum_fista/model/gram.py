@@ -31,7 +31,10 @@ class GroupSums:
     """
 
     def __init__(self, size: int, device: torch.device, *, same_inputs: bool = False) -> None:
-        """Begin with empty sums for operators with `size` inputs; `same_inputs` says that `X* = X`."""
+        """Begin with empty sums for operators with `size` inputs; `same_inputs` says that `X* = X`.
+
+        `device` is where the sums are, and where the operators compute. The Gram matrix itself is made later.
+        """
         self.same_inputs = same_inputs
         self.num_tokens = 0
         self.cross: dict[str, Tensor] = {}
@@ -39,18 +42,23 @@ class GroupSums:
         self.energies: dict[str, Tensor] = {}
         # the upper half of the Gram matrix; made with the first tokens, so that only one group has it
         self._gram: Tensor | None = None
-        self._total = torch.zeros(size, device=device)  # of each input
+        self._total = torch.zeros(size, device=device)  # of each input, over the tokens
 
     @quick_products()
     def add(self, inputs: Tensor, kind: str = "", others: Tensor | None = None) -> None:
         """Add the inputs `X*` [tokens, in] of a batch to the sums.
 
         `others` [tokens, n] belong to the same tokens: dense inputs, dense outputs side by side, or targets. `kind` is
-        accordingly "inputs", "outputs" or "targets", a key of `cross`.
+        accordingly "inputs", "outputs" or "targets", a key of `self.cross`. Both arguments are in any floating-point
+        dtype, and are not changed.
+
+        Changes the upper half of the Gram matrix (`self._gram`), the sums of inputs (`self._total`), the cross-Gram
+        matrix of this kind in `self.cross`, and for targets `self.energies`.
         """
         if self._gram is None:
             self._gram = self._total.new_zeros(len(self._total), len(self._total))
         self.num_tokens += inputs.shape[0]
+        # float32, rounded as the run multiplies; rows of zeros may be appended, which add nothing
         inputs = in_few_sizes(as_multiplied(inputs))
         _add_upper(self._gram, inputs)
         self._total += inputs.sum(0)
@@ -64,7 +72,10 @@ class GroupSums:
             self.add_energies(kind, others)
 
     def add_energies(self, name: str, outputs: Tensor) -> None:
-        """Add the squares of outputs `W X` [tokens, out] to the energies of the operator `name`."""
+        """Add the squares of outputs `W X` [tokens, out] to the energies of the operator `name`, in `self.energies`.
+
+        `name` is that of the operator in the model, or "targets" if the outputs are targets `Y`.
+        """
         # one batch in float32, the sum of batches in float64, because it has many terms
         energies = as_multiplied(outputs).square().sum(0).double()
         if name in self.energies:
@@ -74,14 +85,16 @@ class GroupSums:
     def statistics(self) -> InputStatistics:
         """The symmetric Gram matrix and the mean of the inputs; nothing can be added afterwards.
 
-        The sums are completed in place, and the result has the same memory.
+        Until now `self._gram` has the sums in its upper half only. The lower half is filled in place, and the result
+        has the same memory. `self._total` are the sums of the inputs, [in]. `_LEAF` rows are completed at a time.
         """
         gram = self._gram
         if gram is None:  # there was no token
             gram = self._total.new_zeros(len(self._total), len(self._total))
         for start in range(0, gram.shape[0], _LEAF):
             end = start + _LEAF
-            # Only upper blocks were summed. They are copied, so that both halves are equal to the last bit.
+            # Sums of the upper half are copied to the lower one, so that both are equal to the last bit. A block on the
+            # diagonal may have sums in its lower half: these are replaced, too.
             corner = gram[start:end, start:end].triu_()
             corner += corner.triu(1).T  # changes `gram`, of which it is a view
             gram[end:, start:end] = gram[start:end, end:].T
@@ -90,19 +103,21 @@ class GroupSums:
     def problems(
         self, group: Group, weights: Iterable[Tensor], dense_share: float
     ) -> Iterator[LayerProblem]:
-        """The problems of the operators with their dense weights `W` [out, in], one by one; the sums are used up.
+        """Yield the problems of the operators of a group, one by one; the sums are used up.
 
-        `dense_share` is `a` in the targets `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed.
-        The problems share the memory of the Gram matrix, and those of `cross` are overwritten.
+        `weights` are the dense weights `W` [out, in] of the operators. `dense_share` is `a` in the targets
+        `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed. All problems share the memory of the
+        Gram matrix, which is completed in place. Cross-Gram matrices in `self.cross` are overwritten.
         """
         statistics = self.statistics()
-        extremes = torch.stack(statistics.gram.aminmax())  # NaN if any element is
+        # the smallest and the largest element: NaN if any element is NaN
+        extremes = torch.stack(statistics.gram.aminmax())
         if not bool(torch.isfinite(extremes).all()):
             raise ValueError(
                 f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
                 "damaged there, or overflows its dtype; try float32 or bfloat16."
             )
-        row = 0  # of the operator among the outputs side by side
+        row = 0  # of the first output of the operator, among the outputs of the group
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
             if not self.cross:
@@ -116,7 +131,7 @@ class GroupSums:
                     name=name,
                 )
             else:
-                # `_problem` overwrites these rows or this product, which are read only once
+                # W X X*^T of this operator. `_problem` may overwrite it: it is needed only once.
                 num_rows = weight.shape[0]
                 if "outputs" in self.cross:
                     cross = self.cross["outputs"][row : row + num_rows]
@@ -147,7 +162,7 @@ def _add_upper(out: Tensor, inputs: Tensor) -> None:
     if size <= _LEAF:
         out.addmm_(inputs.T, inputs)
         return
-    half = (size // 2 + 31) // 32 * 32  # a multiple of 32, so that blocks are aligned
+    half = (size // 2 + 31) // 32 * 32  # rounded up to a multiple of 32, so that blocks are aligned
     left = inputs[:, :half]
     right = inputs[:, half:]
     _add_upper(out[:half, :half], left)
@@ -179,7 +194,7 @@ def _problem(
         dense_share: `a`, in [0, 1].
         name: Of the operator, for messages.
     """
-    if dense_share == 1:
+    if dense_share == 1:  # Y = W X: the cross-Gram matrix and the energies are the target's already
         return LayerProblem(
             weight,
             statistics,
@@ -188,12 +203,14 @@ def _problem(
             name=name,
             aims_at_dense=True,
         )
-    mixed_energies = inner_by_rows(weight, cross)  # inner products of the rows of W X and W X*
+    # inner products of the rows of W X and W X*, [out], before `cross` is overwritten
+    mixed_energies = inner_by_rows(weight, cross)
     same_energies = torch.empty_like(energies)  # || W X* ||^2 by rows
-    for rows in row_blocks(weight):
-        same = weight[rows] @ statistics.gram  # W X* X*^T
+    for rows in row_blocks(weight):  # so that W X* X*^T is never held whole
+        same = weight[rows] @ statistics.gram  # these rows of W X* X*^T
         same_energies[rows] = inner_by_rows(weight[rows], same)
-        if dense_share:
+        if dense_share > 0:
+            # C = a W X X*^T + (1 - a) W G, in place
             cross[rows].mul_(dense_share).add_(same, alpha=1 - dense_share)
     # || W X* - W X ||^2 by rows; computed from Y, a small share would magnify its rounding error
     unpruned_errors = energies - 2 * mixed_energies + same_energies

@@ -65,11 +65,13 @@ def trace_groups(
 
     The layer is called with `hidden_states` [batch, sequence, hidden] and the arguments of `call`, which are recorded
     ones (`model.inputs.record_inputs`). `operators` are those of the layer by their full names. Operators are left
-    dense if they are not called exactly once, or if their output is not `W x + b`.
+    dense if they are not called exactly once, or if their output is not `W x + b`. The trace also says which operators
+    end a part of the layer.
 
     Hooks are on the modules while the layer runs. Nothing else is changed.
     """
     tracer = _Tracer(operators)
+    # children of the layer that are no operators themselves
     parts = [part for part in layer.children() if part not in tracer.by_module]
     version_before = internals.version_of(hidden_states)
     with ExitStack() as hooks:
@@ -89,7 +91,7 @@ def trace_groups(
             times = f"called {num_calls[name]} times" if num_calls[name] else "not called"
             left_dense[name] = f"{times} in a forward pass of its decoder layer"
 
-    groups: dict[object, Group] = {}
+    groups: dict[object, Group] = {}  # by a key of the memory of their input
     for operator, inputs in tracer.calls:
         if operator.name not in left_dense:
             groups.setdefault(_memory_of(inputs), []).append(operator)
@@ -100,15 +102,16 @@ class _Tracer:
     """Sees the calls of operators, and the ends of parts, in one forward pass."""
 
     def __init__(self, operators: Mapping[str, LinearOperator]) -> None:
-        """Begin before hooks are on the modules of the `operators`, which are by name."""
+        """Begin before any hook of the trace is on the modules of the `operators`, which are by name."""
         self.by_module = {operator.module: operator for operator in operators.values()}
-        # before hooks of the tracer are on them
+        # Modules whose output is compared with W x + b. A hook makes a module doubtful, so they are found before the
+        # tracer's own hooks are there.
         self._doubtful = {module for module in self.by_module if _is_doubtful(module)}
         # The calls, in their order. They hold the inputs until groups are made: memory that was freed could be that of
         # another input.
         self.calls: list[tuple[LinearOperator, Tensor]] = []
-        self.left_dense: dict[str, str] = {}
-        self.ends: dict[str, PartEnd] = {}
+        self.left_dense: dict[str, str] = {}  # by name, operators that stay dense, with the reason
+        self.ends: dict[str, PartEnd] = {}  # by name, operators whose output a part returns
         # the operator that was called last, its output, and the version of that output
         self._latest: tuple[LinearOperator, Tensor, int] | None = None
 
@@ -119,7 +122,12 @@ class _Tracer:
         keywords: dict[str, Any],
         output: object,
     ) -> None:
-        """Note that a module has run; this is a forward hook of every operator's module and of every part."""
+        """Note that a module has run; this is a forward hook of every operator's module and of every part.
+
+        `arguments` and `keywords` are those of the module's forward pass, and `output` is what it has returned.
+        `self.by_module` are the operators by their modules; all other modules are parts. Changes the notes of this
+        object.
+        """
         operator = self.by_module.get(module)
         if operator is None:
             self._see_part(module, output)
@@ -130,7 +138,8 @@ class _Tracer:
         """Note in `self.ends` if a part returns the output of the operator that was called last.
 
         `part` is a child module of the decoder layer, and `output` is what its forward pass has returned: a tensor, a
-        tuple, or anything else. `self._latest` is set by `_see_operator`.
+        tuple, or anything else. `self._latest` is the operator that was called last, with its output and the version of
+        this output, or `None`; `_see_operator` sets it.
         """
         split = split_output(output)
         if split is None or self._latest is None:
@@ -145,7 +154,8 @@ class _Tracer:
     def _see_operator(self, operator: LinearOperator, inputs: Tensor, output: object) -> None:
         """Note a call of an operator in `self.calls`, and in `self.left_dense` if its output is no product.
 
-        The output is kept in `self._latest` until the next call, because a part may return it.
+        The output is kept in `self._latest` until the next call, because a part may return it. `self._doubtful` are the
+        modules that may return something other than `W x + b`: only their outputs are checked.
         """
         self.calls.append((operator, inputs))
         if operator.module in self._doubtful and not _is_product(operator, inputs, output):
@@ -156,17 +166,21 @@ class _Tracer:
 
 
 def _is_doubtful(module: nn.Module) -> bool:
-    """Tell whether a linear module may return something other than `W x + b`."""
+    """Tell whether a linear module may return something other than `W x + b`: it has a hook, or a forward of its own.
+
+    The modules that this package makes for matrices of experts are not `LINEAR`, and never doubtful.
+    """
     if not isinstance(module, LINEAR):
         return False
     forward = getattr(module, internals.forward_attribute(module))  # what Accelerate's hooks call
+    # the function of a method; anything that is no method has none, and is not plain
     is_plain = getattr(forward, "__func__", None) in (nn.Linear.forward, Conv1D.forward)
     has_hooks = internals.has_forward_hooks(module)  # which may change its output
     return has_hooks or not is_plain
 
 
 def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> bool:
-    """Whether an output is `W x + b`, up to rounding."""
+    """Tell whether the `output` of an operator for `inputs` [..., in] is `W x + b`, up to rounding. Changes nothing."""
     num_outputs, _ = operator.shape
     if not isinstance(output, Tensor) or output.shape != (*inputs.shape[:-1], num_outputs):
         return False
@@ -174,7 +188,8 @@ def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> boo
     bias = getattr(operator.module, "bias", None)
     expected = nn.functional.linear(inputs, weight.to(inputs.dtype), bias)
     distance = (output.float() - expected.float()).norm()
-    return bool(distance <= 10 * torch.finfo(inputs.dtype).eps * expected.float().norm())
+    tolerance = 10 * torch.finfo(inputs.dtype).eps  # relative
+    return bool(distance <= tolerance * expected.float().norm())
 
 
 def _memory_of(inputs: Tensor) -> tuple[Any, ...]:
@@ -191,16 +206,17 @@ def _memory_of(inputs: Tensor) -> tuple[Any, ...]:
 
 
 def split_output(output: object) -> tuple[Tensor, Rest] | None:
-    """Split what a module returns into its tensor and the rest of its tuple.
+    """Split what a module returns, a tensor or a tuple, into its first tensor and the rest of the tuple.
 
-    The rest is `None` if `output` is no tuple. Returns `None` if the rest holds anything but `None`s, or if the first
-    thing is no tensor.
+    The rest is `None` if `output` is no tuple. Instead of both, `None` is returned if the rest holds anything but
+    `None`s (at any depth), or if there is no tensor in the first place.
     """
     first: object = output
     rest: Rest = None
     if isinstance(output, tuple) and output:
         first = output[0]
         rest = output[1:]
+    # everything inside the rest, at any depth
     returns_more = any(value is not None for value in internals.leaves_of(rest))
     if returns_more or not isinstance(first, Tensor):
         return None
@@ -217,12 +233,15 @@ def is_added_to_output(
 ) -> bool:
     """Tell whether the decoder layer's output is something plus the output of one of its modules, on one batch.
 
-    `module` is the last operator of the layer, or its mixture of experts. `hidden_states` [batch, sequence, hidden] are
-    those of the first batch. The output of the module may be smaller than a rounding error of the layer's in half
-    precision. So an output as large as the rest takes its place: a wave, because a norm may leave a constant as it is.
-    With the output 0 the layer returns the rest D, with the wave it must return D plus the wave.
+    `activations` is the layer with its recorded arguments. `module` is the last operator of the layer, or its mixture
+    of experts. `hidden_states` [batch, sequence, hidden] are those of the first batch.
 
-    The layer runs twice; a hook on the module is removed at the end.
+    The layer runs twice. First zeros take the place of the module's output: what the layer returns then is the rest D.
+    Then a wave takes its place, and the layer must return D plus the wave. The module's own output would not do: it may
+    be smaller than a rounding error of D in half precision. The wave is as large as D. A constant would not do either,
+    because a norm may leave it as it is.
+
+    A hook on the module is removed at the end; nothing else is changed.
     """
     call = activations.calls[0]
     hidden_states = hidden_states.to(activations.device)
@@ -232,7 +251,7 @@ def is_added_to_output(
     def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
         """Replace the output of the module by zeros, or by the `wave` as soon as there is one; a forward hook.
 
-        The original output is appended to `module_outputs`.
+        The original output is appended to `module_outputs`. The outer function sets `wave` between its two passes.
         """
         module_outputs.append(output)
         # a clone, because some layers add to it in place
@@ -243,19 +262,20 @@ def is_added_to_output(
         is_called_once = len(module_outputs) == 1
         if not is_called_once or module_outputs[0].numel() != rest.numel():
             return False
-        # The wave is as large at every token as the rest is there. Some tokens have huge activations: a wave of one
-        # size for all would be lost in their rounding, or drown the others.
+        # At every token the wave is as large as the rest is there. Some tokens have huge activations: a wave of one
+        # size for all tokens would be lost in their rounding, or drown the others.
         sizes = rest.abs().amax(-1, keepdim=True)
         wave = torch.arange(rest.numel(), device=rest.device).float().sin_()
         wave = wave.view(rest.shape).mul_(sizes).to(module_outputs[0].dtype)
         # (D + wave) - D - wave
         error = call.run(activations.layer, hidden_states).float() - rest - wave.float()
 
+    # relative errors of the tokens; a token of zeros has the error 0, not NaN
     norms = torch.linalg.vector_norm(wave.float(), dim=-1) + torch.linalg.vector_norm(rest, dim=-1)
-    errors = torch.linalg.vector_norm(error, dim=-1) / norms.clamp_min(
-        torch.finfo(norms.dtype).tiny
-    )
-    return bool(errors.mean() <= _ROUNDED * torch.finfo(wave.dtype).eps)
+    least_norm = torch.finfo(norms.dtype).tiny
+    errors = torch.linalg.vector_norm(error, dim=-1) / norms.clamp_min(least_norm)
+    rounding = torch.finfo(wave.dtype).eps
+    return bool(errors.mean() <= _ROUNDED * rounding)
 
 
 @dataclass(frozen=True)
@@ -285,7 +305,8 @@ class FinishedParts:
     ) -> None:
         """Find after which group each part is finished; nothing runs, and nothing is kept yet.
 
-        `groups` are in the order in which they are pruned, and `ends` are those of `LayerTrace`.
+        `activations` is the decoder layer. `groups` are in the order in which they are pruned, and `ends` are those of
+        its `LayerTrace`: by the name of an operator, the part that returns its output unchanged.
         """
         self._activations = activations
         self._outputs: dict[nn.Module, _PartOutputs] = {}
@@ -310,10 +331,11 @@ class FinishedParts:
             if not numbers:
                 continue
             self._last_group[part] = max(numbers)
-            # `arguments_of` stops at the first operator of a group, so only its inputs can be watched.
+            # The pass that prunes a group stops at its first operator (`arguments_of`), so only the inputs of this one
+            # can be watched.
             last_operator = groups[max(numbers)][0]
             end = ends.get(last_operator.name)
-            # A hook that changes inputs would change those that were kept a second time.
+            # A hook that changes inputs has changed the kept ones already, and would change them again.
             has_hooks = internals.has_forward_pre_hooks(last_operator.module)
             if end is not None and end.part is part and not has_hooks:
                 self._ends[part] = (last_operator, end.rest)
@@ -322,10 +344,12 @@ class FinishedParts:
     def skipped(self, group: int, *, keep: bool) -> Iterator[None]:
         """Inside, the layer runs without the parts that are finished before a group.
 
-        It must run on every batch, in their order. `group` is a number of a group; the number after that of the last
-        one stands for the layer's end. With `keep`, outputs and inputs that are not kept yet are kept, which pays if
-        the layer runs again afterwards.
+        The caller must run the layer on every batch, in their order. `group` is the number of a group; the number after
+        that of the last one stands for the layer's end. With `keep`, outputs of finished parts (`self._outputs`), and
+        the inputs of operators that end a part (`self._inputs`), are kept if they are not kept yet. This pays if the
+        layer runs again afterwards.
 
+        `self._last_group` is by part the number of the last group in it, and `self._ends` the operator that ends it.
         Replaces the forward passes of finished parts and watches operators; both end with the context.
         """
         finished = [part for part, last in self._last_group.items() if last < group]
@@ -338,6 +362,7 @@ class FinishedParts:
             if keep and part not in self._outputs:
                 layer_pass.new_outputs[part] = self._activations.store()
 
+        # Parts that end with this group: their last operators are not pruned yet, but their inputs are final.
         new_inputs: dict[nn.Module, ActivationStore] = {}
         callbacks: dict[nn.Module, Callable[[Tensor], None]] = {}
         for part, last in self._last_group.items():
@@ -351,12 +376,12 @@ class FinishedParts:
             yield
 
         # This line is not reached after an error, so nothing is kept then. Of a part that ran on some batches only,
-        # nothing is kept either. The layer starts again in both cases.
+        # nothing is kept either. In both cases a later pass runs the part.
         num_batches = len(self._activations.calls)
         for part, store in layer_pass.new_outputs.items():
             if len(store) == num_batches:
                 self._outputs[part] = _PartOutputs(store, layer_pass.rests[part])
-                self._inputs.pop(part, None)
+                self._inputs.pop(part, None)  # not needed any more
         for part, store in new_inputs.items():
             if len(store) == num_batches:
                 self._inputs[part] = store
@@ -370,7 +395,10 @@ class _Pass:
         outputs: Mapping[nn.Module, _PartOutputs],
         ends: Mapping[nn.Module, tuple[LinearOperator, Rest]],
     ) -> None:
-        """Begin with outputs that are kept, and with the operators that end parts; both by part."""
+        """Begin with outputs that are kept, and with the operators that end parts; both by part, and only read.
+
+        The caller then fills `waiting` and `new_outputs`, before the layer runs.
+        """
         self._outputs = outputs
         self._ends = ends
         # what is kept of a finished part, batch after batch: its outputs, or the inputs of the operator that ends it
@@ -384,21 +412,24 @@ class _Pass:
     ) -> Any:
         """Return what a finished part returns for the next batch, in place of its own forward pass `forward`.
 
-        If its outputs are kept, nothing runs. If the inputs of its last operator are kept (`self.waiting`), only that
-        operator runs. Otherwise `forward` runs with the other arguments. Appends to `self.new_outputs` if the part is
-        in it.
+        `self.waiting` yields batch after batch what is kept of a part. If these are its outputs (the part is in
+        `self._outputs`), nothing runs. If they are the inputs of its last operator, only that operator (`self._ends`)
+        runs. If nothing is kept, `forward` runs with the other arguments. The output is appended to the part's store in
+        `self.new_outputs`, if it has one, and its rest is noted in `self.rests`.
         """
         if part in self._outputs:
             stored = self._outputs[part]
             first = next(self.waiting[part])
-            is_only_copy = stored.store.staging is None
-            if is_only_copy:
+            # A store with buffers makes a copy for each reader. Otherwise this may be the kept tensor itself.
+            is_kept_itself = stored.store.staging is None
+            if is_kept_itself:
                 first = first.clone()  # the layer may overwrite it
             return _joined(first, stored.rest)
 
         if part in self.waiting:
             operator, rest = self._ends[part]
-            output = _joined(operator.module(next(self.waiting[part])), rest)
+            first = operator.module(next(self.waiting[part]))  # on its inputs of this batch
+            output = _joined(first, rest)
         else:
             output = forward(*arguments, **keywords)
 

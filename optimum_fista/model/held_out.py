@@ -64,7 +64,8 @@ class HeldOut:
         They can't if no sequence has two tokens, if layers pass arguments other than hidden states to the next one, or
         if a run resumes and earlier layers have written to a dictionary that layers share.
 
-        The model runs for this. What is recorded is kept in the object; the model is not changed.
+        The model runs for this, and is not changed. For each network, `self._calls` get the arguments, and
+        `self._streams` the hidden states that enter the first layer, unless `resume` has set those of a later layer.
         """
         resumes = bool(self._streams)  # `resume` has filled them
         # once for each network, because each writes to its own dictionaries
@@ -72,7 +73,7 @@ class HeldOut:
             recorded = record_inputs(self._sweep.layers, self.sequences, self._sweep.storage)
             self._calls[network] = recorded.calls
             self._sweep.returned_besides = recorded.returned_besides
-            self._streams.setdefault(network, recorded.hidden_states)
+            self._streams.setdefault(network, recorded.hidden_states)  # a resumed run has its own
 
         # All arguments of layers, as recorded for the last network: both have arguments of the same kinds.
         values: list[Any] = []
@@ -86,10 +87,10 @@ class HeldOut:
     def resume(self, saved: Mapping[str, Sequence[Tensor]]) -> bool:
         """Resume with the tensors that `to_save` returned after a decoder layer; `False` if they are missing.
 
-        Sets `losses`, and the hidden states that enter the next layer.
+        Sets `self.losses` if they were saved, and the hidden states that enter the next layer (`self._streams`).
         """
         device = execution_device(self._sweep.layers.model.get_input_embeddings())
-        if "losses" in saved:
+        if "losses" in saved:  # one tensor [2]: dense, pruned
             losses_of_networks = saved["losses"][0].tolist()
             self.losses = dict(zip(_NETWORKS, losses_of_networks, strict=True))
         for network in _NETWORKS:
@@ -97,13 +98,15 @@ class HeldOut:
             for hidden in saved.get(f"held_out_{network}", ()):
                 self._streams[network].append(hidden)
         is_measured = bool(self.losses)
-        return is_measured or len(self._streams["pruned"]) == len(self.sequences)
+        has_all_states = len(self._streams["pruned"]) == len(self.sequences)
+        return is_measured or has_all_states
 
     def to_save(self) -> dict[str, list[Tensor]]:
         """The tensors to save after a decoder layer, by name; `resume` takes them.
 
         They are the hidden states that enter the next layer ("held_out_dense", "held_out_pruned"). After the last layer
-        they are the losses ("losses"): one tensor [2], float64, of the dense and of the pruned network.
+        they are the losses ("losses"): one tensor [2], float64, of the dense and of the pruned network. Changes
+        nothing; hidden states are not copied, and stay where they are kept.
         """
         is_measured = bool(self.losses)
         if is_measured:
@@ -117,7 +120,8 @@ class HeldOut:
     def run(self, index: int, network: str) -> None:
         """Run the decoder layer with the number `index`, which must be on its device, as it is now.
 
-        `network` is "dense" or "pruned", as the layer is. Its hidden states are replaced by those after the layer.
+        `network` is "dense" or "pruned", as the layer is. The hidden states of this network (`self._streams`) are
+        replaced by those after the layer. `self._calls` has the layer's other arguments.
         """
         layer = self._sweep.layers.modules[index]
         self._streams[network] = self._sweep.run(
@@ -127,7 +131,8 @@ class HeldOut:
     def measure(self) -> None:
         """Measure the losses of both networks after the last decoder layer has run, and set `self.losses`.
 
-        The model's norm and head run, and are on their device meanwhile.
+        `self._streams` are the hidden states that have left this layer. The model's norm and head run on them, and are
+        on their device meanwhile.
         """
         layers = self._sweep.layers
         norm_and_head = [*layers.around, layers.model.get_output_embeddings()]
@@ -138,7 +143,11 @@ class HeldOut:
             }
 
     def perplexity(self) -> dict[str, Any] | None:
-        """Perplexities of both networks, and bits per byte if known; `None` if one is not measured or not finite."""
+        """Perplexities of both networks, and bits per byte if known; `None` if a loss is not measured or not finite.
+
+        `self.losses` are in nats per token. The result is a part of the report: it also has the number of tokens, and
+        the digest of the sequences. Changes nothing.
+        """
         are_finite = all(math.isfinite(loss) for loss in self.losses.values())
         if not self.losses or not are_finite:
             return None
@@ -161,30 +170,37 @@ def _sequences_to_measure(batches: Sequence[CalibrationBatch]) -> list[Calibrati
     """Take sequences of two tokens and more, without padding, until there are `LEAST_TOKENS` tokens.
 
     They are returned in new batches. Sequences that follow each other, have one length, and have at most
-    `LOGITS_TOGETHER` tokens together, share a batch unless they have images.
+    `LOGITS_TOGETHER` tokens together, share a batch unless they have images. `batches` are not changed.
     """
     groups: list[list[CalibrationBatch]] = []  # of sequences that share a batch
     num_tokens = 0
+    # a batch for each sequence, made when the loop asks for it
     sequences = chain.from_iterable(batch.sequences_without_padding() for batch in batches)
-    for row in sequences:  # a batch of one sequence
+    for sequence in sequences:
         if num_tokens >= LEAST_TOKENS:
             break
-        if row.num_tokens < 2:  # nothing is predicted
+        if sequence.num_tokens < 2:  # nothing is predicted
             continue
-        num_tokens += row.num_tokens
-        if groups and _fits(groups[-1], row):
-            groups[-1].append(row)
+        num_tokens += sequence.num_tokens
+        if groups and _fits(groups[-1], sequence):
+            groups[-1].append(sequence)
         else:
-            groups.append([row])
+            groups.append([sequence])
+    # only a group of one sequence has media
     return [
-        CalibrationBatch(torch.cat([row.input_ids for row in group]), media=group[0].media)
+        CalibrationBatch(
+            torch.cat([sequence.input_ids for sequence in group]), media=group[0].media
+        )
         for group in groups
     ]
 
 
-def _fits(group: Sequence[CalibrationBatch], row: CalibrationBatch) -> bool:
-    """Tell whether a sequence can join a group of sequences in one batch."""
-    has_media = bool(group[0].media or row.media)
-    has_length = group[0].num_tokens == row.num_tokens
-    is_small = (len(group) + 1) * row.num_tokens <= LOGITS_TOGETHER
+def _fits(group: Sequence[CalibrationBatch], sequence: CalibrationBatch) -> bool:
+    """Tell whether a sequence can join a group of sequences in one batch; each is a batch of its own, without padding.
+
+    All must have one length, and at most `LOGITS_TOGETHER` tokens together. A sequence with images stays alone.
+    """
+    has_media = bool(group[0].media or sequence.media)
+    has_length = group[0].num_tokens == sequence.num_tokens
+    is_small = (len(group) + 1) * sequence.num_tokens <= LOGITS_TOGETHER
     return has_length and is_small and not has_media

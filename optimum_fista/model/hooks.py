@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 
 def operator_input(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
-    """The input of a linear operator: the first argument of its call, given by position or else by keyword."""
+    """The input of a linear operator: the first argument of its call, given by position or else by keyword.
+
+    `arguments` and `keywords` are all arguments of the call, as PyTorch passes them to a hook.
+    """
     if arguments:
         return arguments[0]
-    return next(iter(keywords.values()))
+    first_keyword = next(iter(keywords))  # in the order of the call
+    return keywords[first_keyword]
 
 
 def _call_with_input(
@@ -24,7 +28,10 @@ def _call_with_input(
     arguments: tuple[Any, ...],
     keywords: dict[str, Any],
 ) -> None:
-    """Call `callback` with the input of an operator; a forward pre-hook if the first argument is bound."""
+    """Call `callback` with the input of an operator; a forward pre-hook as soon as `callback` is bound by `partial`.
+
+    `arguments` and `keywords` are those of the operator's call; they stay as they are.
+    """
     callback(operator_input(arguments, keywords))
 
 
@@ -33,10 +40,10 @@ def watching(
     inputs: Mapping[nn.Module, Callable[[Tensor], None]],
     hooks: Mapping[nn.Module, Callable[..., None]] | None = None,
 ) -> Iterator[None]:
-    """Inside, call back with the input of operators before they compute, and register forward hooks.
+    """Inside, call back with the input of operators before they compute, and have forward hooks on modules.
 
-    `inputs` are callbacks by the operators' modules, and `hooks` forward hooks of PyTorch by modules. All are removed
-    at the end.
+    `inputs` are callbacks by the operators' modules; each is called with the input tensor. `hooks` are forward hooks of
+    PyTorch by modules. All are removed at the end, also after an error.
     """
     with ExitStack() as registered:
         for module, callback in inputs.items():
@@ -55,7 +62,8 @@ def replaced_forwards(
 
     There is a function for each module. `name` is "forward", or "_old_forward" for one that Accelerate has wrapped.
     """
-    own = [vars(module).get(name) for module in modules]  # of the instance, such as Accelerate's
+    # A module may have a function of its own, such as one of Accelerate; `None` if that of its class is used.
+    own = [vars(module).get(name) for module in modules]
     try:
         for module, forward in zip(modules, forwards, strict=True):
             setattr(module, name, forward)
@@ -64,7 +72,7 @@ def replaced_forwards(
         for module, original in zip(modules, own, strict=True):
             if original is not None:
                 setattr(module, name, original)
-            else:  # the one of its class is used again
+            else:  # without the attribute, the function of the class is used again
                 vars(module).pop(name, None)
 
 
@@ -77,4 +85,4 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module in training:
-            module.training = True
+            module.training = True  # not by `train()`, which changes modules inside, too

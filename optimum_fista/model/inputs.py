@@ -47,7 +47,8 @@ class Addition:
     def to(self, hidden_states: Tensor) -> Tensor:
         """The sum with `hidden_states` [batch, sequence, hidden], as the model computes it; a new tensor.
 
-        `self.tokens` are the numbers of the tokens that something is added to.
+        `self.tokens` are the numbers of the tokens that something is added to, and `self.rows[self.number]` is what is
+        added to them, [tokens, hidden].
         """
         # [batch, sequence, hidden] -> [tokens, hidden]
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -102,7 +103,7 @@ def record_inputs(
     The first layer runs once, to learn the form of its output; nothing after the last layer runs. If decoder layers
     pass more than hidden states to the next one (indices that attention shares, the state of a router), all of them run
     (`runs_layers`), and these arguments are recorded as in the dense network. Hidden states are kept at
-    `storage`; `None`: on the device. `progress` shows a bar.
+    `storage`; `None`: on the device of the embedding. `progress` shows a bar.
 
     While the model runs, the forward passes of its decoder layers are replaced, and offloaded weights around them are
     on the device; both are as before at the end.
@@ -111,6 +112,7 @@ def record_inputs(
     hidden_states = ActivationStore(storage or device, device)
     token_masks: list[Tensor | None] = []
     recorder = _Recorder(layers, runs_layers, storage, calls=[[] for _ in layers.modules])
+    # each records the arguments of one layer, and skips the layer or runs its own forward pass
     forwards = [
         partial(recorder.forward, index, layer.forward)
         for index, layer in enumerate(layers.modules)
@@ -188,15 +190,19 @@ class _Recorder:
     returned_besides: tuple[Any, ...] = ()  # what they return after the hidden states
 
     def record(self, run: Callable[[], Any]) -> None:
-        """Record one batch, on which `run` calls the model: `calls` get one more of each layer, and `first` is set.
+        """Record one batch, on which `run` calls the model.
 
-        What the model adds between layers becomes a part of these calls. `self.additive` are the layers in front of
-        which it was shown to add, on this batch or on earlier ones.
+        `self.calls` get one more of each layer, and `self.first` is what enters the first layer. What the model adds
+        between layers becomes a part of these calls. `self.additive` are the layers in front of which it was shown to
+        add, on this batch or on earlier ones. If there are such layers, skipped layers return zeros, so that only what
+        is added comes out.
         """
+        # by layer, the hidden states before and after a change
         changes = self._pass(run, gives_zeros=bool(self.additive))
         is_new_change = not changes.keys() <= self.additive
         if is_new_change:
             changes = self._prove_sums(run, changes)
+        # With zeros before the change, what is there afterwards was added.
         for index, (_, added) in changes.items():
             self._keep_addition(index, added)
 
@@ -205,10 +211,13 @@ class _Recorder:
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Prove that the model only adds to hidden states in front of layers, by running a batch again.
 
-        `changes` are those of a pass with zeros if sums were known before, otherwise of a pass with hidden states. The
-        other pass follows: x becomes x + d, and 0 becomes 0 + d = d exactly. Returns the changes of the pass with
-        zeros, and adds the layers to `additive`. The pass that follows begins the fields of one pass anew, and records
-        no arguments.
+        `run` calls the model on the batch. `changes` are those of its first pass: by the number of the layer, the
+        hidden states before and after the change. That was a pass with zeros if sums were known before
+        (`self.additive`), otherwise one with hidden states. The other pass follows: x becomes x + d, and 0 becomes
+        0 + d = d exactly.
+
+        Returns the changes of the pass with zeros, and adds the layers to `self.additive`. The second pass begins the
+        fields of one pass anew, and records no arguments.
         """
         gave_zeros = bool(self.additive)
         other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)
@@ -238,10 +247,11 @@ class _Recorder:
     def _keep_addition(self, index: int, added: Tensor) -> None:
         """Make what is `added` [batch, sequence, hidden] in front of a layer a part of its latest call.
 
-        Changes the last entry of `self.calls` of the layer, and appends the rows that are not zero to `self.added`.
+        Changes the last entry of `self.calls` of the layer, and appends the rows that are not zero to its store in
+        `self.added`, which is at `self.storage` or on the layer's device. `index` is the number of the layer.
         """
         flat = added.reshape(-1, added.shape[-1])  # [batch, sequence, hidden] -> [tokens, hidden]
-        tokens = flat.any(-1).nonzero()[:, 0]
+        tokens = flat.any(-1).nonzero()[:, 0]  # numbers of the rows that are not zero
         device = execution_device(self.layers.modules[index])
         if index not in self.added:
             self.added[index] = ActivationStore(self.storage or device, device)
@@ -256,8 +266,9 @@ class _Recorder:
         """Run the model on one batch, and return the changes of hidden states between layers.
 
         They are by the number of the layer in front of which the model makes them: the hidden states before and after.
-        `gives_zeros`: skipped layers return zeros instead of their inputs. `is_repeated`: arguments are recorded
-        already. Begins anew all fields of one pass.
+        `run` calls the model, whose layers call `forward` of this object. `gives_zeros`: skipped layers return zeros
+        instead of their inputs. `is_repeated`: arguments of this batch are recorded already. Begins anew all fields of
+        one pass.
         """
         self.first = None
         self.expected = None
@@ -266,22 +277,27 @@ class _Recorder:
         self.gives_zeros = gives_zeros
         self.is_repeated = is_repeated
         self.met.clear()
-        with suppress(StopForward):
+        with suppress(StopForward):  # raised in the last layer
             run()
         return self.changes
 
     def forward(
         self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any
     ) -> Any:
-        """Replace the forward pass `original` of the decoder layer with a number, and return what that would return.
+        """Record the arguments of the decoder layer number `index`, in place of its forward pass `original`.
 
-        The other arguments are those of the pass. Raises `StopForward` in the last layer, because nothing after it is
-        needed.
+        The other arguments are those of the pass. Returns the layer's output if layers run (`self.runs_layers`).
+        Otherwise the layer is skipped: what it returns has the form of its output, with its input or zeros
+        (`self.gives_zeros`) as hidden states. `original` runs once to show that form. The last layer raises
+        `StopForward`, because nothing after it is needed.
+
+        A call is appended to `self.calls`, unless this batch has been recorded (`self.is_repeated`). Fields of one pass
+        change: `first`, `next`, `expected`, `changes`.
         """
         if arguments:
             hidden_states, *others = arguments
         else:
-            # by keyword: under its usual name, or else the first
+            # All are by keyword: the hidden states have their usual name, or else come first.
             key = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
             hidden_states = keywords.pop(key)
             others = []
@@ -294,6 +310,7 @@ class _Recorder:
 
         layer = self.layers.modules[index]
         if not self.is_repeated:
+            # equal tensors are kept once, on the device of the layer
             device = execution_device(layer)
             kept_keywords = {key: self._intern(value, device) for key, value in keywords.items()}
             kept_others = tuple(self._intern(value, device) for value in others)
@@ -301,9 +318,10 @@ class _Recorder:
         if index == len(self.layers) - 1:
             raise StopForward  # the final norm and the head are not needed
 
-        # a skipped layer returns its input
+        # what leaves a skipped layer
         leaving = torch.zeros_like(hidden_states) if self.gives_zeros else hidden_states
-        if self.runs_layers or self.is_tuple is None:
+        is_form_known = self.is_tuple is not None
+        if self.runs_layers or not is_form_known:
             with onloaded(layer.modules()):
                 output = original(hidden_states, *others, **keywords)
             if self.runs_layers:
@@ -317,9 +335,11 @@ class _Recorder:
     def _check_arguments(self, others: Sequence[Any]) -> None:
         """Raise `_HandsOnMore` if an argument besides the hidden states is what the first layer returned besides them.
 
-        `others` are these arguments; `self.returned_besides` is what the first layer returned.
+        `others` are these arguments; `self.returned_besides` is what the first layer returned when it ran to show the
+        form of its output. Changes nothing.
         """
         for returned in self.returned_besides:
+            # the same object: the model hands it on
             if returned is not None and any(value is returned for value in others):
                 raise _HandsOnMore
 
@@ -329,9 +349,12 @@ class _Recorder:
         self.version = internals.version_of(hidden_states)
 
     def _check_order(self, index: int, hidden_states: Tensor) -> None:
-        """Refuse a layer out of order, or on other hidden states than expected.
+        """Refuse the layer number `index` if it is out of order, or gets other hidden states than expected.
 
-        Other hidden states of the same form may be sums, so they are noted in `self.changes` and proved later.
+        `self.next` is the number of the layer that should be called, and `self.expected` what should enter it, with its
+        version `self.version`; `None` in front of the first layer. Other hidden states of the same form may be sums:
+        they are noted in `self.changes`, and proved to be sums later. If layers run (`self.runs_layers`), they can't be
+        proved, and are refused.
         """
         name = f"{self.layers.name}.{index}"
         if index != self.next:
@@ -345,7 +368,7 @@ class _Recorder:
         is_expected = (
             hidden_states.data_ptr() == expected.data_ptr()
             and hidden_states.shape == expected.shape
-            and internals.version_of(hidden_states) == self.version
+            and internals.version_of(hidden_states) == self.version  # not changed in place
         )
         if is_expected:
             return
@@ -360,8 +383,11 @@ class _Recorder:
     def _intern(self, value: Any, device: torch.device) -> Any:
         """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches.
 
-        Returns `value` with its tensors on the device, each replaced by an equal one if there is one. Tuples and lists
-        are searched; all other values are returned as they are. New tensors are kept in `self.interned`.
+        `value` is an argument of a layer. It is returned with its tensors on the device, each replaced by an equal one
+        if there is one. Tuples and lists are searched; all other values are returned as they are.
+
+        `self.interned` has the tensors that are kept, by properties that are quickly compared, and gets new ones.
+        `self.met` notes which tensors were compared in this pass of the model, by their id.
         """
         if isinstance(value, tuple | list):
             return type(value)(self._intern(item, device) for item in value)
@@ -370,10 +396,10 @@ class _Recorder:
         # Most layers of a batch get the same tensor: compare it once.
         if (id(value), device) not in self.met:
             moved = value.to(device)
-            # Most unequal tensors differ in their last value, so that few are compared whole.
+            # Most unequal tensors differ in their last value. As a part of the key, it spares comparing them whole.
             last = moved.flatten()[-1].item() if moved.numel() else 0.0
             key = (device, tuple(moved.shape), moved.dtype, last)
-            interned = self.interned.setdefault(key, moved)
+            interned = self.interned.setdefault(key, moved)  # is `moved` if the key is new
             is_equal = interned is moved or torch.equal(interned, moved)
             # The pair holds `value`, so that no other tensor gets its id in this pass.
             self.met[id(value), device] = (value, interned if is_equal else moved)
@@ -435,14 +461,18 @@ class LayerActivations:
     device: torch.device = field(init=False)  # where the layer computes
 
     def __post_init__(self) -> None:
-        """Fill in the fields that follow from the others; masks are moved to the layer's device."""
+        """Fill in the fields that follow from the others, and move the masks to the layer's device.
+
+        `self.calls` are the recorded arguments, one for each batch. `self.held_out` may be empty: no batch only
+        measures. `self.token_masks` are bool [batch, sequence], or `None` if a batch has no padding.
+        """
         if not self.held_out:
             self.held_out = [False] * len(self.calls)
         self.device = execution_device(self.layer)
         self.token_masks = [
             None if mask is None else mask.to(self.device) for mask in self.token_masks
         ]
-        # The numbers of the real tokens, found once: selection by a mask makes the host wait for the device each time.
+        # The numbers of the real tokens of each batch, found once: selection by a mask makes the host wait each time.
         self._real_tokens = [
             None if mask is None else mask.reshape(-1).nonzero()[:, 0] for mask in self.token_masks
         ]
@@ -474,8 +504,8 @@ class LayerActivations:
     ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
         """Run the layer from its start up to one of its modules; yields the module's arguments for each batch.
 
-        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. A hook is on the module only while the
-        layer runs.
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. The layer runs on a batch when the
+        caller asks for its arguments. A hook is on the module only while the layer runs. Changes nothing.
         """
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -505,8 +535,8 @@ class LayerActivations:
 
         `experts` is the mixture, a module of the layer. `hidden_states` [batch, sequence, hidden] of each batch enter
         the layer. `see` is called with the number of each batch and its inputs, while these are on the device; by
-        default it does nothing. The returned inputs are kept at `storage`: their `hidden_states`, and the `rows` of
-        these that each expert gets, int64. Modules of the layer run; nothing of it is changed.
+        default it does nothing. The returned inputs are kept at `self.storage`: their `hidden_states`, and the `rows`
+        of these that each expert gets, int64. Modules of the layer run; nothing of it is changed.
         """
         store = self.store()
         assigned_batches: list[AssignedTokens] = []
@@ -518,7 +548,7 @@ class LayerActivations:
             see(batch, assigned)
             on_device = assigned.hidden_states
             store.append(on_device)
-            # Frees the batch on the device. An empty slice would hold its memory.
+            # An empty tensor in its place frees the batch on the device. An empty slice would hold its memory.
             assigned.hidden_states = on_device.new_empty(0, on_device.shape[-1])
 
         # only now have all batches reached the storage
@@ -539,6 +569,9 @@ class LayerActivations:
         If the rows of `activations` are only some tokens of the batch, as of an expert, `tokens` says which, int64
         [rows]. With an `operator`, whose inputs or outputs the activations are, it is an error if there is not a row
         for every token, real or padding.
+
+        `batch` is the number of the batch, whose mask in `self.token_masks` is False for padding; `None`: all tokens
+        are real. `self._real_tokens` has their numbers. The result may share memory with `activations`.
         """
         flat = activations.detach().reshape(-1, activations.shape[-1])
         mask = self.token_masks[batch]
@@ -557,7 +590,8 @@ class LayerActivations:
     def hidden_state_error(self, states: HiddenStates) -> float | None:
         """`|| H* - H ||_F / || H ||_F` over the real tokens to fit; `None` if only one of the two is known.
 
-        `states` leave the layer: H in the dense network, H* in the pruned one.
+        `states` leave the layer: H in the dense network, H* in the pruned one, [batch, sequence, hidden] of each batch.
+        Batches that only measure (`self.held_out`) are left out. Changes nothing.
         """
         if states.dense is None or states.pruned is None:
             return None
@@ -580,9 +614,11 @@ class LayerActivations:
 def cut_states(
     states: HiddenStates, sizes: Sequence[int], storage: Storage, device: torch.device
 ) -> HiddenStates:
-    """The same hidden states in batches of other sizes, kept at `storage` and returned on `device`.
+    """Cut hidden states into smaller batches, kept at `storage` and returned on `device`.
 
-    `sizes` are numbers of sequences. The old hidden states are freed if they are in stores: these are empty afterwards.
+    `states` are those of the dense and of the pruned network, [batch, sequence, hidden] of each batch; one may be
+    `None`. `sizes` are the numbers of sequences of the new batches. They add up to those of the old batches: no new one
+    has sequences of two old ones. The old hidden states are freed if they are in stores: these are empty afterwards.
     """
 
     def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
@@ -593,13 +629,16 @@ def cut_states(
         if stream is None:
             return None
         store = ActivationStore(storage, device)
-        for number, start, end in pieces([len(hidden) for hidden in stream], sizes):
+        # the numbers of sequences; each batch is read for that, and once more for each of its pieces
+        lengths = [len(hidden) for hidden in stream]
+        # a piece is a new batch: sequences `start` to `end` of the old batch with a number
+        for number, start, end in pieces(lengths, sizes):
             store.append(stream[number][start:end])  # [batch, sequence, hidden]
         if isinstance(stream, ActivationStore):
             stream.clear()  # otherwise the run would hold it until the layer is done
         return store
 
-    # before the first pruned layer both streams are the same tensors: cut them once
+    # Before the first pruned layer both streams are the same tensors: they are cut once. A store that was cut is empty.
     are_same = states.pruned is states.dense
     dense = cut(states.dense)
     if are_same:

@@ -45,9 +45,13 @@ class DecoderLayers:
         return iter((f"{self.name}.{i}", module) for i, module in enumerate(self.modules))
 
     def outside(self, *, with_media: bool) -> Sequence[nn.Module]:
-        """The modules around the layers, without the head; `with_media`: also encoders of images and sounds."""
+        """The modules around the layers, without the head; `with_media`: also encoders of images and sounds.
+
+        `self.around` are those of the decoder only, such as embeddings and norms. Changes nothing.
+        """
         if not with_media:
             return self.around
+        # all modules of the model but those of the layers, and the head
         inside = {part for layer in self.modules for part in layer.modules()}
         inside.add(self.model.get_output_embeddings())
         return [module for module in self.model.modules() if module not in inside]
@@ -55,7 +59,8 @@ class DecoderLayers:
     def dense_digest(self, of_layers: Iterable[str | None]) -> str:
         """SHA-256 of the model before it was pruned, from those of its decoder layers, in their order.
 
-        The tensors around the layers are read now: they must still be dense.
+        `of_layers` are digests of the dense layers; `None` stands for a layer without one. The tensors around the
+        layers (`self.names_around`) are read now: they must still be dense.
         """
         around = sha256_of(self.model, self.names_around)
         return combined_sha256([*map(str, of_layers), around])
@@ -68,16 +73,19 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
     several such lists (one may be of a vision encoder), the list of `model.get_decoder()` is taken.
     """
     _require_causal(model)
-    name, layers, decoder = _find_list_of_layers(model)
+    name, layers, decoder = _find_list_of_layers(model)  # such as "model.layers"
+    # modules of the decoder that are neither in a layer nor the head
     inside = {*layers.modules(), model.get_output_embeddings()}
     around = [module for module in decoder.modules() if module not in inside]
     # A model is on the device of its first parameter, as Transformers sees it: inputs go there, so the module with that
     # parameter is needed on the device, too.
     name_of_first, _ = next(iter(model.named_parameters()))
-    owner_of_first = model.get_submodule(name_of_first.rpartition(".")[0])
+    path_of_first, _, _ = name_of_first.rpartition(".")  # without the parameter's own name
+    owner_of_first = model.get_submodule(path_of_first)
     if owner_of_first not in inside.union(around):
         around.append(owner_of_first)
 
+    # Of tied tensors, the keys are names that stand for another tensor, which is in the list itself.
     names_around = [
         tensor_name
         for tensor_name in model.state_dict()
@@ -115,9 +123,13 @@ def _require_causal(model: PreTrainedModel) -> None:
 
 
 def _find_list_of_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList, nn.Module]:
-    """Find the list of decoder layers with its name, and the decoder that it is in; there must be exactly one."""
+    """Find the list of decoder layers with its name, and the decoder that it is in; there must be exactly one list.
+
+    The name is that of the list in the model, such as "model.layers". Changes nothing.
+    """
     decoder: nn.Module = model.get_decoder()
-    # Names of classes that Transformers does not split over devices, because they hold a residual connection.
+    # Names of classes that Transformers does not split over devices, because they hold a residual connection: decoder
+    # layers.
     wanted = internals.classes_not_split(model)
     lists = {
         name: module
@@ -132,11 +144,12 @@ def _find_list_of_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList, nn
             if isinstance(module[0], GradientCheckpointingLayer)
         }
 
-    # Others may be layers of a vision encoder, which may be inside the decoder.
+    # Other lists may be of a vision encoder: outside of the innermost decoder, or a model of its own inside it.
     if len(candidates) > 1:
         decoder = _innermost_decoder(decoder)
         candidates = _inside(decoder, candidates)
     if len(candidates) > 1:
+        # without lists that are in another model inside the decoder
         candidates = {
             name: module
             for name, module in candidates.items()
@@ -152,7 +165,7 @@ def _find_list_of_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList, nn
             f"{type(model).__name__} can't be pruned: looked for one nn.ModuleList of {' or '.join(looked_for)} and "
             f"found {len(candidates)}; its module lists are: {', '.join(descriptions) or 'none'}."
         )
-    ((name, layers),) = candidates.items()
+    ((name, layers),) = candidates.items()  # the only one
     return name, layers, decoder
 
 
@@ -168,14 +181,17 @@ def _inside(module: nn.Module, lists: Mapping[str, nn.ModuleList]) -> dict[str, 
 
 
 def _innermost_decoder(decoder: nn.Module) -> nn.Module:
-    """The decoder of a decoder, if that is a causal language model inside a multimodal one, and so on."""
+    """Find the decoder of a decoder, and so on, until one is its own: it may be a language model in a multimodal one.
+
+    Changes nothing.
+    """
     while isinstance(decoder, PreTrainedModel) and decoder.get_decoder() is not decoder:
         decoder = decoder.get_decoder()
     return decoder
 
 
 def _models_inside(decoder: nn.Module) -> list[PreTrainedModel]:
-    """The models of Transformers inside a decoder, such as a vision encoder."""
+    """Find the models of Transformers inside a decoder, such as a vision encoder; the decoder is not one of them."""
     return [
         module
         for module in decoder.modules()
@@ -186,10 +202,11 @@ def _models_inside(decoder: nn.Module) -> list[PreTrainedModel]:
 def _shared_weights(name: str, layers: nn.ModuleList) -> dict[str, str]:
     """Modules of the decoder layers that share their weight, by name, each with a sentence that names another one.
 
-    `name` is that of the layers, such as "model.layers".
+    `name` is that of the list of layers in the model, such as "model.layers". Changes nothing.
     """
     first_owners: dict[int, str] = {}  # the first module with a parameter, by the parameter's id
     shared: dict[str, str] = {}
+    # every name of a parameter, not only the first one
     for path, parameter in layers.named_parameters(prefix=name, remove_duplicate=False):
         module = path.removesuffix(".weight")
         first = first_owners.setdefault(id(parameter), module)
@@ -226,14 +243,14 @@ def prunable_layers(model: PreTrainedModel, *, loaded: bool = True) -> DecoderLa
 
 
 def _require_plain(name: str, module: nn.Module) -> None:
-    """Refuse a module that is compiled or has an adapter; `name` is the user's, such as "model.lm_head"."""
+    """Refuse a module that is compiled or has an adapter; `name` is for the message, such as "model.lm_head"."""
     if internals.is_compiled(module):  # hooks may not run
         raise UnsupportedArchitectureError(
             f"{name} is compiled (torch.compile): prune the model before it is compiled, and compile the pruned "
             "one. The original is the attribute _orig_mod of the module that torch.compile returned."
         )
     if isinstance(getattr(module, "base_layer", None), nn.Module):
-        # The matrices of an adapter look like operators.
+        # a layer of PEFT, whose own small matrices would be pruned like operators
         raise UnsupportedArchitectureError(
             f"{name} has a PEFT adapter: prune the model first, or merge it before "
             "(model = peft_model.merge_and_unload(); unload() drops it)."
@@ -243,15 +260,17 @@ def _require_plain(name: str, module: nn.Module) -> None:
 def _require_own_memory(model: PreTrainedModel, layers_name: str) -> None:
     """Refuse a model in which a parameter of a decoder layer shares memory with one that it is not tied to.
 
-    Pruning one would change the other, and Transformers can't save them.
+    Pruning one would change the other, and Transformers can't save them. `layers_name` is the name of the list of
+    decoder layers, such as "model.layers". Changes nothing.
     """
     tied_names = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
+    # of each parameter: its device, its first byte, the byte after its last one, and its name
     spans = [
         (*_span_of(parameter), name)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.device.type != "meta" and parameter.numel()
     ]
-    # sorted by device and first byte, so that spans that overlap follow each other
+    # Sorted by device and first byte, spans that overlap follow each other.
     for (device, _, end, name), (next_device, next_start, _, next_name) in pairwise(sorted(spans)):
         overlap = device == next_device and next_start < end
         are_tied = {name, next_name} <= tied_names
@@ -267,32 +286,34 @@ def _require_own_memory(model: PreTrainedModel, layers_name: str) -> None:
 def _span_of(tensor: Tensor) -> tuple[str, int, int]:
     """The device of a tensor, and the addresses of its first byte and of the one after its last element."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    # all elements from the first to the last one in memory, whatever the strides
+    # The number of elements from the first to the last one in memory, those between that are not the tensor's included.
     length = 1 + sum((size - 1) * stride for size, stride in steps)
     start = tensor.data_ptr()
     return str(tensor.device), start, start + length * tensor.element_size()
 
 
 def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
-    """Refuse models whose weights are not plain floating point, or not loaded (if `loaded` is True)."""
-    settings: Any = getattr(model.config, "quantization_config", None)
-    is_dict = isinstance(settings, dict)  # until a model is loaded; then it is an object
-    method = settings.get("quant_method") if is_dict else getattr(settings, "quant_method", None)
+    """Refuse models whose weights are not floating point of 16 bits and more, or not loaded (if `loaded` is True).
+
+    Weights that Accelerate has offloaded count as loaded. Changes nothing.
+    """
+    method = _quantization_method(model)
     # The weights of GGUF files and of packed folders are dense when they are read.
-    if settings is not None and method not in ("gguf", "fista_packed"):
+    is_dense_when_read = method in ("gguf", "fista_packed")
+    if method is not None and not is_dense_when_read:
         raise ValueError(
-            f"model is quantized by {getattr(method, 'value', method)!r}: prune the unquantized model, or pass the "
+            f"model is quantized by {method!r}: prune the unquantized model, or pass the "
             "folder or Hub id, from which one decoder layer after the other is dequantized."
         )
 
-    offloaded = {
-        parameter_name
-        for name, module in model.named_modules()
-        if offload_hook(module)
-        for parameter_name, _ in module.named_parameters(name, recurse=False)
-    }
+    offloaded: set[str] = set()  # full names of parameters
+    for module_name, module in model.named_modules():
+        if offload_hook(module) is not None:
+            parameters = module.named_parameters(prefix=module_name, recurse=False)
+            offloaded.update(name for name, _ in parameters)
     for name, parameter in model.named_parameters():
-        if not parameter.is_floating_point() or parameter.element_size() < 2:
+        has_8_bits = parameter.element_size() < 2  # bytes; integers, or a float8
+        if not parameter.is_floating_point() or has_8_bits:
             raise ValueError(
                 f"{name} has dtype {parameter.dtype}: prune the model in float32, bfloat16 or float16."
             )
@@ -302,8 +323,27 @@ def require_unquantized(model: PreTrainedModel, *, loaded: bool = True) -> None:
             )
 
 
+def _quantization_method(model: PreTrainedModel) -> str | None:
+    """Return how the configuration says that the model is quantized, such as "gptq"; `None`: it is not.
+
+    "unknown" if the configuration has settings that name no method.
+    """
+    settings: Any = getattr(model.config, "quantization_config", None)
+    if settings is None:
+        return None
+    # A dictionary becomes an object when Transformers loads the model.
+    if isinstance(settings, dict):
+        method = settings.get("quant_method", "unknown")
+    else:
+        method = getattr(settings, "quant_method", "unknown")
+    return str(getattr(method, "value", method))  # Transformers has an Enum
+
+
 def token_limits(model: PreTrainedModel) -> tuple[int, int | None]:
-    """Count the token ids with an embedding, and the positions that a sequence may have; `None`: no limit."""
+    """Count the token ids with an embedding, and the positions that a sequence may have; `None`: no limit.
+
+    Changes nothing, and reads only shapes and the configuration.
+    """
     embedding: Any = model.get_input_embeddings()
     config = model.config.get_text_config(decoder=True)
     # With ALiBi, attention depends on distance: a table of positions in the configuration is not used.

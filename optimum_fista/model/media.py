@@ -60,11 +60,14 @@ class MediaArguments:
         """Read the media of one batch, and split them into those of each sequence, without its padding.
 
         `item` is the user's batch, as the model's processor returns it. `ids` are its `input_ids` [batch, sequence],
-        and `real` is False for padding. `where` names the batch in errors, such as "calib_dataloader[3]".
+        and `real`, bool of the same shape, is False for padding. `where` names the batch in errors, such as
+        "calib_dataloader[3]". `self.names` are the arguments of the model that are read, and `self.placeholders` the
+        token ids that mark media, by kind.
 
         Returns for each sequence its arguments, [1, sequence, ...] if they are by token. A sequence without an image
         gets none.
         """
+        # the media arguments of this batch, by name
         given = {
             key: self._read_argument(key, item[key], ids, where)
             for key in item
@@ -72,12 +75,15 @@ class MediaArguments:
         }
         self._require_whole(given, where)
 
-        rows: list[dict[str, Tensor]] = [{} for _ in ids]
-        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
+        rows: list[dict[str, Tensor]] = [{} for _ in ids]  # arguments of each sequence
+        by_kind: dict[str, dict[str, Tensor]] = {
+            kind: {} for kind in _KINDS
+        }  # "video", "audio", "image"
         for key, value in given.items():
             if not _BY_TOKEN.search(key):
                 by_kind[_kind_of(key)][key] = value
                 continue
+            # a value for every token: each sequence has its own
             for row, row_values, row_real in zip(rows, value, real, strict=True):
                 row[key] = row_values[row_real][None]  # [sequence, ...] -> [1, real tokens, ...]
 
@@ -90,12 +96,16 @@ class MediaArguments:
                     f"({dict(self.placeholders)[kind]}): pass both as the model's processor returns them."
                 )
             for row, part in zip(rows, _split(values, counts, where), strict=True):
-                row |= part
+                row |= part  # changes the dictionary in `rows`
 
         return [row if _says_something(row) else {} for row in rows]
 
     def lacking(self, given: Iterable[str]) -> list[str]:
-        """Names of arguments that the model takes for the kinds of media that are `given`, and that are not given."""
+        """Names of arguments that the model takes for the kinds of media that are given, and that are not given.
+
+        `given` are names of arguments that a batch has. `self.names` are all media arguments of the model. Settings of
+        its forward pass, which no processor returns, are left out. Changes nothing.
+        """
         names = set(given)
         kinds = {_kind_of(name) for name in names if not _BY_TOKEN.search(name)}
         return sorted(
@@ -105,7 +115,10 @@ class MediaArguments:
         )
 
     def _read_argument(self, key: str, value: Any, ids: Tensor, where: str) -> Tensor:
-        """Read one argument of a batch as a tensor, and check its shape against `ids` [batch, sequence]."""
+        """Read one argument of a batch as a tensor, and check its shape against `ids` [batch, sequence].
+
+        `value` is what the user passes under the name `key`, such as "pixel_values"; `where` names the batch in errors.
+        """
         tensor = as_tensor(
             value, where, key, advice="what the model's processor returns with return_tensors='pt'"
         )
@@ -113,8 +126,9 @@ class MediaArguments:
             raise ValueError(f"{where}: {key} holds NaN or Inf: pass another image or sound.")
 
         is_by_token = bool(_BY_TOKEN.search(key))
-        if is_by_token and len(ids) == 1 and tensor.shape[:1] == ids.shape[1:]:
-            tensor = tensor[None]  # [sequence] -> [1, sequence]
+        lacks_batch = tensor.shape[:1] == ids.shape[1:]  # [sequence, ...]
+        if is_by_token and len(ids) == 1 and lacks_batch:
+            tensor = tensor[None]  # [sequence, ...] -> [1, sequence, ...]
 
         fits = tensor.shape[:2] == ids.shape if is_by_token else tensor.ndim > 0
         if not fits:
@@ -127,19 +141,25 @@ class MediaArguments:
     def _require_whole(self, given: Mapping[str, Tensor], where: str) -> None:
         """Refuse a batch on which the model would run without seeing its images and sounds, or see them wrongly.
 
-        Other missing arguments end in an error of the model (`CalibrationBatch.run`).
+        `given` are the media arguments of the batch by name, and `self.names` all that the model takes. A batch is
+        refused if it describes images but lacks the images themselves (`_VALUES`), or if it has images but not the
+        types of its tokens (`_TYPES_OF_TOKENS`). Other missing arguments end in an error of the model
+        (`CalibrationBatch.run`). `where` names the batch in errors, such as "calib_dataloader[3]".
         """
         for kind in _KINDS:
             of_kind = [key for key in given if _kind_of(key) == kind and not _BY_TOKEN.search(key)]
+            # names under which the model takes the images or sounds themselves
             values = sorted(
                 name for name in self.names if _VALUES.search(name) and _kind_of(name) == kind
             )
-            if of_kind and values and not given.keys() & set(values):
+            has_values = any(name in given for name in values)
+            if of_kind and values and not has_values:
                 raise ValueError(
                     f"{where} holds {' and '.join(of_kind)}, but no {' or '.join(values)}: pass all that the model's "
                     "processor returns for these ids."
                 )
 
+        # images and sounds of any kind in this batch
         values = [key for key in given if _VALUES.search(key)]
         for name in _TYPES_OF_TOKENS:
             if values and name in self.names and name not in given:
@@ -149,7 +169,10 @@ class MediaArguments:
                 )
 
     def _count_placeholders(self, kind: str, ids: Tensor) -> list[int]:
-        """Count the tokens in each row of `ids` [batch, sequence] that mark media of a kind."""
+        """Count the tokens in each row of `ids` [batch, sequence] that mark media of a kind, such as "image".
+
+        `self.placeholders` are pairs of a kind and the id of a token that marks it. A kind may have several, or none.
+        """
         marks = torch.zeros_like(ids)
         for name, token in self.placeholders:
             if name == kind:
@@ -162,7 +185,11 @@ TEXT_ONLY = MediaArguments()
 
 
 def media_arguments(model: PreTrainedModel) -> MediaArguments:
-    """Find which arguments of a model's forward pass hold media, by their names."""
+    """Find which arguments of a model's forward pass hold media, by their names; none for a model of text.
+
+    If any name speaks of images or sounds, all arguments count but those that every model of text has (`_NOT_MEDIA`).
+    The configuration says which tokens mark media. Changes nothing.
+    """
     names = [
         name
         for name in inspect.signature(type(model).forward).parameters
@@ -178,11 +205,12 @@ def cut_sequence(
 ) -> dict[str, Tensor] | None:
     """Cut a batch of one sequence, as a processor returns it, at `length` tokens.
 
-    Returns `None` if the cut tokens are of an image, or may be, because the configuration names no placeholder token.
+    `config` is that of the model. Returns a new dictionary, with views of the tensors. Returns `None` if one of the
+    tokens after `length` belongs to an image, or may do so because the configuration names no placeholder token.
     """
-    ids = batch["input_ids"]
+    ids = batch["input_ids"]  # [1, sequence]
     if ids.shape[1] > length:
-        marks = [token for _, token in _placeholders(config)]
+        marks = [token for _, token in _placeholders(config)]  # ids of tokens that mark media
         if not marks or torch.isin(ids[:, length:], torch.tensor(marks)).any():
             return None
 
@@ -194,7 +222,10 @@ def cut_sequence(
 
 
 def targets_of(ids: Tensor, config: PreTrainedConfig) -> Tensor:
-    """The tokens to predict: `ids`, with -100 (no loss) in place of those that mark images."""
+    """The tokens to predict: `ids`, with -100 (no loss) in place of those that mark images and other media.
+
+    `ids` are int64 of any shape, and `config` is that of the model. If no token marks media, `ids` itself is returned.
+    """
     marks = [token for _, token in _placeholders(config)]
     if not marks:
         return ids
@@ -202,9 +233,12 @@ def targets_of(ids: Tensor, config: PreTrainedConfig) -> Tensor:
 
 
 def _placeholders(config: PreTrainedConfig) -> list[tuple[str, int]]:
-    """The token ids in a configuration that mark media, each with its kind; no pair twice."""
+    """The token ids in a configuration that mark media, each with its kind; no pair twice.
+
+    An example is ("image", 151655), from the entry `image_token_id`.
+    """
     pairs = []
-    for kind in _KINDS:
+    for kind in _KINDS:  # "video", "audio", "image"
         for word in ("id", "index"):
             token = getattr(config, f"{kind}_token_{word}", None)
             if isinstance(token, int):
@@ -215,8 +249,8 @@ def _placeholders(config: PreTrainedConfig) -> list[tuple[str, int]]:
 def as_tensor(value: Any, where: str, key: str, advice: str) -> Tensor:
     """Read an argument of a batch as a tensor that gradients can be computed with.
 
-    `where` and `key` name the argument in errors, such as "calib_dataloader[3]" and "pixel_values"; `advice` says what
-    to pass instead.
+    `value` is a tensor, an array or nested lists. `where` and `key` name the argument in errors, such as
+    "calib_dataloader[3]" and "pixel_values"; `advice` says what to pass instead. The result may share memory with it.
     """
     try:
         tensor = torch.as_tensor(value)
@@ -234,7 +268,7 @@ def _kind_of(name: str) -> str:
 
 
 def _says_something(row: Mapping[str, Tensor]) -> bool:
-    """Tell whether the media arguments of a sequence are more than the zeros that mark all tokens as text."""
+    """Tell whether the media arguments of a sequence, by name, are more than zeros that mark all its tokens as text."""
     return any(value.any() or not _BY_TOKEN.search(key) for key, value in row.items())
 
 
@@ -263,6 +297,7 @@ def _split(
     # The number of the first patch of each image. One more entry, the number of all patches, ends the last image.
     patch_bounds = [0, *accumulate(patches)]
     num_patches = patch_bounds[-1]
+    # whether each argument has a row for every image, or for every patch
     have_rows = all(len(value) in (num_images, num_patches) for value in values.values())
     # of each sequence, its first image and the first one after it; None if they can't be told
     images_of_sequences = _images_of_sequences(
@@ -289,7 +324,10 @@ def _split(
 
 
 def _grid_of(values: Mapping[str, Tensor]) -> Tensor | None:
-    """The argument [images, 2 or 3] with the numbers of patches of each image along its axes, if there is one."""
+    """The argument [images, 2 or 3] with the numbers of patches of each image along its axes, or `None`.
+
+    `values` are arguments by name; one like `image_grid_thw` (time, height, width) is looked for.
+    """
     for key, value in values.items():
         if key.endswith(("grid_thw", "grid_hw")):
             return value
@@ -297,11 +335,14 @@ def _grid_of(values: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def _patches_of_images(values: Mapping[str, Tensor]) -> list[int]:
-    """Count the patches of each image; without a grid, each image counts as one."""
+    """Count the patches of each image; without a grid, each image counts as one.
+
+    `values` are the arguments of one kind of media by name, such as `pixel_values`; there is at least one.
+    """
     grid = _grid_of(values)
     if grid is None:
-        num_images = len(next(iter(values.values())))
-        return [1] * num_images
+        any_argument = next(iter(values.values()))  # [images, ...]
+        return [1] * len(any_argument)
     patches: list[int] = grid.prod(-1).tolist()
     return patches
 
@@ -314,6 +355,7 @@ def _tokens_follow_patches(values: Mapping[str, Tensor]) -> bool:
     """
     if _grid_of(values) is not None:
         return True
+    # Images themselves are floating point; in one tensor they have one size. Other arguments describe them.
     return all(
         value.is_floating_point() or bool((value == value[:1]).all()) for value in values.values()
     )
@@ -322,11 +364,11 @@ def _tokens_follow_patches(values: Mapping[str, Tensor]) -> bool:
 def _images_of_sequences(
     counts: Sequence[int], patches: Sequence[int], *, tokens_follow_patches: bool
 ) -> list[tuple[int, int]] | None:
-    """Find the first image of each sequence, and the first one after it; `None` if they can't be told.
+    """Find for each sequence the number of its first image, and of the first one after it; `None` if unclear.
 
-    `counts` are the numbers of placeholder tokens of the sequences, `patches` those of patches of the images. If tokens
-    are in proportion to patches (`tokens_follow_patches`), a sequence ends with the image at which the same share of
-    all tokens and of all patches is reached.
+    `counts` are the numbers of placeholder tokens of the sequences, and `patches` are the numbers of patches of the
+    images. If tokens are in proportion to patches (`tokens_follow_patches`), a sequence ends with the image at which
+    the same share of all tokens and of all patches is reached.
     """
     num_tokens = sum(counts)
     num_patches = sum(patches)
@@ -334,16 +376,17 @@ def _images_of_sequences(
     are_marked_alike = all(counts) or num_tokens == 0
     one_each = len(patches) == len(counts) and are_marked_alike
     if one_each:
-        return list(pairwise(range(len(counts) + 1)))
+        return list(pairwise(range(len(counts) + 1)))  # (0, 1), (1, 2), ...
     if num_tokens == 0 or not tokens_follow_patches:
         return None
 
     # The number of images before a place, by the share of patches before it. A sequence ends where the share of tokens
-    # is equal: tokens_before / num_tokens = patches_before / num_patches, written without a division.
+    # is equal: tokens_before / num_tokens = patches_before / num_patches. Times both totals, these are integers.
     images = {
         patches_before * num_tokens: image
         for image, patches_before in enumerate([0, *accumulate(patches)])
     }
+    # of each sequence, the number of images up to its end; None if no image ends there
     ends = [images.get(tokens_before * num_patches) for tokens_before in accumulate(counts)]
     known_ends = [end for end in ends if end is not None]
     if len(known_ends) < len(ends):

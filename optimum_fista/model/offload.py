@@ -27,7 +27,10 @@ from optimum_fista import internals
 
 
 def execution_device(module: nn.Module) -> torch.device:
-    """Find where a module computes: the device of its first weight, or the one to which Accelerate moves it."""
+    """Find where a module computes: the device of its first weight, or the one to which Accelerate moves it.
+
+    If the weight is on the meta device and nothing is offloaded, that is the meta device. Changes nothing.
+    """
     parameter = next(module.parameters())
     if parameter.device.type != "meta":
         return parameter.device
@@ -41,7 +44,7 @@ def execution_device(module: nn.Module) -> torch.device:
 def stored_tensor(module: nn.Module, name: str) -> Tensor:
     """Read a parameter or buffer of a module, or of one inside it, from where it is kept.
 
-    The tensor is not a copy if it is in memory.
+    `name` is relative to the module, such as "mlp.down_proj.weight". The tensor is not a copy if it is in memory.
     """
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
@@ -70,12 +73,13 @@ def store_tensor(
 
     First, `keep_undo` is called with a function that puts the old value back. The new value is rounded to the dtype of
     the old one. The checkpoint from which the model was loaded is never changed: the new value goes to a new file, in a
-    temporary folder if the model has no offload folder. `module` is the one that has the parameter itself.
+    temporary folder if the model has no offload folder. `module` is the one that has the parameter itself, and `name`
+    its name there, such as "weight".
     """
-    data, key = _whole_map(module, name)
+    data, key = _whole_map(module, name)  # of the whole model, and the tensor's full name in it
     if not isinstance(data, OffloadedWeightsLoader):
         _store_in_memory(data, key, value, keep_undo)
-    elif key in data.state_dict:
+    elif key in data.state_dict:  # the tensors that are in memory
         _store_in_memory(data.state_dict, key, value, keep_undo)
     else:
         _store_on_disk(data, key, value, keep_undo)
@@ -87,7 +91,10 @@ def _store_in_memory(
     value: Tensor,
     keep_undo: Callable[[Callable[[], None]], None],
 ) -> None:
-    """Replace the tensor `key` of a dictionary by a copy of `value`; see `store_tensor` for `keep_undo`."""
+    """Replace the tensor `key` of a dictionary by a copy of `value`, in CPU memory and in the old tensor's dtype.
+
+    First, `keep_undo` is called with a function that puts the old tensor back.
+    """
     before = tensors[key]  # no copy: the dictionary gets a new tensor
 
     def restore() -> None:
@@ -106,8 +113,8 @@ def _store_on_disk(
 ) -> None:
     """Write `value` to a file for the tensor `key`, and change its entry in the index of `data`.
 
-    `keep_undo` is that of `store_tensor`. Makes a temporary folder if `data` has none to write to; it is removed with
-    the model.
+    `data` is what Accelerate reads offloaded weights from. First, `keep_undo` is called with a function that puts the
+    old value back. Makes a temporary folder if `data` has none to write to; it is removed with the model.
     """
     old_entry: dict[str, Any] = dict(data.index[key])
     is_in_checkpoint = old_entry.get("safetensors_file") is not None
@@ -119,7 +126,8 @@ def _store_on_disk(
         data.save_folder = folder.name
         data.kept_by = folder  # so that the folder is removed with the model
 
-    names_dtype = "dtype" in old_entry  # such as "bfloat16"
+    # The new value gets the dtype of the old one, which the entry may name, such as "bfloat16".
+    names_dtype = "dtype" in old_entry
     dtype = getattr(torch, old_entry["dtype"], value.dtype) if names_dtype else data[key].dtype
 
     def restore() -> None:
@@ -132,6 +140,7 @@ def _store_on_disk(
         data.index[key] = old_entry
 
     keep_undo(restore)  # before anything is written, so that an interrupt in between loses nothing
+    # writes the file, and the entry of the index
     offload_weight(value.detach().to("cpu", dtype), key, data.save_folder, data.index)
 
 
@@ -139,10 +148,15 @@ def _store_on_disk(
 def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator[None]:
     """Inside, the weights of modules stay on their device; the hooks of Accelerate leave them there.
 
-    Modules whose weights are not offloaded, or are onloaded already, are left alone. If `writable`, onloaded weights
-    are copies even if they are kept on that device. If not, they may be the kept ones, so do not write to them. Changes
-    of copies are lost at the end unless they were stored by `store_tensor`.
+    `modules` are single ones, such as all modules of a decoder layer; modules inside them do not follow. Modules whose
+    weights are not offloaded, or are onloaded already, are left alone. If `writable`, onloaded weights are copies even
+    if they are kept on that device. If not, they may be the kept ones, so do not write to them. Changes of copies are
+    lost at the end unless they were stored by `store_tensor`.
+
+    Until the end, parameters of the modules are replaced, and their hooks do nothing; also after an error both are as
+    before.
     """
+    # modules whose weights are onloaded here, with their hook and the names of these weights
     brought: list[tuple[nn.Module, AlignDevicesHook, list[str]]] = []
     try:
         for module in modules:
@@ -155,7 +169,7 @@ def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator
                     remove_non_persistent=True,
                 )
                 names = [name for name, _ in tensors]
-                # before the first is loaded, so that an error removes all
+                # noted before the first is loaded, so that after an error all are taken off the device
                 brought.append((module, hook, names))
                 for name in names:
                     value = hook.weights_map[name].to(hook.execution_device, copy=writable)
@@ -169,7 +183,7 @@ def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator
         for module, hook, names in brought:
             hook.offload = True
             for name in names:
-                set_module_tensor_to_device(module, name, "meta")
+                set_module_tensor_to_device(module, name, "meta")  # frees it on the device
 
 
 def settle_ties(model: PreTrainedModel) -> None:
@@ -180,17 +194,19 @@ def settle_ties(model: PreTrainedModel) -> None:
     to. A weight that is stored only under another weight's name is also found under its own name: the index of
     Accelerate gets an entry. Transformers does this for weights in memory, but not for weights on disk.
     """
+    # such as "lm_head.weight": "model.embed_tokens.weight"
     for target, source in list(model.all_tied_weights_keys.items()):
         path, _, leaf = target.rpartition(".")
         owner = model.get_submodule(path)
-        if not getattr(owner, leaf).is_meta:
+        if not getattr(owner, leaf).is_meta:  # it is not offloaded
             continue
         source_parameter = model.get_parameter(source)
         data, _ = _whole_map(owner, leaf)
+        # The checkpoint may have the value only under the name `target`.
         is_on_disk = isinstance(data, OffloadedWeightsLoader) and target in data.index
         if is_on_disk and source not in data.state_dict:
             data.index.setdefault(source, data.index[target])
-        if getattr(owner, leaf) is source_parameter:
+        if getattr(owner, leaf) is source_parameter:  # they are one parameter already
             continue
         if torch.equal(stored_tensor(model, target), stored_tensor(model, source)):
             setattr(owner, leaf, source_parameter)
@@ -199,7 +215,11 @@ def settle_ties(model: PreTrainedModel) -> None:
 
 
 def describe_ties(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-    """Set `config.tie_word_embeddings` to False if the model's head is not tied although the class would tie it."""
+    """Set `config.tie_word_embeddings` to False if the model's head is not tied although the class would tie it.
+
+    `config` is the configuration that will be saved; nothing else is changed.
+    """
+    # empty if the model was loaded with weights that differ (`settle_ties`)
     has_ties = bool(model.all_tied_weights_keys)
     if not has_ties and model.get_expanded_tied_weights_keys(all_submodels=True):
         config.tie_word_embeddings = False
@@ -208,28 +228,29 @@ def describe_ties(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 def move_execution(model: nn.Module, device: torch.device) -> None:
     """Make an offloaded model compute on another device, and move there what is not offloaded, such as buffers.
 
-    Changes the hooks of Accelerate and the tensors of the model.
+    Changes the hooks of Accelerate, and which device the model's tensors are on. Offloaded weights stay where they are.
     """
     for module in model.modules():
         for hook in alignment_hooks(module):
             if hook.execution_device is not None:
                 hook.execution_device = device
+        # tensors of this module alone; those on the meta device are offloaded
         for name, tensor in named_module_tensors(module):
             if tensor.device.type != "meta":
                 set_module_tensor_to_device(module, name, device)
 
 
 def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
-    """The hooks by which Accelerate brings a module's weights and inputs to its device."""
-    hook = internals.hook_of(module)
+    """The hooks by which Accelerate brings a module's weights and inputs to its device; there may be none."""
+    hook = internals.hook_of(module)  # one, or several in a sequence, or None
     hooks = hook.hooks if isinstance(hook, SequentialHook) else [hook]
     return [one for one in hooks if isinstance(one, AlignDevicesHook)]
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook through which Accelerate keeps the weights of a module itself elsewhere, even if they are onloaded.
+    """Find the hook through which Accelerate keeps the weights of a module itself elsewhere (`weights_map`).
 
-    `None` if they are not offloaded.
+    They may be onloaded now. Returns `None` if they are not offloaded at all. Weights of modules inside do not count.
     """
     for hook in alignment_hooks(module):
         if hook.weights_map is not None:
@@ -241,7 +262,7 @@ def _whole_map(module: nn.Module, name: str) -> tuple[Any, str]:
     """Find the map from which Accelerate reads the offloaded weights of the whole model, and a tensor's name in it.
 
     The map is an `OffloadedWeightsLoader` (`state_dict`: tensors in memory, `index`: where the others are on disk), or
-    a dictionary of tensors in memory. `name` is that of the tensor in `module`.
+    a dictionary of tensors in memory. `module` is offloaded, and `name` is that of the tensor in it, such as "weight".
     """
     hook = offload_hook(module)
     assert hook is not None

@@ -39,16 +39,16 @@ class LinearOperator:
     ) -> None:
         """Name the weight `tensor` of `owner`, by default of `module`; nothing is copied.
 
-        `transposed` says that it is stored as [in, out]; `None`: if the module is a `Conv1D`.
+        `name` is the operator's in the model, such as "model.layers.3.mlp.down_proj". `transposed` says that the weight
+        is stored as [in, out]; `None`: if the module is a `Conv1D`.
         """
         self.name = name
         self.module = module
         self.owner = module if owner is None else owner
         self.tensor = tensor
         self.transposed = isinstance(module, Conv1D) if transposed is None else transposed
-        stored_shape = self.parameter.shape
-        out, columns = stored_shape[::-1] if self.transposed else stored_shape
-        self.shape: tuple[int, int] = (out, columns)
+        rows, columns = self.parameter.shape
+        self.shape: tuple[int, int] = (columns, rows) if self.transposed else (rows, columns)
 
     @property
     def parameter(self) -> Tensor:
@@ -60,22 +60,31 @@ class LinearOperator:
         return stored
 
     def read(self) -> Tensor:
-        """Read a float32 copy of the weight, [out, in], to the device where it computes."""
+        """Read a float32 copy of the weight, [out, in], to the device where it computes.
+
+        The weight is the tensor `self.tensor` of `self.owner`, or a part of it; it may be offloaded. Changes nothing.
+        """
         stored = self.select(stored_tensor(self.owner, self.tensor))
-        # moved in its own dtype, which may take half the bytes
+        # Moved in its own dtype, which may take half the bytes of float32.
         weight = stored.to(execution_device(self.owner))
-        is_same_tensor = weight is stored
+        is_same_tensor = weight is stored  # then float32 weights must be copied
         if self.transposed:
             weight = weight.T
         return weight.to(torch.float32, copy=is_same_tensor).contiguous()
 
     def write(self, weight: Tensor) -> None:
-        """Overwrite the weight in place with `weight` [out, in], rounded to the parameter's dtype."""
+        """Overwrite the weight in place with `weight` [out, in], rounded to the parameter's dtype.
+
+        The parameter must be in memory: an offloaded one is onloaded by the caller.
+        """
         # `.data`, because a parameter that requires gradients refuses changes in place.
         self.parameter.data.copy_(weight.T if self.transposed else weight)
 
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
-        """Compute `W x` from the module's outputs `W x + b`, [tokens, out]; float32 if there is a bias."""
+        """Compute `W x` [tokens, out] from the module's `outputs` `W x + b` [..., out].
+
+        The result is float32 if there is a bias. Otherwise it shares memory with `outputs`.
+        """
         num_outputs, _ = self.shape
         flat = outputs.detach().reshape(-1, num_outputs)  # [batch, sequence, out] -> [tokens, out]
         bias = getattr(self.module, "bias", None)
@@ -89,10 +98,14 @@ Group = list[LinearOperator]
 
 
 def require_finite(operators: Sequence[LinearOperator]) -> None:
-    """Refuse weights that hold NaN or Inf. Changes nothing; the host waits once for all operators."""
+    """Refuse weights that hold NaN or Inf. Changes nothing; the host waits once for all operators.
+
+    All weights must be in memory, on any devices.
+    """
     if not operators:
         return
     device = operators[0].parameter.device
+    # one boolean for each operator
     finite = torch.stack(
         [torch.isfinite(operator.parameter).all().to(device) for operator in operators]
     )

@@ -58,7 +58,7 @@ def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Pro
     if device.type != "cpu":
         # TensorFloat-32 keeps 11 significant bits of a number. A number of 16 bits (bfloat16, float16) has no more, so
         # products of such numbers lose nothing. Float32 numbers lose their other bits.
-        # such as torch.cuda; None if there is none
+        # The module is torch.cuda or one like it; None if there is none.
         device_module: Any = getattr(torch, device.type, None)
         if not hasattr(device_module, "is_tf32_supported"):
             return "float32"
@@ -76,7 +76,10 @@ def choose_products(name: str, device: torch.device, stored: torch.dtype) -> Pro
 
 
 def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has units that multiply matrices of this 16-bit dtype at least as fast as float32 ones."""
+    """Tell whether a device multiplies matrices of this 16-bit dtype at least as fast as float32 ones.
+
+    Accelerators do. On a CPU, oneDNN must have functions for the dtype; nothing is measured.
+    """
     if device.type != "cpu":
         return True
     if not internals.onednn_multiplies(dtype):
@@ -90,9 +93,10 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 
 @contextmanager
 def products_as(products: Products) -> Iterator[None]:
-    """Inside, `quick_products` are computed in this way; "widened" holds for all products of 16-bit matrices inside.
+    """Inside, matrices in a `quick_products` context are multiplied in the way `products`.
 
-    Sets a context variable, and sets it back at the end.
+    "widened" is active at once, for all products of 16-bit matrices inside, also without `quick_products`. Sets the
+    context variable `_PRODUCTS`, and sets it back at the end.
     """
     token = _PRODUCTS.set(products)
     try:
@@ -111,22 +115,29 @@ class _Widened(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call a function of PyTorch, in float32 if it multiplies 16-bit matrices of the CPU."""
+        """Call a function of PyTorch, in float32 if it multiplies 16-bit matrices of the CPU.
+
+        PyTorch calls this in place of every function `func`, which would get `args` and `kwargs`. `_WIDENED` are names
+        of functions that multiply matrices. They get float32 copies, and their result is rounded to the 16-bit dtype;
+        the tensors themselves are not changed. All other functions are called as they are.
+        """
         kwargs = kwargs or {}
+        # with `out`, the result would have to go into a tensor of 16 bits
         is_product = getattr(func, "__name__", "") in _WIDENED and "out" not in kwargs
         if not is_product:
             return func(*args, **kwargs)
-        values = internals.leaves_of((args, kwargs))
+        values = internals.leaves_of((args, kwargs))  # everything inside lists and tuples
         tensors = [value for value in values if isinstance(value, Tensor)]
-        first_half = next(filter(_is_half, tensors), None)
-        if first_half is None or first_half.device.type != "cpu":
+        half_tensors = [tensor for tensor in tensors if _is_half(tensor)]
+        if not half_tensors or half_tensors[0].device.type != "cpu":
             return func(*args, **kwargs)
         if func is nn.functional.linear:
             inputs, weight, bias = _arguments_of_linear(*args, **kwargs)
             if bias is None and _is_widened_in_parts(weight):
+                # a head: its float32 copy would take much memory
                 return _LinearInParts.apply(inputs, weight)
         wide_args, wide_kwargs = internals.tensors_replaced((args, kwargs), _widened)
-        return func(*wide_args, **wide_kwargs).to(first_half.dtype)
+        return func(*wide_args, **wide_kwargs).to(half_tensors[0].dtype)
 
 
 def _arguments_of_linear(
@@ -137,7 +148,10 @@ def _arguments_of_linear(
 
 
 def _is_widened_in_parts(weight: Tensor) -> bool:
-    """Whether a matrix has 16 bits, gets no gradient, and is so large that it is widened a few rows at a time."""
+    """Tell whether a matrix is widened a few rows at a time: it is large, has 16 bits, and gets no gradient.
+
+    Large are more than `WEIGHTS_WIDENED_TOGETHER` weights.
+    """
     gets_gradient = torch.is_grad_enabled() and weight.requires_grad
     is_large = weight.ndim == 2 and weight.numel() > WEIGHTS_WIDENED_TOGETHER
     return is_large and _is_half(weight) and not gets_gradient
@@ -151,11 +165,16 @@ class _LinearInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Multiply `inputs` [..., in] with the transposed `weight` [out, in]; its dtype is that of `weight`."""
-        ctx.save_for_backward(weight)
+        """Multiply `inputs` [..., in] with the transposed `weight` [out, in]; returns [..., out] in the weight's dtype.
+
+        Some rows of the weight at a time are copied to float32. `ctx` is PyTorch's context of the call, which keeps the
+        weight for `backward`.
+        """
+        ctx.save_for_backward(weight)  # not the inputs, because the weight gets no gradient
         wide_inputs = inputs.float()
         outputs = weight.new_empty(*inputs.shape[:-1], len(weight))
-        for rows in _parts_of_rows(weight):
+        for rows in _parts_of_rows(weight):  # slices
+            # the assignment rounds the float32 product to 16 bits
             outputs[..., rows] = nn.functional.linear(wide_inputs, weight[rows].float())
         return outputs
 
@@ -165,6 +184,7 @@ class _LinearInParts(torch.autograd.Function):
 
         It is the product of the gradient with respect to the outputs and the matrix [out, in], summed in float32 over
         parts of the rows, and rounded once. `outward` has the gradient with respect to the outputs [..., out] only.
+        `ctx` is PyTorch's context, in which `forward` has kept the matrix.
         """
         (gradient,) = outward  # a function with one output has one gradient
         (weight,) = ctx.saved_tensors
@@ -195,6 +215,8 @@ def _is_half(tensor: Tensor) -> bool:
 def quick_products() -> Iterator[None]:
     """Inside, matrices are multiplied as the run has chosen (`products_as`); results keep their dtype.
 
+    The choice is in the context variable `_PRODUCTS`, "float32" outside of a run.
+
     "float32" changes nothing: the process's own setting counts. "widened" activates `_Widened`. "tf32" and "bfloat16"
     set `torch.set_float32_matmul_precision`, which holds for the whole process. All is set back at the end.
     """
@@ -218,15 +240,17 @@ def quick_products() -> Iterator[None]:
 
 
 def as_multiplied(values: Tensor) -> Tensor:
-    """Round values as `quick_products` does; the result is float32.
+    """Round values as `quick_products` does; the result is float32, and is `values` itself if nothing changes.
 
-    Sums of squares and of products must use the same numbers, because an error is a small difference between them.
+    Sums of squares and of products must use the same numbers, because an error is a small difference between them. How
+    matrices are multiplied is the run's choice (`products_as`).
     """
     products = _PRODUCTS.get()
     if products == "bfloat16" and values.dtype != torch.bfloat16:
         return values.to(torch.bfloat16).float()
     if products == "tf32" and not _is_half(values):
-        # to 10 bits of the 23 that are stored after the first one: add half of the last kept bit, and cut the others
+        # Of the 23 bits that are stored after the first one, 10 stay. To round, half of the last of these is added to
+        # the number as an integer; then the other 13 bits are set to zero.
         bits = values.float().view(torch.int32)
         half_of_last_bit = 2**12
         all_but_13_bits = -(2**13)
@@ -238,7 +262,7 @@ def in_few_sizes(rows: Tensor) -> Tensor:
     """Append rows of zeros to [rows, ...] before a product by oneDNN, so that products have few different shapes.
 
     oneDNN keeps half a MiB for each shape of a product, and an expert gets any number of tokens. Returns `rows` itself
-    if nothing has to be appended.
+    if nothing has to be appended: for a multiple of 16 rows or the like, and if oneDNN does not compute the product.
     """
     products = _PRODUCTS.get()
     # Float32 products are those of MKL, which keeps nothing.
@@ -246,10 +270,10 @@ def in_few_sizes(rows: Tensor) -> Tensor:
     if rows.device.type != "cpu" or is_float32:
         return rows
     count = len(rows)
-    # rounded up to a multiple of 16; above 128 rows, of a quarter of a power of two
+    # The number of rows becomes a multiple of `step`: of 16, and above 128 rows of an eighth of the next power of two.
     exponent = max(4, (count - 1).bit_length() - 3)
     step = 2**exponent
-    num_missing = -count % step
+    num_missing = -count % step  # up to the next multiple
     if not num_missing:
         return rows  # not copied
     # `pad` takes a pair for each dimension, beginning with the last one

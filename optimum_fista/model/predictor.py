@@ -47,7 +47,7 @@ class Predictor:
         """Run the model on four tokens to find out if it can be cut, unless it has to stay `whole`.
 
         `kept_tokens`, int64 [vocabulary of the student], are the ids that this model has for the tokens of a student
-        with fewer tokens; `None`: both have the same tokens. The model itself is not changed.
+        with fewer tokens; `None`: both have the same tokens, or there is no student. The model itself is not changed.
         """
         self._model = model
         self._device = execution_device(model.get_input_embeddings())
@@ -68,6 +68,8 @@ class Predictor:
     def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
         """Count the bytes of logits at `num_positions` that are more than those of one chunk; 0 if the model is cut.
 
+        Positions are tokens with logits; `bytes_per_logit` is what the caller holds for each logit. Changes nothing.
+
         A model that can't be cut takes so much more memory than was estimated. Whether it can be cut is known only
         after it has run: its class and its configuration do not tell, and without weights no logits can be compared.
         """
@@ -78,10 +80,11 @@ class Predictor:
         return num_more * vocabulary * bytes_per_logit
 
     def _output_class_if_cut(self) -> type[ModelOutput] | None:
-        """The class of the base model's output, or `None` if cutting the model changes the logits of four tokens.
+        """The class of the base model's output, or `None` if cutting the model changes the logits.
 
-        Changes nothing: `self._output_class`, by which `logits` cuts the model, is set for the comparison, and is None
-        after it.
+        The whole model (`self._model`) runs on four tokens, and then only its head on two of these. Changes nothing:
+        `self._output_class`, by which `logits` cuts the model, is set for the comparison, and is `None` after it.
+        Errors of the model are not caught.
         """
         outputs: list[Any] = []  # filled by the hook
 
@@ -89,30 +92,32 @@ class Predictor:
             """Append the output of the base model to `outputs`; a forward hook."""
             outputs.append(output)
 
-        ids = torch.arange(4, device=self._device)[None]
+        ids = torch.arange(4, device=self._device)[None]  # any tokens, [1, 4]
         with self._model.get_decoder().register_forward_hook(keep):
             expected = self._model(input_ids=ids, use_cache=False).logits[0]
-        (output,) = outputs
+        (output,) = outputs  # the base model has run once
 
         output_class: type[ModelOutput] = type(output)
         self._output_class = output_class  # from here on `logits` runs the head
         try:
             # Not from the first position on: a head that mixes positions or counts them is noticed.
-            logits = self.logits(output.last_hidden_state[0, 1:3])
-            difference = logits - self._of_kept(expected[1:3])
+            middle = slice(1, 3)
+            logits = self.logits(output.last_hidden_state[0, middle])
+            difference = logits - self._of_kept(expected[middle])
         finally:
             self._output_class = None
         is_same = difference.abs().max() <= _ROUNDING * expected.abs().max()
         return output_class if is_same else None
 
     def hidden_states(self, ids: Tensor, wrapped: Any = None) -> Tensor:
-        """The hidden states that enter the head at all tokens of `ids` [batch, length] but the last.
+        """Run the model, and return the hidden states that enter the head at all tokens but the last of each sequence.
 
-        Returns [batch * (length - 1), hidden], or whole logits [batch * (length - 1), vocabulary] of a model that can't
-        be cut. During the call the base model has a hook.
+        Returns [batch * (length - 1), hidden], with their graph. If the model can't be cut, these are whole logits
+        [batch * (length - 1), vocabulary]. During the call the base model has a hook.
 
         Args:
-            ids: Token ids of the student. If `self._kept_tokens` is set, the model runs on its own ids for them.
+            ids: Token ids of the student, int64 [batch, length]. If `self._kept_tokens` is set, the model runs on its
+                own ids for them.
             wrapped: The model in a wrapper such as DistributedDataParallel, which is then called instead of the model.
         """
         own_ids = ids if self._kept_tokens is None else self._kept_tokens[ids]
@@ -122,15 +127,20 @@ class Predictor:
         )
 
     def hidden_states_of(self, run: Callable[[PreTrainedModel], Any]) -> Tensor:
-        """The hidden states that `hidden_states` returns, for a pass of the model that `run` makes.
+        """Return what enters the head at all tokens but the last of each sequence, in a pass that `run` makes.
 
-        `run` gets the model, calls it once on any arguments, and returns its output.
+        `run` gets the model, calls it once on any arguments, and returns its output. The result is
+        [batch * (length - 1), hidden]; if the model can't be cut (`self.is_cut`), it is whole logits
+        [batch * (length - 1), vocabulary]. During the call the base model has a hook.
         """
         states: list[Tensor] = []  # filled by the hook
 
         def keep(_: Any, __: Any, output: Any) -> Any:
-            """Hook of the base model: keep all hidden states, and let the head compute logits for one token."""
-            states.append(output.last_hidden_state)
+            """Append all hidden states to `states`, and let the head compute logits for one token only.
+
+            A forward hook of the base model, whose `output` it replaces.
+            """
+            states.append(output.last_hidden_state)  # [batch, length, hidden]
             # A copy of one sequence's first token: for a slice of several tokens, PyTorch would copy the head's weight.
             first = output.last_hidden_state[:1, :1].clone(memory_format=torch.contiguous_format)
             return type(output)(last_hidden_state=first)
@@ -138,19 +148,22 @@ class Predictor:
         if self.is_cut:
             with self._model.get_decoder().register_forward_hook(keep):
                 run(self._model)
-            (all_states,) = states
+            (all_states,) = states  # the base model has run once
         else:
             all_states = run(self._model).logits
+        # [batch, length, n] -> [batch * (length - 1), n]
         return all_states[:, :-1].flatten(0, 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [positions, vocabulary of the student] for `hidden` [positions, hidden], rows of `hidden_states`.
 
-        During the call, the forward pass of the base model is replaced: it returns `hidden`, so that the model runs its
-        head alone. Of a model that can't be cut, `hidden` are the logits already.
+        `self._output_class` is the class of what the base model returns. During the call, the forward pass of the base
+        model is replaced: it returns `hidden`, so that the model runs its head alone. Of a model that can't be cut
+        (`self._output_class` is `None`), `hidden` are the logits already.
         """
         if self._output_class is None:
             return self._of_kept(hidden)
+        # [positions, hidden] -> [1, positions, hidden], a batch of one sequence
         output = self._output_class(last_hidden_state=hidden[None])
         any_ids = torch.zeros(1, len(hidden)).long().to(hidden.device)
         with replaced_forwards([self._model.get_decoder()], [lambda *_, **__: output]):

@@ -51,20 +51,21 @@ class DenseLoss:
     storage: Storage | None = None
 
     def sequences(self) -> list[CalibrationBatch]:
-        """Take sequences, one a batch and without padding, until they have `self.num_tokens` real tokens.
+        """Take sequences of `self.batches`, in order, until they have `self.num_tokens` real tokens.
 
-        Those of a single token have no loss, and are left out.
+        Each is returned as a batch of its own, without padding. Sequences of a single token have no loss, and are left
+        out. Changes nothing.
         """
         sequences: list[CalibrationBatch] = []
         num_tokens = 0
         all_sequences = chain.from_iterable(
             batch.sequences_without_padding() for batch in self.batches
         )
-        for row in all_sequences:  # a batch of one sequence
-            if row.num_tokens < 2:
+        for sequence in all_sequences:
+            if sequence.num_tokens < 2:
                 continue
-            sequences.append(row)
-            num_tokens += row.num_tokens
+            sequences.append(sequence)
+            num_tokens += sequence.num_tokens
             if num_tokens >= self.num_tokens:
                 break
         return sequences
@@ -86,7 +87,7 @@ class Sensitivity:
     has_gradient: bool  # whether any gradient is not zero
 
     def saliency(self, weight: Tensor) -> Tensor:
-        """Expected increase of the loss per token, in nats, when a weight alone is set to zero, [out, in].
+        """Expected increase of the loss per token, in nats, if one element of `weight` [out, in] alone becomes zero.
 
         `1/2 w_ij^2 F_ij` with the Fisher information `F_ij = E[g_i^2 x_j^2]` taken as a product (optimal brain damage,
         LeCun et al. 1989; the diagonal of K-FAC, arXiv 1503.05671).
@@ -97,28 +98,34 @@ class Sensitivity:
 def measure_sensitivities(
     loss: DenseLoss, operators: Mapping[str, LinearOperator]
 ) -> tuple[dict[str, Sensitivity], int]:
-    """Run a model forwards and backwards on the sequences of its loss, one at a time; sum inputs and gradients.
+    """Measure the sensitivities of `operators`, by their names, on the sequences of a loss.
+
+    The model runs forwards and backwards on one sequence after the other, and inputs and gradients are summed. An
+    operator has zero gradients if the loss does not depend on it, if it is called more than once, or if it is not a
+    plain product.
 
     Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
     for the hidden states between layers, at the loss's storage. Logits are in memory for a few positions at a time
-    (`Predictor`), unless the longest sequence has few of them. An operator has zero gradients if the loss does not
-    depend on it, if it is called more than once, or if it is not a plain product.
+    (`Predictor`), unless the longest sequence has few of them.
 
-    Returns sensitivities by the names of `operators`, and the bytes of logits that were in memory beyond the estimate:
-    0, unless the model can't be cut before its head and the longest sequence had all its logits at once.
+    Returns the sensitivities, and the bytes of logits that were in memory beyond the estimate: 0, unless the model
+    can't be cut before its head and the longest sequence had all its logits at once.
 
-    While the model runs, forward passes of decoder layers are replaced, and no weight requires a gradient; both are as
-    before at the end.
+    While the model runs, forward passes of decoder layers are replaced, no weight requires a gradient, operators have
+    hooks, and offloaded weights are on their device while they are needed; all are as before at the end.
     """
     model = loss.layers.model
     sequences = loss.sequences()
-    # of single decoder layers, forwards and recomputed, because a sequence alone may take minutes
+    # The bar counts runs of single decoder layers, because a whole sequence may take minutes. Each layer runs forwards,
+    # and once more for the backward pass.
     num_runs = 2 * len(sequences) * len(loss.layers)
-    outside = loss.layers.outside(with_media=any(row.media for row in sequences))
+    has_media = any(sequence.media for sequence in sequences)
+    outside = loss.layers.outside(with_media=has_media)  # embeddings, norms and encoders of images
     head = model.get_output_embeddings()
-    longest = max((row.num_tokens for row in sequences), default=0)
+    longest = max((sequence.num_tokens for sequence in sequences), default=0)
     with onloaded([*outside, head], writable=False), quick_products():
-        predictor = Predictor(model, whole=longest <= positions_per_chunk(model))
+        needs_no_cut = longest <= positions_per_chunk(model)
+        predictor = Predictor(model, whole=needs_no_cut)
         bytes_per_logit = 2 * model.dtype.itemsize  # of a logit and its gradient
         num_bytes_not_estimated = predictor.bytes_beyond_a_chunk(longest, bytes_per_logit)
         with (
@@ -128,33 +135,37 @@ def measure_sensitivities(
                 unit="layer",
                 disable=not loss.progress,
             ) as bar,
+            # a store that is filled by the forward pass of each sequence
             _recomputed_layers(loss, bar) as hidden_states,
             torch.enable_grad(),
         ):
+            # their hooks are on the operators in the forward passes only
             watchers = {name: _Watcher(operator) for name, operator in operators.items()}
-            for row in sequences:
+            for sequence in sequences:
                 # A call of its own, so that the graph of a sequence is freed before the next one runs.
-                _run_both_ways(predictor, row, watchers.values(), model.config)
+                _run_both_ways(predictor, sequence, watchers.values(), model.config)
                 hidden_states.clear()
 
-    num_tokens = max(1, sum(row.num_tokens for row in sequences))
+    num_tokens = sum(sequence.num_tokens for sequence in sequences)
+    num_tokens = max(1, num_tokens)  # a divisor
     device = execution_device(model.get_input_embeddings())
     return _sensitivities_of(watchers, num_tokens, device), num_bytes_not_estimated
 
 
 def _run_both_ways(
     predictor: Predictor,
-    row: CalibrationBatch,
+    sequence: CalibrationBatch,
     watchers: Collection[_Watcher],
     config: PreTrainedConfig,
 ) -> None:
-    """Run a model forwards and backwards on one sequence; watchers add inputs and gradients of their operators.
+    """Run a model forwards and backwards on one sequence; `watchers` add inputs and gradients to their sums.
 
-    `config` is that of the model, which says which tokens stand for images and have no loss.
+    `predictor` has the model. `config` is that of the model, and says which tokens stand for images and have no loss.
     """
-    entering_head = _watched_states(predictor, row, watchers)
-    targets = targets_of(row.input_ids[0, 1:], config)
+    entering_head = _watched_states(predictor, sequence, watchers)  # with its graph
+    targets = targets_of(sequence.input_ids[0, 1:], config)
     gradient = _gradient_of_loss(predictor, entering_head, targets)
+    # Through all decoder layers. Hooks on the outputs of operators, set in the forward pass, call the watchers.
     entering_head.backward(gradient)
 
 
@@ -163,7 +174,8 @@ def _sensitivities_of(
 ) -> dict[str, Sensitivity]:
     """Compute the sensitivities from the sums of watchers, by the name of the operator; ValueError for NaN and Inf.
 
-    `num_tokens` are those of all sequences, and `device` is where the sums are compared.
+    `num_tokens` is the number of tokens in all sequences. The sums of all watchers are read on `device`. Changes
+    nothing.
     """
     sums = [watcher.gradients.sum(dtype=torch.float64).to(device) for watcher in watchers.values()]
     totals = torch.stack(sums).tolist()  # one transfer for all operators
@@ -179,20 +191,20 @@ def _sensitivities_of(
 
 
 def _watched_states(
-    predictor: Predictor, row: CalibrationBatch, watchers: Collection[_Watcher]
+    predictor: Predictor, sequence: CalibrationBatch, watchers: Collection[_Watcher]
 ) -> Tensor:
     """Run the model of a predictor forwards on one sequence; watchers add the inputs of their operators.
 
-    Returns what enters the head at all positions but the last, with its graph (`Predictor.hidden_states_of`). The hooks
-    of the watchers are there in the forward pass only: in the backward pass recomputed layers call their operators
-    again.
+    Returns what enters the head at all positions but the last, with its graph (`Predictor.hidden_states_of`). Counts of
+    calls begin anew. The hooks of the watchers are there in the forward pass only: in the backward pass recomputed
+    layers call their operators again.
     """
     with ExitStack() as hooks:
         for watcher in watchers:
             watcher.calls = 0
             module = watcher.operator.module
             hooks.enter_context(module.register_forward_hook(watcher.see, with_kwargs=True))
-        return predictor.hidden_states_of(row.run)
+        return predictor.hidden_states_of(sequence.run)
 
 
 def _gradient_of_loss(predictor: Predictor, entering_head: Tensor, targets: Tensor) -> Tensor:
@@ -210,7 +222,10 @@ def _gradient_of_loss(predictor: Predictor, entering_head: Tensor, targets: Tens
 
 
 def _gradient_of_chunk(predictor: Predictor, entering_head: Tensor, targets: Tensor) -> Tensor:
-    """The gradient that `_gradient_of_loss` returns, for positions that have logits at the same time."""
+    """The gradient of the loss by what enters the head [positions, hidden], with the logits of all positions at once.
+
+    `targets` [positions] are token ids, or -100 without a loss. `entering_head` and its own graph are left alone.
+    """
     entering = entering_head.detach().requires_grad_()
     logits = predictor.logits(entering)
     slope = _slope_of_loss(logits.detach(), targets.to(logits.device))
@@ -219,9 +234,10 @@ def _gradient_of_chunk(predictor: Predictor, entering_head: Tensor, targets: Ten
 
 
 def _slope_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """The gradient of the loss by logits [positions, vocabulary], in their dtype; sums are float32.
+    """The gradient of the loss by `logits` [positions, vocabulary], in their dtype; sums are float32.
 
-    On a CPU a few positions are computed at a time, because each takes four copies of its logits in float32.
+    The loss is the sum of the cross-entropies of `targets` [positions], on the same device; -100 has none. On a CPU a
+    few positions are computed at a time, because each takes four copies of its logits in float32.
     """
     slope = torch.empty_like(logits)
     size = POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
@@ -238,9 +254,9 @@ class _Watcher:
     """Sums inputs and gradients of one operator over the sequences; `calls` counts its calls in one sequence."""
 
     def __init__(self, operator: LinearOperator) -> None:
-        """Begin with sums of zero; the operator's weight is read once."""
+        """Begin with sums of zero, on the operator's device. Its weight is read once; no hook is set yet."""
         self.operator = operator
-        # sum_i w_ij^2 [in]: e_t is its product with x_t^2
+        # sum_i w_ij^2 [in]: the energy e_t of a token is its product with x_t^2
         self.columns = operator.read().square().sum(0)
         device = self.columns.device
         out, columns = operator.shape
@@ -248,22 +264,25 @@ class _Watcher:
         self.inputs = torch.zeros(columns, device=device)  # sum_t x_tj^2 [in], float32
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
         self.num_tokens = 0  # that reached the operator
-        self.calls = 0
+        self.calls = 0  # of the operator in this sequence
 
     def see(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object
     ) -> None:
         """Add the squares of the inputs, and request the gradient if the output is a product with one matrix.
 
-        This is a forward hook of the operator's module. It changes the sums of this object, and puts a hook on the
-        output, by which the backward pass calls `_add_gradient`.
+        This is a forward hook of the operator's module, which has returned `output`. It changes `self.inputs`,
+        `self.energy` and the counts of this object, and puts a hook on the output, by which the backward pass calls
+        `_add_gradient`. `self.columns` [in] are the squared norms of the columns of `W`.
         """
         inputs = operator_input(arguments, keywords).detach()
         # [batch, sequence, in] -> [tokens, in]
         squares = inputs.reshape(-1, inputs.shape[-1]).float().square()
-        energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]  # e_t [tokens]
+        # e_t [tokens]; `in_few_sizes` may append rows, which are cut off again
+        energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]
         self.calls += 1
         if energies.numel():  # an expert may get no token
+            # a few tokens with huge activations must not outweigh all others
             energies.clamp_(max=_TYPICAL * energies.median())
             self.inputs += squares.sum(0)
             self.energy += energies.double().sum()
@@ -276,9 +295,10 @@ class _Watcher:
             output.register_hook(partial(self._add_gradient, energies))
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
-        """Add the squares of a gradient by the outputs, weighted by the energies of its tokens, [tokens].
+        """Add the squares of a gradient by the outputs to `self.gradients`, weighted by the energies of the tokens.
 
-        A hook of the outputs of one call; the gradient itself stays as it is.
+        A hook of the outputs of one call, for which `see` has computed the `energies` [tokens]. The `gradient`
+        [..., out] itself stays as it is. `self.calls` counts the operator's calls in this sequence.
         """
         # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
@@ -286,8 +306,12 @@ class _Watcher:
             self.gradients += in_few_sizes(energies) @ in_few_sizes(squares)
 
     def sensitivity(self, num_tokens: int, *, has_gradient: bool) -> Sensitivity:
-        """Compute the sensitivity of the operator from the sums; `num_tokens` are those of all sequences."""
-        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel.
+        """Compute the sensitivity of the operator from the sums.
+
+        `num_tokens` is the number of tokens in all sequences, and `has_gradient` says whether `self.gradients` holds
+        anything but zeros. Changes nothing.
+        """
+        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel. No energy gives 0, not NaN.
         outputs = self.gradients * (0.5 / self.energy.clamp_min(1e-30))
         return Sensitivity(
             outputs=outputs,
@@ -301,7 +325,8 @@ class _Watcher:
 def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     """Inside, gradients are those for activations, not for weights; decoder layers are recomputed in the backward pass.
 
-    `bar` counts their runs. Yields the store of the hidden states that enter them: clear it between two passes.
+    `bar` counts their runs. Yields the store of the hidden states that enter them, at the loss's storage: the caller
+    clears it after each backward pass.
 
     Replaces the forward passes of the layers, hooks the embedding, and sets `requires_grad` of all parameters to False;
     all are set back at the end.
@@ -310,6 +335,7 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     layers = loss.layers.modules
     device = execution_device(model.get_input_embeddings())
     hidden_states = ActivationStore(loss.storage or device, device)
+    # then the graph itself keeps hidden states, and the store stays empty
     is_on_device = loss.storage is None or loss.storage == device
 
     def keep(tensor: Tensor) -> int | Tensor:
@@ -317,7 +343,7 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
 
         All other tensors are returned as they are. `device` is the one that hidden states are on.
         """
-        # others are masks and positions, the same in every layer
+        # other tensors are masks and positions, the same in every layer
         is_hidden_states = tensor.requires_grad and tensor.device == device
         if not is_hidden_states:
             return tensor
@@ -336,26 +362,27 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
         """
         with (
             nullcontext() if is_on_device else saved_tensors_hooks(keep, hand_out),
-            # stopped early, a layer would keep weights that Accelerate loaded
+            # a recomputed layer runs to its end: stopped early, it would keep weights that Accelerate loaded
             set_checkpoint_early_stop(False),
         ):
             return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
 
     def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Run the forward pass of a decoder layer with its weights on the device, and count it on `bar`."""
-        # for each run: `backward`, in which layers are recomputed, leaves the contexts around it
+        # Entered anew for each run: a layer that `backward` recomputes is outside of the contexts of the forward pass.
         with onloaded([*layer.modules()], writable=False), quick_products():
             output = forward(*arguments, **keywords)
         bar.update()
         return output
 
     def require_gradient(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        """Make the embedding's output a tensor with a gradient; a forward hook."""
-        # a clone, which may be overwritten in place; a leaf with a gradient may not
+        """Make the embedding's output a tensor with a gradient, so that the graph begins there; a forward hook."""
+        # a clone, because the model may change it in place, which PyTorch forbids for the tensor itself
         return output.requires_grad_(True).clone()
 
+    # for each layer, `recomputed` around `run` around its own forward pass
     forwards = [partial(recomputed, partial(run, layer, layer.forward)) for layer in layers]
-    # by name, because Accelerate makes new parameters whenever it loads or offloads a weight
+    # parameters that require a gradient now; by name, because Accelerate makes new ones whenever it moves a weight
     trained = [
         (module, name)
         for module in model.modules()

@@ -50,7 +50,9 @@ class Sweep:
         (`record_inputs`). Its hidden states keep their values, but come to the storage of the layers that they enter.
         `bar` is updated after each layer. Each layer is on its device while it runs, and is not changed.
 
-        Returns losses in nats per token, by the number of the layer that is left out; `None` stands for no layer.
+        `self.remaining` are the numbers of the layers that the model has, and `self.first` is the first one that may be
+        left out. Returns losses in nats per token, by the number of the layer that is left out; `None` stands for no
+        layer.
         """
         # Hidden states that enter the next layer, by the layer that is left out. A model that lacks layer i returns the
         # same as the whole model until layer i. So its stream begins there, with the hidden states of the whole model.
@@ -74,11 +76,11 @@ class Sweep:
     ) -> ActivationStore:
         """Run a decoder layer, which must be on its device, and return the hidden states that leave it, in a new store.
 
-        `calls` has the other arguments of the layer for each batch. `stream` has the hidden states that enter it. It
-        comes to the storage of this layer, and keeps its values.
+        `calls` has the other arguments of the layer for each batch. `stream` has the hidden states that enter the
+        layer, [batch, tokens, hidden]. The stream comes to the storage of this layer, and keeps its values.
         """
         device = execution_device(layer)
-        storage = self.storage or device
+        storage = self.storage or device  # `None`: the layer's own device
         stream.move(storage, device)
         leaving = ActivationStore(storage, device)
         for hidden_states, call in zip(stream, calls, strict=True):
@@ -91,20 +93,24 @@ class Sweep:
     ) -> float:
         """Measure the cross-entropy of the next token, in nats per token, after the model's own norm and head.
 
-        `stream` has the hidden states that leave the last decoder layer. The logits of at most `together` tokens are in
-        memory at once, and of fewer if the vocabulary is large (`positions_per_chunk`). `removed` are ids, int64, that
-        the model can't predict, as if it had no such tokens. Returns NaN if there is no token to predict.
+        `stream` has the hidden states that leave the last decoder layer, of `self.sequences`. The logits of at most
+        `together` tokens are in memory at once, and of fewer if the vocabulary is large (`positions_per_chunk`).
+        `removed` are ids, int64, that the model can't predict, as if it had no such tokens. Returns NaN if there is no
+        token to predict. The model's own forward pass runs, with layers that are replaced meanwhile.
         """
         config = self.layers.model.config
         total = torch.zeros((), dtype=torch.float64, device=stream.device)
-        count = 0
-        most = min(together, positions_per_chunk(self.layers.model))
+        count = 0  # of tokens that are predicted
+        most = min(
+            together, positions_per_chunk(self.layers.model)
+        )  # tokens of all sequences of a batch
         for hidden_states, batch in zip(stream, self.sequences, strict=True):
             ids = batch.input_ids  # [batch, tokens], on the CPU
-            step = max(1, most // len(ids))
+            step = max(1, most // len(ids))  # tokens of each sequence
             for start in range(0, ids.shape[1] - 1, step):
                 part = slice(start, start + step)
-                targets = targets_of(ids[:, start + 1 : start + 1 + step], config)
+                next_tokens = slice(start + 1, start + 1 + step)
+                targets = targets_of(ids[:, next_tokens], config)  # -100 for tokens without a loss
                 count += int((targets >= 0).sum())  # on the CPU: the device is not waited for
                 # A function of its own, so that no logits are held while the next tokens have theirs.
                 loss = self._sum_of_losses(
@@ -118,11 +124,11 @@ class Sweep:
     ) -> Tensor:
         """Sum the cross-entropies of `targets` [batch, next tokens], float64; -100 has none.
 
-        `input_ids` [batch, tokens] are the tokens before them, and `hidden_states` what the last decoder layer returns
-        for these. The last token of a sequence has no next one. `removed` is that of `loss`.
+        `input_ids` [batch, tokens] are the tokens before them, and `hidden_states` [batch, tokens, hidden] what the
+        last decoder layer returns for these. `removed` are ids, int64, that can't be predicted; `None`: there are none.
         """
         logits = self._logits(input_ids, hidden_states)
-        predicted = logits[:, : targets.shape[1]]
+        predicted = logits[:, : targets.shape[1]]  # the last token of a sequence has no next one
         predicted = predicted.flatten(0, 1).float()  # [batch * tokens, vocabulary]
         if removed is not None:
             predicted = predicted.index_fill(1, removed.to(logits.device), -math.inf)
@@ -134,8 +140,9 @@ class Sweep:
     def _logits(self, input_ids: Tensor, hidden_states: Tensor) -> Tensor:
         """Run only the norm and the head of the model, on hidden states [batch, tokens, hidden] of its last layer.
 
-        The model runs with decoder layers that return these hidden states for any arguments. Their forward functions
-        are put back afterwards.
+        The model runs on `input_ids` [batch, tokens] with decoder layers that return these hidden states for any
+        arguments. If the layers return a tuple, `self.returned_besides` is the rest of it. Their forward functions are
+        put back afterwards.
         """
         model = self.layers.model
         settings: dict[str, bool] = {"use_cache": False}
