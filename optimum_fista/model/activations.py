@@ -278,8 +278,8 @@ class _Staging:
     def _load(self, index: int) -> tuple[Tensor, Any]:
         """Copy the tensor with the number `index` to the device; runs in the thread, and overwrites a buffer.
 
-        Returns the tensor with an event, which comes when its copy is done; without streams (`self._stream` is `None`)
-        with `None`.
+        `self._kept` has the tensors, in CPU memory or in a file. Returns the tensor with an event, which comes when the
+        copy is done, or with `None` if the device has no streams (`self._stream` is `None`).
         """
         stored = self._kept[index]
         with self._module.stream(self._stream):

@@ -314,6 +314,7 @@ class _BatchReader:
         media_of_rows = self.media.read(others, ids, real, where) if self.media.names else []
         if not any(media_of_rows):
             return [batch]
+        # a batch for each sequence that has a token
         return [
             replace(row, media=MappingProxyType(media))
             for row, media in zip(batch.sequences_without_padding(), media_of_rows, strict=True)

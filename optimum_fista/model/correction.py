@@ -381,9 +381,9 @@ class LayerTargets:
         """Run the pruned layer, and return the hidden states after it; this is called once, after the last group.
 
         If experts were removed, the copy `smaller` without them runs in place of the layer. If the last operator has a
-        residual correction (`self._last`), only that operator runs. If later layers need no hidden states of the pruned
-        network (`self.entering.pruned` is `None`), nothing runs. Those of the dense network are known from the dense
-        pass (`self._outputs`).
+        residual correction (`self._last`), only that operator runs. Otherwise the layer runs, unless later layers need
+        no hidden states of the pruned network (`self.entering.pruned` is `None`). Those of the dense network are known
+        from the dense pass (`self._outputs`).
         """
         entering = self.entering.pruned
         pruned: ActivationStore | None = None
@@ -448,7 +448,6 @@ class LayerTargets:
         energies = {
             held_out: sums.energies[operator.name] for held_out, sums in record.sums.items()
         }
-        # The record has the outputs W X of the operator, or its inputs X: then `_add_residual` computes W X by `weight`.
         last = LastOperator(
             operator,
             activations,
@@ -458,6 +457,7 @@ class LayerTargets:
             rest=None if self.entering.pruned is None else activations.store(),
             dense=activations.store() if record.outputs is None else record.outputs,
         )
+        # Without the outputs W X, the record has the inputs X, and `_add_residual` multiplies them by the weight.
         weight = operator.read() if record.outputs is None else None
 
         inputs_seen: list[Tensor] = []

@@ -314,7 +314,7 @@ class FusedExperts:
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
-            part = batch.part(expert)
+            part = batch.part(expert)  # rows and tokens are sorted by expert
             rows = batch.rows[part]
             tokens = batch.tokens[part]
             middle = self.middle(expert, batch.hidden_states[rows], tokens)

@@ -355,6 +355,7 @@ class FinishedParts:
         finished = [part for part, last in self._last_group.items() if last < group]
         layer_pass = _Pass(self._outputs, self._ends)
         for part in finished:
+            # in the pass, each part takes one tensor for each batch
             if part in self._outputs:
                 layer_pass.waiting[part] = iter(self._outputs[part].store)
             elif part in self._inputs:

@@ -288,8 +288,8 @@ class _Recorder:
 
         The other arguments are those of the pass. Returns the layer's output if layers run (`self.runs_layers`).
         Otherwise the layer is skipped: what it returns has the form of its output, with its input or zeros
-        (`self.gives_zeros`) as hidden states. `original` runs once to show that form. The last layer raises
-        `StopForward`, because nothing after it is needed.
+        (`self.gives_zeros`) as hidden states. `original` runs once to show that form, which `self.is_tuple` and
+        `self.returned_besides` note. The last layer raises `StopForward`, because nothing after it is needed.
 
         A call is appended to `self.calls`, unless this batch has been recorded (`self.is_repeated`). Fields of one pass
         change: `first`, `next`, `expected`, `changes`.

@@ -107,6 +107,7 @@ class MediaArguments:
         its forward pass, which no processor returns, are left out. Changes nothing.
         """
         names = set(given)
+        # of arguments by token, the name does not tell the kind
         kinds = {_kind_of(name) for name in names if not _BY_TOKEN.search(name)}
         return sorted(
             name

@@ -282,7 +282,7 @@ class _Watcher:
         energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]
         self.calls += 1
         if energies.numel():  # an expert may get no token
-            # a few tokens with huge activations must not outweigh all others
+            # Limited to `_TYPICAL` medians: a few tokens with huge activations must not outweigh all others.
             energies.clamp_(max=_TYPICAL * energies.median())
             self.inputs += squares.sum(0)
             self.energy += energies.double().sum()
