@@ -111,9 +111,8 @@ def module_that_counts(device: torch.device) -> Any:
     `None` if there is none, as for the CPU. A module that counts has `max_memory_allocated`, `memory_allocated` and
     `memory_reserved`.
     """
-    module = getattr(
-        torch, device.type, None
-    )  # `torch.cpu` does not count, and `torch.meta` does not exist
+    # `torch.cpu` does not count, and `torch.meta` does not exist
+    module = getattr(torch, device.type, None)
     return module if hasattr(module, "max_memory_allocated") else None
 
 

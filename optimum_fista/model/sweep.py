@@ -101,9 +101,8 @@ class Sweep:
         config = self.layers.model.config
         total = torch.zeros((), dtype=torch.float64, device=stream.device)
         count = 0  # of tokens that are predicted
-        most = min(
-            together, positions_per_chunk(self.layers.model)
-        )  # tokens of all sequences of a batch
+        # tokens of all sequences of a batch together
+        most = min(together, positions_per_chunk(self.layers.model))
         for hidden_states, batch in zip(stream, self.sequences, strict=True):
             ids = batch.input_ids  # [batch, tokens], on the CPU
             step = max(1, most // len(ids))  # tokens of each sequence
