@@ -36,7 +36,7 @@ def combined_sha256(digests: Mapping[str, str] | Iterable[str]) -> str:
 def bytes_of_values(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's values, element by element, whatever its dtype, device and strides.
 
-    Of a contiguous tensor in CPU memory these are not copied.
+    Of a contiguous tensor in CPU memory these are not copied: do not write to the result.
     """
     elements = tensor.detach().cpu().contiguous().view(-1)
     # as bytes, because NumPy has no bfloat16

@@ -193,9 +193,12 @@ def _is_product(operator: LinearOperator, inputs: Tensor, output: object) -> boo
 
 
 def _memory_of(inputs: Tensor) -> tuple[Any, ...]:
-    """A key that is equal for two tensors if they are the same values in the same memory."""
+    """A key that is equal for two tensors if they are the same values in the same memory.
+
+    `inputs` are [..., in], those of an operator.
+    """
     return (
-        internals.memory_of(inputs),  # data_ptr() is 0 on the meta device
+        internals.memory_of(inputs),  # not data_ptr(), which is 0 on the meta device
         inputs.storage_offset(),
         # Not the whole shape: one operator may see [batch, sequence, in], the other [tokens, in].
         inputs.numel(),

@@ -65,9 +65,11 @@ class LayerCall:
     added: Addition | None = None  # what the model adds to the hidden states in front of the layer
 
     def run(self, layer: nn.Module, hidden_states: Tensor) -> Tensor:
-        """Output hidden states of `layer`, on those that left the layer before it, [batch, sequence, hidden].
+        """Run a decoder layer on the hidden states that left the layer before it, and return those that leave it.
 
-        Changes nothing, unless the layer itself writes to a cache among the recorded arguments.
+        Both are [batch, sequence, hidden]. The layer's other arguments are the recorded ones of this object, and
+        `self.added` is what the model adds to the hidden states in front of the layer; `None`: nothing. This changes
+        nothing, unless the layer itself writes to a cache among the recorded arguments.
         """
         entering = hidden_states if self.added is None else self.added.to(hidden_states)
         output = layer(entering, *self.arguments, **self.keywords)
@@ -423,9 +425,10 @@ class HiddenStates:
         return self.dense
 
     def to_save(self) -> dict[str, list[Tensor]]:
-        """The tensors to save for a run that resumes, by "dense" and "pruned"; a missing stream has none.
+        """The tensors to save for a run that resumes, by "dense" and "pruned": one for each batch.
 
-        They are not moved to the device, and not copied.
+        A stream (`self.dense`, `self.pruned`) that is `None` has none. Tensors are not moved to the device, and not
+        copied. Changes nothing.
         """
         tensors: dict[str, list[Tensor]] = {}
         for name, stream in (("dense", self.dense), ("pruned", self.pruned)):
@@ -483,16 +486,17 @@ class LayerActivations:
 
     @quick_products()
     def run(self, batch: int, hidden_states: Tensor) -> Tensor:
-        """Run the layer on the batch with a number, and return its output hidden states [batch, sequence, hidden].
+        """Run the layer on the batch number `batch`, and return its output hidden states [batch, sequence, hidden].
 
-        `hidden_states` of the same shape enter the layer. `self.calls` has its other arguments.
+        `hidden_states` of the same shape enter the layer, and may be on another device. `self.calls` has the layer's
+        other arguments for each batch. No weight changes.
         """
         return self.calls[batch].run(self.layer, hidden_states.to(self.device, non_blocking=True))
 
     def outputs(self, hidden_states: Iterable[Tensor]) -> ActivationStore:
         """Run the layer on all batches, and return its output hidden states in a new store.
 
-        `hidden_states` [batch, sequence, hidden] enter it, a batch each.
+        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. No weight changes.
         """
         outputs = self.store()
         for batch, hidden in enumerate(hidden_states):
@@ -505,7 +509,7 @@ class LayerActivations:
         """Run the layer from its start up to one of its modules; yields the module's arguments for each batch.
 
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer. The layer runs on a batch when the
-        caller asks for its arguments. A hook is on the module only while the layer runs. Changes nothing.
+        caller asks for its arguments. A hook is on the module only while the layer runs. No weight changes.
         """
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

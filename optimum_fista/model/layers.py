@@ -102,7 +102,7 @@ def find_decoder_layers(model: PreTrainedModel) -> DecoderLayers:
 
 
 def _require_causal(model: PreTrainedModel) -> None:
-    """Refuse models that are no causal language models."""
+    """Refuse models that are no causal language models. Changes nothing."""
     config = model.config
     if not model.can_generate():
         raise UnsupportedArchitectureError(
@@ -114,6 +114,7 @@ def _require_causal(model: PreTrainedModel) -> None:
             f"{type(model).__name__} can't be pruned: it is an encoder-decoder model. Pass a decoder-only model, "
             "loaded by AutoModelForCausalLM."
         )
+    # A class such as BertLMHeadModel is an encoder or a decoder, by its configuration.
     may_be_encoder = hasattr(config, "add_cross_attention")
     if may_be_encoder and getattr(config, "is_decoder", None) is False:
         raise UnsupportedArchitectureError(
