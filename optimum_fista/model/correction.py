@@ -274,8 +274,8 @@ class LayerTargets:
     def problems(self, index: int) -> GroupProblems:
         """The problems of the group number `index`, which is still dense; all groups before it are pruned and written.
 
-        This is called once for each group: its record in `self._records` is used up. The layer runs, unless the group
-        has the inputs of the dense network; then outputs of finished parts may be kept for later groups, and
+        This is called once for each group: its record in `self._records` is used up. If the group has other inputs than
+        in the dense network, the layer runs. Outputs of finished parts may be kept then for later groups, and
         `self._last` is set if the group has a residual correction.
         """
         # popped, so that the record and its sums are freed with the problems, before the next group's are made

@@ -52,8 +52,8 @@ class GroupSums:
         accordingly "inputs", "outputs" or "targets", a key of `self.cross`. Both arguments are in any floating-point
         dtype, and are not changed.
 
-        Changes the upper half of the Gram matrix (`self._gram`), the sums of inputs (`self._total`), the cross-Gram
-        matrix of this kind in `self.cross`, and for targets `self.energies`.
+        Changes `self.num_tokens`, the upper half of the Gram matrix (`self._gram`), the sums of inputs (`self._total`),
+        the cross-Gram matrix of this kind in `self.cross`, and for targets `self.energies`.
         """
         if self._gram is None:
             self._gram = self._total.new_zeros(len(self._total), len(self._total))

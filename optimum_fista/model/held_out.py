@@ -66,6 +66,7 @@ class HeldOut:
 
         The model runs for this, and is not changed. For each network, `self._calls` get the arguments, and
         `self._streams` the hidden states that enter the first layer, unless `resume` has set those of a later layer.
+        `self._sweep` learns what else a layer returns.
         """
         resumes = bool(self._streams)  # `resume` has filled them
         # once for each network, because each writes to its own dictionaries

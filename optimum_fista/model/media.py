@@ -251,7 +251,8 @@ def as_tensor(value: Any, where: str, key: str, advice: str) -> Tensor:
     """Read an argument of a batch as a tensor that gradients can be computed with.
 
     `value` is a tensor, an array or nested lists. `where` and `key` name the argument in errors, such as
-    "calib_dataloader[3]" and "pixel_values"; `advice` says what to pass instead. The result may share memory with it.
+    "calib_dataloader[3]" and "pixel_values"; `advice` says what to pass instead. The result may share the value's
+    memory.
     """
     try:
         tensor = torch.as_tensor(value)

@@ -148,10 +148,10 @@ def _store_on_disk(
 def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator[None]:
     """Inside, the weights of modules stay on their device; the hooks of Accelerate leave them there.
 
-    `modules` are single ones, such as all modules of a decoder layer; modules inside them do not follow. Modules whose
-    weights are not offloaded, or are onloaded already, are left alone. If `writable`, onloaded weights are copies even
-    if they are kept on that device. If not, they may be the kept ones, so do not write to them. Changes of copies are
-    lost at the end unless they were stored by `store_tensor`.
+    `modules` are given one by one, such as all modules of a decoder layer. Modules whose weights are not offloaded, or
+    are onloaded already, are left alone. If `writable`, onloaded weights are copies even if they are kept on that
+    device. If not, they may be the kept ones, so do not write to them. Changes of copies are lost at the end unless
+    they were stored by `store_tensor`.
 
     Until the end, parameters of the modules are replaced, and their hooks do nothing; also after an error both are as
     before.
@@ -219,7 +219,7 @@ def describe_ties(model: PreTrainedModel, config: PreTrainedConfig) -> None:
 
     `config` is the configuration that will be saved; nothing else is changed.
     """
-    # empty if the model was loaded with weights that differ (`settle_ties`)
+    # Weights that were found to differ are not in it any more.
     has_ties = bool(model.all_tied_weights_keys)
     if not has_ties and model.get_expanded_tied_weights_keys(all_submodels=True):
         config.tie_word_embeddings = False
@@ -250,7 +250,7 @@ def alignment_hooks(module: nn.Module) -> list[AlignDevicesHook]:
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     """Find the hook through which Accelerate keeps the weights of a module itself elsewhere (`weights_map`).
 
-    They may be onloaded now. Returns `None` if they are not offloaded at all. Weights of modules inside do not count.
+    They may be onloaded now. Returns `None` if they are not offloaded at all.
     """
     for hook in alignment_hooks(module):
         if hook.weights_map is not None:

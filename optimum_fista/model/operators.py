@@ -83,7 +83,7 @@ class LinearOperator:
     def outputs_without_bias(self, outputs: Tensor) -> Tensor:
         """Compute `W x` [tokens, out] from the module's `outputs` `W x + b` [..., out].
 
-        The result is float32 if there is a bias. Otherwise it shares memory with `outputs`.
+        The result is float32 if there is a bias. Otherwise it may share memory with `outputs`.
         """
         num_outputs, _ = self.shape
         flat = outputs.detach().reshape(-1, num_outputs)  # [batch, sequence, out] -> [tokens, out]
