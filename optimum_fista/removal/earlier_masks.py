@@ -42,6 +42,14 @@ from optimum_fista.source.names import StoredName, stored_names
 
 
 @dataclass(frozen=True)
+class ZerosOfPrunedAgain:
+    """What became of the earlier zeros in the operators of one decoder layer that a run pruned again."""
+
+    filled: int = 0  # that have other values now
+    uncovered: int = 0  # that are zero, although the new mask keeps these weights
+
+
+@dataclass(frozen=True)
 class CarriedMasks:
     """What became of the earlier masks of one decoder layer.
 
@@ -52,14 +60,7 @@ class CarriedMasks:
     operators: list[OperatorReport] = field(default_factory=list)
     masks: dict[str, Tensor] = field(default_factory=dict)  # packed, laid out as the weights
     lost: list[str] = field(default_factory=list)  # weights whose zeros were overwritten
-
-
-@dataclass(frozen=True)
-class ZerosOfPrunedAgain:
-    """What became of the earlier zeros in the operators of one decoder layer that a run pruned again."""
-
-    filled: int  # that have other values now
-    uncovered: int  # that are zero, although the new mask keeps these weights
+    zeros_of_pruned_again: ZerosOfPrunedAgain = ZerosOfPrunedAgain()
 
 
 @dataclass(frozen=True)
@@ -125,15 +126,18 @@ class EarlierMasks:
         self,
         layer_name: str,
         layer: nn.Module,
-        pruned: Collection[str],
-        reorderings: Sequence[Reordering] = (),
+        new_masks: Mapping[str, Tensor],
+        reorderings: Sequence[Reordering],
     ) -> CarriedMasks:
         """Return the masks of operators that this run left dense, if all weights outside of them are zero.
+
+        Of operators that this run pruned, the earlier zeros are counted instead.
 
         Args:
             layer_name: The name of the layer, such as "model.layers.3".
             layer: The layer, with its weights as the run leaves them. It is only read.
-            pruned: Names of the weights that this run pruned: they have new masks.
+            new_masks: Masks of the operators that this run pruned in the layer, packed and laid out as the weights, by
+                the name of the weight.
             reorderings: Of the channels in the layer that the run has reordered; the masks follow them.
         """
 
@@ -143,49 +147,17 @@ class EarlierMasks:
 
         masks, entries = self._masks_of_parameters(layer_name, layer)
         _reorder(masks, reorderings)
-        return _masks_that_hold(
+        carried = _masks_that_hold(
             layer_name,
             layer,
             remaining_layer=layer,
             masks=masks,
             entries=entries | dict(self.entries),
             shrink=unchanged,
-            skipped=pruned,
+            skipped=new_masks,
         )
-
-    def zeros_of_pruned_again(
-        self,
-        layer_name: str,
-        layer: nn.Module,
-        new_masks: Mapping[str, Tensor],
-        reorderings: Sequence[Reordering] = (),
-    ) -> ZerosOfPrunedAgain:
-        """Count what became of the earlier zeros of operators that have a new mask.
-
-        Args:
-            layer_name: The name of the layer, such as "model.layers.3".
-            layer: The layer, with its weights as the run leaves them. It is only read.
-            new_masks: Masks that this run made, packed and laid out as the weights, by the name of the weight; of other
-                layers, too.
-            reorderings: As for `carried`.
-        """
-        masks, _ = self._masks_of_parameters(layer_name, layer)
-        _reorder(masks, reorderings)
-        parameters = dict(layer.named_parameters(prefix=layer_name))
-        filled = 0
-        uncovered = 0
-        for operator in all_operators(layer_name, layer).values():
-            name = f"{operator.name}.weight"
-            parameter_name = _parameter_of(operator, layer_name, layer)
-            if name not in new_masks or parameter_name not in masks:
-                continue
-            was_zero = ~operator.select(masks[parameter_name])
-            weight = operator.select(parameters[parameter_name].detach())
-            is_zero = (weight == 0).cpu()
-            new_mask = unpack_mask(new_masks[name].cpu(), tuple(weight.shape))
-            filled += int((was_zero & ~is_zero).sum())
-            uncovered += int((was_zero & is_zero & new_mask).sum())
-        return ZerosOfPrunedAgain(filled, uncovered)
+        zeros = _zeros_of_pruned_again(layer_name, layer, masks, new_masks)
+        return replace(carried, zeros_of_pruned_again=zeros)
 
     def carried_smaller(
         self, layer_name: str, layer: nn.Module, smaller: Shrinking, kept: Kept
@@ -271,6 +243,37 @@ def _reorder(masks: dict[str, Tensor], reorderings: Iterable[Reordering]) -> Non
         for name in reordering.part.tensors:
             if name in masks:
                 masks[name] = reordering.part.shrink(name, masks[name], list(reordering.order))
+
+
+def _zeros_of_pruned_again(
+    layer_name: str,
+    layer: nn.Module,
+    masks: Mapping[str, Tensor],
+    new_masks: Mapping[str, Tensor],
+) -> ZerosOfPrunedAgain:
+    """Count what became of the earlier zeros of operators that have a new mask.
+
+    Args:
+        layer_name: The name of the layer, such as "model.layers.3".
+        layer: The layer, with its weights as the run leaves them. It is only read.
+        masks: Earlier masks, bool, of whole parameters of `layer`, by the name of the parameter.
+        new_masks: Masks that this run made, packed and laid out as the weights, by the name of the weight.
+    """
+    parameters = dict(layer.named_parameters(prefix=layer_name))
+    filled = 0
+    uncovered = 0
+    for operator in all_operators(layer_name, layer).values():
+        name = f"{operator.name}.weight"
+        parameter_name = _parameter_of(operator, layer_name, layer)
+        if name not in new_masks or parameter_name not in masks:
+            continue
+        was_zero = ~operator.select(masks[parameter_name])
+        weight = operator.select(parameters[parameter_name].detach())
+        is_zero = (weight == 0).cpu()
+        new_mask = unpack_mask(new_masks[name].cpu(), tuple(weight.shape))
+        filled += int((was_zero & ~is_zero).sum())
+        uncovered += int((was_zero & is_zero & new_mask).sum())
+    return ZerosOfPrunedAgain(filled, uncovered)
 
 
 def _masks_that_hold(

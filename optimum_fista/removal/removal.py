@@ -164,17 +164,16 @@ class Removal:
         """
         if self.earlier_masks is None:
             return record
-        pruned = {operator.name for operator in record.operators}
         reorderings = []
         for operator in record.operators:
             if operator.input_order is not None:
                 part = self.channels[operator.name.removesuffix(".weight")]
                 reorderings.append(Reordering(part, operator.input_order))
 
-        layer_name = record.report.name
-        zeros = self.earlier_masks.zeros_of_pruned_again(layer_name, layer, sink.masks, reorderings)
-        carried = self.earlier_masks.carried(layer_name, layer, pruned, reorderings)
+        new_masks = {operator.name: sink.masks[operator.name] for operator in record.operators}
+        carried = self.earlier_masks.carried(record.report.name, layer, new_masks, reorderings)
         sink.masks.update(carried.masks)
+        zeros = carried.zeros_of_pruned_again
         return replace(
             record,
             carried=carried.operators,
