@@ -16,6 +16,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from optimum_fista.folder.writing import write_form
 from optimum_fista.installing import NAME
 from optimum_fista.packed.format import (
     SUFFIXES,
+    VALUES_SUFFIX,
     PackedFormatError,
     PackedTensor,
     pack,
@@ -57,7 +59,6 @@ from optimum_fista.source.model_folder import (
 )
 from optimum_fista.source.names import split_index
 
-VALUES_SUFFIX = SUFFIXES[0]
 _REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
 _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")
 """The number of an expert in a name such as `layers.1.mlp.experts.3.w1.weight`."""
@@ -154,32 +155,31 @@ def packed_operators(
     """
     files = packed_files(folder)
     names = set(packed_names(files))
-    latest_name = ""  # of the tensor that `dense` and `mask` hold
-    dense = torch.empty(0)
-    mask = torch.empty(0)
     carried = {operator.name for operator in report.carried}
-    for number, operator in enumerate([*report.operators, *report.carried]):
-        name, index = split_index(operator.name)
+    entries = [(operator, True) for operator in report.operators]
+    entries += [(operator, False) for operator in report.carried]
+    # The experts that share one tensor follow each other, so each tensor is read once for all of them.
+    for name, entries_of_tensor in groupby(entries, key=lambda entry: _tensor_of(entry[0].name)):
         # A run that removes parts packs only what has zeros of an earlier run.
         is_dense = bool(report.removed) and name in files
-        if name not in names and not is_dense:
+        if name in names:
+            packed = read_packed(files, name)
+            dense = unpack(packed)
+            mask = packed_mask(packed)
+        elif is_dense:
+            with safe_open(files[name], "pt") as file:
+                dense = file.get_tensor(name)
+            mask = torch.ones(dense.shape, dtype=torch.bool)
+        else:
             raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
-        if name != latest_name:  # the experts that share one tensor follow each other
-            if name in names:
-                packed = read_packed(files, name)
-                dense = unpack(packed)
-                mask = packed_mask(packed)
-            else:
-                with safe_open(files[name], "pt") as file:
-                    dense = file.get_tensor(name)
-                mask = torch.ones(dense.shape, dtype=torch.bool)
-            latest_name = name
-        mask_of_operator = mask[index]
-        is_of_this_run = number < len(report.operators)
-        if is_of_this_run and operator.name in carried:
-            # This run removed columns and set no zeros. Those of an earlier run come at the end.
-            mask_of_operator = torch.ones_like(mask_of_operator)
-        yield operator, dense[index], pack_mask(mask_of_operator)
+
+        for operator, is_of_this_run in entries_of_tensor:
+            _, index = split_index(operator.name)
+            mask_of_operator = mask[index]
+            if is_of_this_run and operator.name in carried:
+                # This run removed columns and set no zeros. Those of an earlier run come at the end.
+                mask_of_operator = torch.ones_like(mask_of_operator)
+            yield operator, dense[index], pack_mask(mask_of_operator)
 
 
 def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
@@ -190,17 +190,20 @@ def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
     files = packed_files(folder)
     names = set(packed_names(files))
     masks = {}
-    latest_name = ""  # of the tensor that `mask` holds
-    mask = torch.empty(0)
-    for operator in operators:
-        name, index = split_index(operator)
+    for name, operators_of_tensor in groupby(operators, key=_tensor_of):
         if name not in names:
             continue
-        if name != latest_name:  # the experts that share one tensor follow each other
-            mask = packed_mask(read_packed(files, name))
-            latest_name = name
-        masks[operator] = pack_mask(mask[index])
+        mask = packed_mask(read_packed(files, name))
+        for operator in operators_of_tensor:
+            _, index = split_index(operator)
+            masks[operator] = pack_mask(mask[index])
     return masks
+
+
+def _tensor_of(operator: str) -> str:
+    """Return the name of the tensor in the files that holds an operator: that of the operator without its index."""
+    name, _ = split_index(operator)
+    return name
 
 
 def operators_to_pack(report: PruningReport) -> list[OperatorReport]:
@@ -509,8 +512,7 @@ def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[
     """Return the operators that each tensor of a checkpoint holds, by its name; several experts may share one."""
     by_tensor: dict[str, list[OperatorReport]] = {}
     for operator in operators:
-        name, _ = split_index(operator.name)
-        by_tensor.setdefault(name, []).append(operator)
+        by_tensor.setdefault(_tensor_of(operator.name), []).append(operator)
     return by_tensor
 
 

@@ -25,7 +25,8 @@ from optimum_fista.packed.masks import (
     unpack_bits,
 )
 
-SUFFIXES = ("_values", "_mask", "_layout")
+VALUES_SUFFIX = "_values"
+SUFFIXES = (VALUES_SUFFIX, "_mask", "_layout")
 """What follows the name of a dense tensor in the names of its three packed ones."""
 
 VERSION = [2, 0, 0]

@@ -33,6 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_fista import internals
 from optimum_fista.packed.format import (
     SUFFIXES,
+    VALUES_SUFFIX,
     PackedFormatError,
     PackedTensor,
     check,
@@ -157,11 +158,10 @@ class Unpack(ConversionOps):
                 # `dtype` is None if no model is known: tensors keep theirs
                 dense[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
                 continue
-            values_suffix = SUFFIXES[0]
-            if not pattern.endswith(values_suffix):  # masks and layouts are read with their values
+            if not pattern.endswith(VALUES_SUFFIX):  # masks and layouts are read with their values
                 continue
 
-            stem = pattern.removesuffix(values_suffix)
+            stem = pattern.removesuffix(VALUES_SUFFIX)
             # Three lists: values, masks and layouts of all tensors with this pattern.
             parts = []
             for suffix in SUFFIXES:
