@@ -44,7 +44,7 @@ from optimum_fista.report import PruningReport
 from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import local_source, reading, require_tokenizer
 from optimum_fista.source.source_tensors import SourceTensors
-from optimum_fista.text.loss import losses_of
+from optimum_fista.text.loss import MEASURING_ERRORS, losses_of
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ class FistaPruner:
                 progress=self.progress,
                 label="Measuring after",
             )
-        except (ValueError, RuntimeError, MemoryError) as error:
+        except MEASURING_ERRORS as error:  # the model is pruned, and stays so
             note_failure(report, texts, error)
         else:
             note_losses(report, texts, dense=dense, pruned=pruned)

@@ -19,6 +19,7 @@ from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 from optimum_fista.text.loss import (
+    MEASURING_ERRORS,
     MeasuredText,
     TextLoss,
     compared,
@@ -101,8 +102,7 @@ def measure_folder(
     except KeyboardInterrupt as error:
         note_failure(report, texts, error)
         interrupt = error
-    except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        # The memory or the disk may be full, or a text may give NaN. The run is finished, and its result is kept.
+    except MEASURING_ERRORS as error:  # the run is finished, and its result is kept
         note_failure(report, texts, error)
     else:
         note_losses(report, texts, dense=before, pruned=after)

@@ -52,6 +52,7 @@ from optimum_fista.source.stored_tensor import (
     weight_files,
     write_stored,
 )
+from optimum_fista.text.loss import MEASURING_ERRORS
 
 # Files that describe the old tokenizer, such as vocab.json, merges.txt, tokenizer.model. The new one is in
 # tokenizer.json alone, and its settings stay in tokenizer_config.json.
@@ -171,8 +172,7 @@ def _measure_held_out(
                 compute_dtype=plan.report.config["compute_dtype"],
                 progress=progress,
             )
-    except (ValueError, RuntimeError, MemoryError) as error:
-        # PyTorch's own errors of memory are RuntimeErrors
+    except MEASURING_ERRORS as error:
         plan.report.warn(
             f"bits per byte are not measured ({type(error).__name__}: {error}). The files do not depend on them."
         )

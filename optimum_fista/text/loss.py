@@ -46,6 +46,11 @@ _USUAL_STRETCHES = 12
 # Tokens of a sequence, at most.
 _LONGEST_SEQUENCE = 1024
 
+# What measuring raises if the memory or the disk is full, a file can't be read, or a text gives NaN. (PyTorch's own
+# errors of memory are RuntimeErrors.) The result of a run does not depend on the losses, so it is kept after such an
+# error.
+MEASURING_ERRORS = (ValueError, RuntimeError, MemoryError, OSError)
+
 
 @dataclass(frozen=True)
 class MeasuredText:

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista import pruner as pruner_module
 from optimum_fista.cli.main import main
 from optimum_fista.cli.prune_request import require_held_out
 from optimum_fista.folder.card import model_card
@@ -266,6 +267,27 @@ def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
     assert read_report(output).texts_not_measured == ["sea.txt"]
     assert "the loss is not known on sea.txt" in (output / "README.md").read_text()
     assert foreign_files(output) == []
+
+
+def test_a_loaded_model_that_cant_be_measured_after_the_run_stays_pruned(dense, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(dense)
+    config = FistaPruningConfig(method="wanda", allocation="uniform")
+    measure_before = pruner_module.losses_of
+
+    def fail_after_the_run(*arguments, label, **others):
+        if label == "Measuring after":
+            raise OSError(5, "Input/output error")
+        return measure_before(*arguments, label=label, **others)
+
+    monkeypatch.setattr(pruner_module, "losses_of", fail_after_the_run)
+    tokens = torch.randint(3, 200, (4, 32))
+    with pytest.warns(UserWarning, match="the loss on sea is not known .OSError"):
+        report = FistaPruner(config, progress=False).prune(
+            model, [tokens], measure={"sea": COMMON_TEXT}
+        )
+
+    assert report.texts_not_measured == ["sea"]
+    assert (model.model.layers[0].mlp.down_proj.weight == 0).float().mean() > 0.4
 
 
 def test_losses_of_a_model_that_was_trained_afterwards_are_those_before(dense):

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import kept_tokens, read_report
+from optimum_fista.removal import tokens
 from optimum_fista.removal.token_loss import measure_bits_per_byte
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(tokens that stay|belong to no token)")
@@ -112,6 +113,18 @@ def test_a_batch_that_the_caller_holds_out_is_measured_on(dense, tmp_path):
 
     assert report.bits_per_byte["num_tokens"] == ids.numel()
     assert report.bits_per_byte["num_tokens_pruned"] > 2 * ids.numel()
+
+
+def test_a_run_whose_text_cant_be_measured_is_finished_and_says_so(dense, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokens, "measure_bits_per_byte", fail)
+    with pytest.warns(UserWarning, match="bits per byte are not measured .OSError.*No space left"):
+        prune_tokens(dense, tmp_path / "smaller", [LONG_TEXT], "vocab:0.18")
+
+    assert read_report(tmp_path / "smaller").bits_per_byte is None
+    AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
 
 
 def test_the_command_says_what_the_removal_costs_and_promises_nothing(dense, tmp_path, capsys):
