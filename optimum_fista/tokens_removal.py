@@ -30,7 +30,7 @@ class TokensRemoval:
         """Read `"vocab:0.35"`, `"vocab:unused"`, or one of them with a multiple, `"vocab:0.35/128"`.
 
         Returns `None` if the text is a pattern of another kind; ValueError if it names tokens and makes no sense.
-        `keep` is the field of this name.
+        `keep` are ids, or texts whose tokens stay whatever the text says: the field of this name.
         """
         parts = text.split("+")
         if not any(part.startswith("vocab:") for part in parts):
@@ -65,6 +65,7 @@ class TokensRemoval:
         `num_kept` has to be a multiple of `step(number)`, which is 64 for more than 64 tokens.
         """
         exact = 1 - num_kept / number  # may need 17 digits
+        # Fewer digits do if the same multiple of the step is the nearest one.
         for digits in range(2, 9):
             request = cls(round(exact, digits))
             if request._nearest(number) == num_kept:
@@ -84,7 +85,10 @@ class TokensRemoval:
         return _USUAL_MULTIPLE if number > _USUAL_MULTIPLE else 1
 
     def num_kept(self, number: int) -> int:
-        """Count the tokens that stay of `number`, for a request with a share; ValueError if none or all would stay."""
+        """Count the tokens that stay of `number`, for a request with a share; ValueError if none or all would stay.
+
+        The count is a multiple of `step`, the nearest one to what the share leaves.
+        """
         step = self.step(number)
         num_kept = self._nearest(number)
         most = (number - 1) // step * step  # the largest multiple that is not all

@@ -45,7 +45,7 @@ class CountedModel:
 
     name: str  # a folder or a Hub id
     folder: Path  # of its files
-    settings: PreTrainedConfig  # its configuration, called dense
+    settings: PreTrainedConfig  # its configuration, without what it says of quantization
     model: PreTrainedModel  # without weights
     source: SourceTensors  # the tensors in its files
     tokenizer: PreTrainedTokenizerBase
@@ -92,9 +92,10 @@ def count_model(
 
 
 def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
-    """Return the folder of a model's files, in the cache for a Hub id, and its configuration without quantization.
+    """Return the folder of a model's files, in the cache for a Hub id, and a copy of its configuration.
 
-    Downloads the weights of a Hub id. ValueError if the model has no files from which tokens can be removed.
+    The copy says nothing of quantization. Downloads the weights of a Hub id into the cache. `name` is a folder or a Hub
+    id. ValueError if the model has no files from which tokens can be removed, such as a GGUF file.
     """
     if Path(name).is_file() or loading.gguf_file(name) is not None:
         raise ValueError(
@@ -117,8 +118,9 @@ def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
 
 
 def num_rows_of(model: PreTrainedModel) -> int:
-    """Return the number of rows of the embedding and of the head; refuse models with more than one vocabulary.
+    """Return the number of rows of the embedding and of the head.
 
+    Raises ValueError if they differ, or if the configuration names a vocabulary besides, such as that of a codec.
     `model` is without weights, and only read.
     """
     vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
@@ -134,6 +136,7 @@ def num_rows_of(model: PreTrainedModel) -> int:
     other_vocabularies = dict[str, int]()  # size by the setting that has it
     for section in configurations_in(model.config):
         for key, value in vars(section).items():
+            # A setting may have the number of tokens, or a table of them.
             size = len(value) if isinstance(value, dict | list) else value
             is_other = "vocab" in key and key not in ("vocab_size", "type_vocab_size")
             if is_other and type(size) is int and size >= _LEAST_VOCABULARY:
@@ -188,7 +191,8 @@ def _count(
                     else:
                         batch_counts.add_(torch.bincount(ids, minlength=num_rows))
 
-    # `counted` passes on the text to count, and collects the rest of it in `pieces`.
+    # `counted` reads `strings()`, passes on the text to count, and collects the rest of it in `pieces`. All texts and
+    # batches are read when `count_tokens` has returned.
     held_out = HeldOutText()
     text_counts = count_tokens(tokenizer, held_out.counted(strings()), num_rows)
     counts = text_counts + batch_counts

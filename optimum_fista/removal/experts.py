@@ -72,7 +72,8 @@ def remove_experts(
     kept = experts_to_keep(scores.saliency, count, part.num_router_groups)  # their numbers, rising
     smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
 
-    # runs the smaller layer on all tokens, which the router sends to the experts that stay
+    # Runs the smaller layer on all tokens, which the router sends to the experts that stay. Weights change only in
+    # `refit`.
     mixture = SmallerMixture(
         experts_of(part, layer_name, smaller_layer),
         activations=replace(targets.activations, layer=smaller_layer),
@@ -133,8 +134,9 @@ def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
 def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     """Run the decoder layer on its inputs, and measure the saliency of its experts on tokens that are not held out.
 
-    `targets` has the layer, and the hidden states that enter it. While the layer runs, the forward pass of the mixture
-    is replaced; nothing stays changed.
+    `targets` has the layer, and the hidden states that enter it. `experts` are those of its mixture. While the layer
+    runs, the forward pass of the mixture is replaced; nothing stays changed. The targets for the sum of all experts are
+    kept as well, at the layer's storage (memory, or files).
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
@@ -144,8 +146,9 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     def add_outputs(expert: int, tokens: Tensor, outputs: Tensor) -> None:
         """Add outputs of an expert in one batch to `norms` and `num_tokens` of the outer function.
 
-        `outputs` [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch.
-        `activations` says which batches are held out, and which tokens are padding.
+        It is called for every expert while the layer runs; `expert` is the number of the expert. `outputs`
+        [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch. `activations`
+        says which batches are held out, and which tokens are padding.
         """
         # The number of this batch. `expert_targets` has a target of each batch before it: that of this batch is added
         # after it has run.
@@ -168,18 +171,19 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
             f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or overflows its dtype; try "
             "float32 or bfloat16."
         )
-    saliency = norms / num_tokens.clamp_min(1)
+    saliency = norms / num_tokens.clamp_min(1)  # 0 for an expert without tokens
     return ExpertScores(num_tokens.cpu(), saliency.cpu(), expert_targets)
 
 
 def experts_to_keep(saliency: Tensor, count: int, num_router_groups: int = 1) -> tuple[int, ...]:
     """Return the numbers of the `count` most salient experts, rising; the first ones if several are equal.
 
-    `saliency` is [experts]. If the router chooses groups of experts first, there are `num_router_groups` of them, of
-    equal size and one after the other. Equally many experts of each group are kept.
+    `saliency` is [experts]. If the router chooses groups of experts first, there are `num_router_groups` of these
+    groups, of equal size and one after the other. Equally many experts of each group are kept.
     """
     by_group = saliency.view(num_router_groups, -1)  # [experts] -> [groups, experts of a group]
     kept_of_group = count // num_router_groups
     best = by_group.argsort(dim=1, descending=True, stable=True)[:, :kept_of_group]
+    # `best` counts the experts of a group from 0, so the number of the first expert of the group is added.
     first_of_group = torch.arange(num_router_groups)[:, None] * by_group.shape[1]
     return tuple(sorted((best + first_of_group).flatten().tolist()))

@@ -31,6 +31,7 @@ def without_overrides(config: PreTrainedConfig) -> PreTrainedConfig:
     The copy is shallow: it shares lists and dictionaries with `config`, which is not changed.
     """
     common: Any = copy.copy(config)
+    # Older versions of Transformers do not know the attribute, and have no overrides.
     if overrides_of(config) is not None:
         common.per_layer_config = None
     return cast(PreTrainedConfig, common)

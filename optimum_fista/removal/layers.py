@@ -50,13 +50,14 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
         )
     first = _first_removable(recorded)
 
-    # Each round runs the layers once (`Sweep`).
+    # Each round runs the remaining layers once (`Sweep`), and removes one.
     remaining = list(range(len(layers)))
     removed = list[tuple[int, float]]()
     num_runs = sum(len(layers) - num_removed for num_removed in range(count))  # of a decoder layer
     progress = tqdm(
         total=num_runs, desc="Choosing decoder layers", unit="layer", disable=not loss.progress
     )
+    # Modules outside of the decoder layers, which stay on their device during all rounds.
     outside = [*layers.around, layers.model.get_output_embeddings()]
     with progress as bar, onloaded(outside, writable=False):
         for _ in range(count):
@@ -85,7 +86,7 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
 
 
 def _first_removable(recorded: RecordedInputs) -> int:
-    """Find the number of the first decoder layer that can be removed.
+    """Find the number of the first decoder layer that can be removed. Changes nothing.
 
     `recorded.calls[layer][batch]` has the arguments of a layer, and what the model adds to the hidden states that enter
     it (`added`, such as features of images; `None`: nothing). What it adds between two layers depends on how many
@@ -93,7 +94,7 @@ def _first_removable(recorded: RecordedInputs) -> int:
     """
     first = 0
     for index, calls in enumerate(recorded.calls):
-        if any(call.added for call in calls):
+        if any(call.added for call in calls):  # before this layer, in any batch
             first = index + 1
     return first
 
@@ -101,10 +102,11 @@ def _first_removable(recorded: RecordedInputs) -> int:
 def _cheapest_layer(
     outline: ModelOutline, remaining: Sequence[int], losses: Mapping[int, float]
 ) -> int:
-    """Find the layer without which the loss is smallest, if a configuration describes the model without it.
+    """Find the layer without which the loss is smallest, among those without which a configuration describes the model.
 
-    `remaining` are the numbers of the layers that the model still has. `losses` are those without one of them, by its
-    number; layers that can't be removed have none. Nothing is removed here; the outline keeps what it finds out.
+    Returns its number; ValueError if there is none. `remaining` are the numbers of the layers that the model still has.
+    `losses` are those of the model without one of them, by the number of the layer; layers that can't be removed have
+    no loss. Nothing is removed here; the outline keeps what it finds out.
     """
     if not losses:
         raise ValueError(
@@ -151,16 +153,21 @@ def _prove_renumbered(
 ) -> None:
     """Prove that the first decoder layer that gets a new number still returns the same.
 
+    Something in a layer may depend on its number, which shapes do not show. Two copies of the layer run: one with its
+    old number, and one with its new number in the smaller configuration. If the first such layer returns the same, the
+    number does not matter, so the others are not tried. Raises UnsupportedArchitectureError if the outputs differ.
+
     `remaining` are the numbers of the layers that stay, rising. `recorded` has the arguments of all layers, and the
-    hidden states that enter the first one; any will do for a proof, so copies of the layer run on those. While they
-    run, the layer is on its device; it is not changed.
+    hidden states that enter the first layer. Any hidden states will do for a proof, so the copies run on these. While
+    they run, the layer is on its device; nothing stays changed.
     """
     renumbered = [old for new, old in enumerate(remaining) if new != old]
-    if not renumbered:
+    if not renumbered:  # the last layers were removed
         return
     index = renumbered[0]
     layer = outline.layers.modules[index]
-    call = recorded.calls[index][0]  # other arguments, for the first batch
+    calls_of_batches = recorded.calls[index]  # the other arguments of the layer
+    call = calls_of_batches[0]
     hidden_of_first_batch = recorded.hidden_states.stored_tensors()[0].to(execution_device(layer))
 
     def run(module: nn.Module) -> Tensor:
@@ -172,6 +179,6 @@ def _prove_renumbered(
             plan=plan_shrinking(outline, layers=remaining),
             name=f"{outline.layers.name}.{index}",
             module=layer,
-            kept={},
+            kept={},  # no part loses groups, only layers go
             run=run,
         )

@@ -38,7 +38,8 @@ def described_model(
         # the text model's configuration is a part of `config`, or `config` itself
         change_settings(config.get_text_config(decoder=True), settings, overrides)
         if settings:
-            # some configurations forget a setting, or compute it anew, when they are read
+            # some configurations forget a setting, or compute it anew, when they are read: written and read again, all
+            # settings have to be the same
             written = config.to_dict()
             read = type(config).from_dict(copy.deepcopy(written)).to_dict()
             for word, value in written.items():
@@ -46,7 +47,7 @@ def described_model(
                     raise ValueError(
                         f"saved and read again, {word} is {read.get(word)} instead of {value}"
                     )
-        # the copy says whether the head is the embedding, as in `model`
+        # changes the copy: it says whether the head is the embedding, as in `model`
         describe_ties(model, config)
         # parameters draw random numbers even on the meta device: those of the caller stay as they are
         with torch.device("meta"), torch.random.fork_rng(devices=[]):

@@ -107,7 +107,8 @@ class Part:
     def entries(self, size: int, repeats: int, kept: Sequence[int]) -> Tensor:
         """Return the numbers of the entries that stay on an axis of `size` entries, int64, on the CPU.
 
-        The axis has all groups of the part `repeats` times; `kept` are the numbers of the groups that stay.
+        The axis has all groups of the part `repeats` times; `kept` are the numbers of the groups that stay, in the
+        order that they get.
         """
         by_group = torch.arange(size).view(repeats, self.groups, -1)  # [repeats, groups, entries]
         return by_group[:, list(kept)].flatten()
@@ -115,7 +116,8 @@ class Part:
     def without_columns(self, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the weight of the part's operator, as it is stored, with zeros in the columns of all groups but `kept`.
 
-        `tensor` is [out, in] or [in, out]; `self.tensors` says which axis has the columns.
+        `tensor` is [out, in] or [in, out]; `self.tensors` says which axis has the columns. The columns of a group are
+        side by side, so the axis is divided into groups.
         """
         axis = self.tensors[f"{self.name}.weight"].axis
         removed = sorted(set(range(self.groups)).difference(kept))
@@ -141,11 +143,12 @@ class Parts:
     def sizes(self, count: int) -> dict[str, int]:
         """Return the settings of a configuration in which every part has `count` groups, by their words.
 
-        `self.words` has the present numbers, for parts of `self.groups` groups.
+        `self.words` has the present numbers, for parts of `self.groups` groups, such as {"num_attention_heads": 8}.
+        `self.constants` are settings that are stated besides, whatever `count` is.
         """
         numbers = dict[str, int]()
         for word, value in self.words.items():
-            # `None` and 0 leave the number to the model, which has `groups` then
+            # `None` and 0 leave the number to the model, which then has one for each group
             present = value if value else self.groups
             # With two query heads for each key-value head, for instance, there are 2 * count query heads.
             numbers[word] = count * present // self.groups
@@ -154,7 +157,8 @@ class Parts:
     def scaled_overrides(self, overrides: Overrides | None, count: int) -> Overrides | None:
         """Copy the overrides of single decoder layers, with the numbers for `count` groups in every part.
 
-        `self.words` names the settings that change. `None` stays `None`.
+        Overrides are settings by the number of the layer, such as {5: {"num_attention_heads": 4}}. `self.words` names
+        the settings that change. `None` (there are no overrides) stays `None`.
         """
         if overrides is None:
             return None
@@ -224,7 +228,7 @@ class RemovedParts:
         """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`."""
         if self.share.kind == "layers":
             kind = "decoder layers"
-            place = ""
+            place = ""  # they are no parts of a decoder layer
         else:
             kind = self.share.kind
             place = " of every decoder layer"
@@ -249,7 +253,8 @@ class RemovedParts:
 def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedParts]:
     """Count the parts that a pattern removes from the model of `outline`, in the order of the pattern.
 
-    The outline keeps the parts that it finds. Nothing is removed yet.
+    `pattern` has a share for each kind, such as a quarter of the heads. The outline keeps the parts that it finds.
+    Nothing is removed yet.
 
     Raises:
         ValueError: If the model can't lose such parts, or no whole number of them is near enough to a share.
@@ -281,11 +286,13 @@ def kept_by_kind(removed: Iterable[RemovedParts]) -> dict[Kind, int]:
 def _find_parts(outline: ModelOutline, kind: Kind) -> Parts:
     """Find the parts of one kind, by the first word of the configuration that states their number.
 
-    If none does, a ValueError has the reason for each word. `outline` is read, and builds its copy without weights.
+    `_WORDS` are what configurations may call the number, such as "intermediate_size" for channels. If no word states
+    it, an UnsupportedArchitectureError has the reason for each word. `outline` is that of the model; it builds its copy
+    without weights if it has none yet.
     """
     model_class = type(outline.model).__name__
     if outline.layers.shared:
-        # an operator that shares its weight with another one
+        # the first of the operators that share their weight with another one, and the end of a sentence that says so
         name, reason = next(iter(outline.layers.shared.items()))
         raise UnsupportedArchitectureError(f"{model_class} can't lose {kind}: {name} {reason}.")
 
@@ -295,6 +302,7 @@ def _find_parts(outline: ModelOutline, kind: Kind) -> Parts:
             stated = _stated_number(outline.text_config, kind, word)
             if stated is not None:
                 return _with_parts(outline, stated)
+        # also UnsupportedArchitectureError: another word may be the right one
         except ValueError as error:
             reasons.append(str(error))
 
@@ -312,9 +320,10 @@ def _stated_number(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | N
     """Read the number of channels, heads or experts that a text configuration calls `word`.
 
     Returns it as `Parts` without any part in them; `None` if the configuration does not know the word, or does not
-    use it. `config` is only read.
+    use it. `config` is only read. Raises UnsupportedArchitectureError if decoder layers have different numbers of
+    channels or experts.
     """
-    common = without_overrides(config)
+    common = without_overrides(config)  # a copy of which every setting can be read
     if not hasattr(common, word):
         return None
     value = getattr(common, word)
@@ -341,15 +350,16 @@ def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
     A group is a key-value head with its query heads. Returns `Parts` without any part in them.
 
     Decoder layers may have different numbers of heads. Then a group of a part is the same share of all its heads in
-    every layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
+    layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
     """
-    common = without_overrides(config)
+    common = without_overrides(config)  # a copy of which every setting can be read
     key_value_heads = getattr(common, "num_key_value_heads", None)
     if not key_value_heads:
         key_value_heads = value  # every query head has its own
     groups = key_value_heads
     if overrides_of(config) is not None:
         query_heads = values_by_layer(config, word)
+        # key-value heads; empty if every query head has its own
         by_layer = values_by_layer(config, "num_key_value_heads")
         groups = math.gcd(*by_layer) if by_layer else math.gcd(*query_heads)
         for number in query_heads:
@@ -371,17 +381,19 @@ def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
 def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
     """Read how the router chooses among the experts, of which `word` says that a mixture has `value`.
 
-    `config` is a text configuration without overrides. Returns `Parts` without any part in them.
+    `config` is a text configuration without overrides, which is only read. Returns `Parts` without any part in them.
     """
-    # how many experts a token is sent to
+    # How many experts a token is sent to. Configurations have two words for it; `None` and 0 state nothing.
     top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
     router_groups = count_router_groups(config)
     if router_groups == 1:
         at_least = top_k
     else:
-        # to experts of how many groups a token is sent
+        # Of how many groups the router chooses experts for a token. Each of these must have its share of the experts
+        # that the token is sent to.
         chosen_groups = getattr(config, "topk_group", None) or router_groups
-        # Such a router compares groups by the sum of their two best experts (DeepSeek-V3, arXiv 2412.19437).
+        # And at least two: such a router compares groups by the sum of their two best experts (DeepSeek-V3, arXiv
+        # 2412.19437).
         at_least = max(math.ceil(top_k / chosen_groups), 2) * router_groups
     return Parts(
         "experts",
@@ -444,11 +456,14 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
 def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int], str]:
     """Build an outline with fewer groups in every part, and find the tensors that are smaller in it.
 
-    `outline` is that of the model as it is; it builds its copy without weights if it has none yet.
-    `stated` has the numbers of the configuration by their words (`_stated_number`). Returns the axis that is smaller,
-    by the name of the tensor, and the settings of the smaller outline, as text for messages.
+    `outline` is that of the model as it is; it builds its copy without weights if it has none yet. `stated` has the
+    numbers of the configuration by their words, such as {"intermediate_size": 64} (`_stated_number`). Returns the axis
+    that is smaller, by the name of the tensor, and the settings of the smaller outline, as text for messages.
+
+    Raises UnsupportedArchitectureError if a tensor differs otherwise, or if there is nothing to remove.
     """
-    # One group of heads, otherwise half: both divide whatever the whole number divides.
+    # The smaller outline has one group of heads, or half of the channels or experts: whatever a model divides by the
+    # number (the hidden size, for instance), it can divide by these, too.
     divisor = stated.groups if stated.kind == "heads" else 2
     fewer = dict[str, int]()
     for word, value in stated.words.items():
@@ -461,10 +476,10 @@ def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int
     small = described_model(outline.model, {**fewer, **stated.constants}, overrides)
 
     axes = dict[str, int]()
-    stored = outline.dense.state_dict().keys()
+    stored = outline.dense.state_dict().keys()  # without buffers that the model computes
     small_shapes = shapes_of(small)
     for name, shape in outline.shapes.items():
-        small_shape = small_shapes.get(name, ())
+        small_shape = small_shapes.get(name, ())  # () if the smaller outline lacks the tensor
         if small_shape == shape:
             continue
         differing = [
@@ -493,6 +508,9 @@ def _operators(
         prefix: The name of the layer with a dot, such as "model.layers.3.".
         axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
         stated: The numbers of the configuration, without any part yet (`_stated_number`).
+
+    Raises:
+        UnsupportedArchitectureError: If other tensors do not have rows of their own for each group of columns.
     """
     shrinking = {
         name: _ShrinkingTensor(
@@ -506,7 +524,8 @@ def _operators(
     }
     weights = [tensor for tensor in shrinking.values() if tensor.loses_columns]
     for weight in weights:
-        # The inputs come from the same module, unless there is one operator only: BERT's MLP has two modules.
+        # The rows that compute the inputs are in the same module, such as "model.layers.3.mlp.". If only one operator
+        # of the layer loses columns, they may be anywhere in the layer: BERT's MLP has two modules.
         siblings = prefix if len(weights) == 1 else weight.owner.rpartition(".")[0] + "."
         rows = [
             tensor
@@ -557,10 +576,12 @@ def _part_of_operator(
     """Make the part of a linear operator that loses columns of its `weight`.
 
     `rows` are the tensors of the same decoder layer that lose rows or entries with it, and `stated` has the number of
-    groups (0: each column is one). Refuses tensors that have no rows of their own for each group.
+    groups (0: each column is one). Nothing is changed. Raises UnsupportedArchitectureError if tensors have no rows of
+    their own for each group.
     """
     operator = weight.owner  # the operator's name
     groups = stated.groups if stated.groups else weight.entries
+    # weights whose rows compute the inputs of the operator
     feeders = [tensor.name for tensor in rows if tensor.is_weight_of_operator]
     least_feeders = 2 if stated.kind == "heads" else 1  # queries and keys
     if len(feeders) < least_feeders:
@@ -578,7 +599,8 @@ def _part_of_operator(
             raise UnsupportedArchitectureError(
                 f"{tensor.name} ({type(tensor.module).__name__}) works on all inputs of {operator} together"
             )
-        # The rows of a head are together. All channels of a gate come before those of the up projection.
+        # The rows of a head are together. But if a gate and an up projection are one matrix, all channels of the gate
+        # come before those of the up projection: the matrix has all groups twice.
         has_all_groups_again = stated.kind == "channels" and tensor is not weight
         repeats = tensor.entries // groups if has_all_groups_again else 1
         tensors[tensor.name] = GroupAxis(tensor.axis, repeats)
@@ -626,7 +648,7 @@ def _mixtures(
             raise UnsupportedArchitectureError(
                 f"{name} is not a mixture with one entry for each expert"
             )
-    # names of modules that have the matrices of all experts in one tensor of three axes
+    # names of modules that have the matrices of all experts in one tensor of three axes; a router has two
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
     if len(fused) != 1:
         raise UnsupportedArchitectureError(

@@ -78,8 +78,9 @@ class PartsRemoval(Removal):
     def planned(cls, layers: DecoderLayers, config: FistaPruningConfig) -> "PartsRemoval":
         """Plan the removal of the parts that the pattern of `config` names, such as "heads:0.25".
 
-        An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned. `layers` are
-        those of the model, which is not changed; the masks of an earlier run are looked for in its folder.
+        An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned; some may be
+        refitted (`_with_compensation`). `layers` are those of the model, which is not changed; the masks of an earlier
+        run are looked for in its folder.
         """
         pattern = config.whole_parts
         assert pattern is not None
@@ -98,10 +99,10 @@ class PartsRemoval(Removal):
             """Say why the operator `name` is not pruned; `None` if it is. Only those in `patterns` are."""
             return None if name in patterns else "no part"
 
-        # The matrices of mixtures that lose experts are not pruned as operators.
+        # Names of modules of experts whose matrices are not pruned as operators: these mixtures lose whole experts.
         dense_experts = tuple(part.name for part in mixtures)
         if not patterns:
-            dense_experts = ("*",)  # no operator is pruned at all
+            dense_experts = ("*",)  # all of them: no operator is pruned at all
         operators, left_dense = choose_operators(layers, dense_experts, reason_left_dense)
         removal = cls(
             layers=layers,
@@ -135,12 +136,14 @@ class PartsRemoval(Removal):
     def keeps_values(self) -> bool:
         """Tell whether all weights that stay keep their values, because nothing is refitted.
 
-        `self.num_kept_by_kind` has the kinds of parts that are removed ("channels", "heads" or "experts").
+        `self.num_kept_by_kind` has the kinds of parts that are removed ("channels", "heads" or "experts"), and
+        `self.mixtures` those that lose experts.
         """
         correction = self.config.correction
         loses_columns = "channels" in self.num_kept_by_kind or "heads" in self.num_kept_by_kind
         method_updates_weights = loses_columns and METHODS[self.config.method].updates_weights
         refits_experts = bool(self.mixtures) and self.config.expert_refit
+        # With "full", decoder layers see the error of those before them, as of a removed one, and can compensate.
         follows_removed_layer = self.num_removed_layers > 0 and correction.carry == "full"
         loses_heads = "heads" in self.num_kept_by_kind
         # the last operator of a decoder layer is refitted (`_with_compensation`)
@@ -183,13 +186,13 @@ class PartsRemoval(Removal):
     def without_layers(self, removed_layers: Mapping[int, float]) -> "PartsRemoval":
         """Return a removal that also removes the decoder layers that `choose_layers` has chosen.
 
-        `removed_layers` has the loss after the removal of each layer, by its number. Their operators are no longer
-        pruned. With the residual correction, the last operator of the layer after a removed one is refitted to
+        `removed_layers` has the loss after the removal of each layer, by its number. Operators of these layers are no
+        longer pruned. With the residual correction, the last operator of the layer after a removed one is refitted to
         compensate (`_with_compensation`). This removal and the model are not changed.
         """
         remaining = [index for index in range(len(self.layers)) if index not in removed_layers]
         smaller, columns = plan_shrinkings(self.outline, self.num_kept_by_kind, remaining)
-        mixtures = {
+        mixtures = {  # without those of removed layers, which are no parts of the smaller model
             layer_name: part
             for layer_name, part in self.mixtures.items()
             if part.name in smaller.parts
@@ -210,11 +213,13 @@ class PartsRemoval(Removal):
         it: its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the
         last, when the layer runs. So all operators of such a layer get a pattern here, one that keeps all columns.
 
-        `self.operators` are by the name of their decoder layer, then by their own. `self.removed_layers` has the
-        numbers of the removed layers. This removal and the model are not changed.
+        `self.operators` are by the name of their decoder layer, then by their own, and `self.patterns` by the name of
+        the operator. `self.removed_layers` has the numbers of the removed layers. This removal and the model are not
+        changed.
         """
         correction = self.config.correction
         after_removed = set[int]()  # numbers of the layers that come after a removed one
+        # With "full", a layer sees the error of those before it. Otherwise dense states enter it, without an error.
         if correction.carry == "full":
             after_removed = {index + 1 for index in self.removed_layers}
         operators = dict[str, Mapping[str, LinearOperator]]()
@@ -224,6 +229,7 @@ class PartsRemoval(Removal):
                 operators[name] = {}
                 continue
             own = self.operators[name]
+            # A layer of which no operator loses columns loses no heads.
             loses_heads = "heads" in self.num_kept_by_kind and bool(own)
             has_error_to_correct = loses_heads or index in after_removed
             if has_error_to_correct and correction.residual_share > 0:
@@ -231,6 +237,7 @@ class PartsRemoval(Removal):
                 others = find_operators(name, layer, dense_experts=("*",))
                 for other, operator in others.items():
                     num_columns = operator.shape[1]
+                    # Operators that lose columns have a pattern already, and keep it.
                     patterns.setdefault(other, Columns.keeping(num_columns, num_columns))
                 own = {**others, **own}
             operators[name] = own
@@ -251,7 +258,8 @@ class PartsRemoval(Removal):
         that zeros in the columns equal their removal; then the kind of the layer is in `self.proven`.
 
         `self.smaller_plan.parts` are by the name of the operator that loses columns, and `self.mixtures`, those that
-        lose experts, by the name of their decoder layer.
+        lose experts, by the name of their decoder layer. Returns also the operators of the layer that are not pruned,
+        with the reason, and the module of the experts if some are removed.
         """
         self._prove(layer_name, activations, hidden)
         self._require_called(layer_name, groups)
@@ -260,9 +268,10 @@ class PartsRemoval(Removal):
         chosen = list[Group]()
         for group in groups:
             chosen.append([o for o in group if o.name in self.smaller_plan.parts])
+        # The last operator is refitted if it loses no columns, and is alone in its group.
         last_can_be_refitted = bool(groups) and not chosen[-1] and len(groups[-1]) == 1
         if last_can_be_refitted:
-            # only if the output of the layer is that of this operator plus something else
+            # and only if the output of the layer is that of this operator plus something else: then it can compensate
             last = groups[-1][0]
             if is_added_to_output(activations, last.module, hidden):
                 chosen[-1] = [last]
@@ -280,9 +289,10 @@ class PartsRemoval(Removal):
         )
 
     def _require_called(self, layer_name: str, groups: list[Group]) -> None:
-        """Refuse a decoder layer with an operator that would lose columns, but is in no group.
+        """Refuse a decoder layer with an operator that would lose columns, but is in no group. Changes nothing.
 
         `groups` are the operators that a run of the layer called exactly once, and that returned `W x + b`.
+        `self.smaller_plan.parts` are by the name of the operator that loses columns.
         """
         called = {operator.name for group in groups for operator in group}
         for name, part in self.smaller_plan.parts.items():
@@ -309,6 +319,7 @@ class PartsRemoval(Removal):
         if not names:
             return
         classes = tuple((name, type(module)) for name, module in layer.named_modules())
+        # without the number of the layer, so that they are equal in layers of one kind
         names_in_layer = tuple(name.removeprefix(layer_name) for name in names)
         kind = (classes, names_in_layer)
         if kind in self.proven:
@@ -342,8 +353,11 @@ class PartsRemoval(Removal):
         """Remove experts of a decoder layer whose operators are pruned, and refit the other experts.
 
         `targets` has the layer, and what it should return. `operators` are the reports of its pruned operators. Experts
-        are overwritten through `sink`, and its masks become those of the smaller operators. Returns the hidden states
-        that leave the layer without the experts, and what is reported of it; the layer itself keeps all experts.
+        are overwritten through `sink`, and its masks become those of the smaller operators (`_smaller`). The layer
+        runs, for the hidden states that leave it without the removed experts. Returns these states, and the reports of
+        the operators and the mixture as they will be; the layer itself keeps all experts.
+
+        `self.mixtures` are those that lose experts, by the name of their decoder layer.
         """
         smaller_operators = [self._smaller(operator, sink) for operator in operators]
         if layer_name not in self.mixtures:
@@ -363,12 +377,14 @@ class PartsRemoval(Removal):
     def _smaller(self, operator: OperatorReport, sink: PrunedWeights) -> OperatorReport:
         """Copy the report of an operator as it will be without the removed parts; its mask then keeps all weights.
 
-        Replaces the mask of the operator in `sink.masks`: it says which groups of columns stay, and the new one, of the
-        smaller weight, keeps all. `operator.name` is that of the weight.
+        Replaces the mask of the operator in `sink.masks`: the old mask says which groups of columns stay, and the new
+        one, of the smaller weight, keeps all. `operator.name` is that of the weight, such as
+        "model.layers.3.mlp.down_proj.weight". `self.smaller_plan.parts` are by the name of the operator without
+        ".weight".
         """
         mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
         part = self.smaller_plan.parts.get(operator.name.removesuffix(".weight"))
-        groups = None  # if it was only refitted
+        groups = None  # an operator that is no part was only refitted
         if part is not None:
             mask_by_outputs = mask.T if operator.stored_transposed else mask  # [out, in]
             groups = part.kept_by(mask_by_outputs)
@@ -393,14 +409,18 @@ class PartsRemoval(Removal):
     def carry_masks(
         self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
     ) -> LayerRecord:
-        """Keep masks of an earlier run, made smaller as the weights are, if all weights outside of them are zero.
+        """Keep the masks that an earlier run has left for a decoder layer: add them to `sink.masks`.
 
-        `layer` is pruned and on its device, and `record` is its report. The masks are added to `sink.masks`. Returns a
-        copy of the record that says which masks were carried, and which are lost. `self.earlier_masks` finds the masks
-        in the folder that the model was loaded from.
+        They become smaller, as the weights will be. A mask is kept only if all weights that it calls zero still are
+        (`EarlierMasks.carried_smaller` compares them); otherwise it is lost. Returns a copy of the record that says
+        which masks were kept, and which are lost.
+
+        `layer` is pruned and on its device. `record` has its report, and those of its pruned operators.
+        `self.earlier_masks` finds the masks in the folder that the model was loaded from.
         """
         if self.earlier_masks is None:
             return record
+        # numbers of the groups that stay, by the name of the part
         kept = groups_kept([record.report], record.operators)
         carried = self.earlier_masks.carried_smaller(
             record.report.name, layer, self.smaller_plan, kept
@@ -411,8 +431,10 @@ class PartsRemoval(Removal):
     def shrink_tensors(self, record: LayerRecord, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors of a pruned decoder layer in their smaller form, by their new names.
 
-        `tensors` are by their names in the whole model, and are not changed; `record` is the report of the layer.
+        `tensors` are by their names in the whole model, and are not changed. `record` has the report of the layer, and
+        those of its operators, which say which groups stay.
         """
+        # numbers of the groups that stay, by the name of the part
         kept = groups_kept([record.report], record.operators)
         smaller = {
             name: self.smaller_plan.shrink_tensor(name, tensor, kept)
@@ -423,8 +445,9 @@ class PartsRemoval(Removal):
     def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
         """Names in the checkpoint of weights with masks of an earlier run, by their names in the smaller model.
 
-        `report` is complete; its `carried` lists these weights. The smaller model decides, because experts have new
-        numbers there. It has no weights, and gets the attribute by which Transformers saves the model under its names.
+        `report` is complete; its `carried` lists these weights. Their names are found in the smaller model, because
+        experts have new numbers there. It has no weights. If the model was loaded from files, the smaller model
+        gets its attribute with the conversions by which Transformers saves a model under the names of its files.
         """
         if not report.carried:
             return {}
@@ -485,9 +508,11 @@ class PartsRemoval(Removal):
         """Make a pruned model in memory smaller, in place, after `describe`.
 
         `report` says which groups stay, by the new names of the parts. The masks of `sink` get the new names. If the
-        run fails later, `sink` gives the tensors their old values and sizes.
+        run fails later, `sink` gives the tensors their old values and sizes. `self.smaller_plan.parts` are by their old
+        names.
         """
         groups = groups_kept(report.layers, report.operators)  # by their new names
+        # numbers of the groups that stay, by the old names, which the model still has
         kept = dict[str, tuple[int, ...]]()
         for name in self.smaller_plan.parts:
             new_name = self.new_name(name)
@@ -495,6 +520,7 @@ class PartsRemoval(Removal):
                 kept[name] = groups[new_name]
 
         # Old tensors are kept on the CPU: a device that is nearly full has no room for both sizes of all tensors.
+        # Those that keep their size also keep their memory, so they are not copied.
         before = []  # each tensor, its device, and its old values
         for name, tensor in tensors_of(model):
             becomes_smaller = self.smaller_plan.part_of(name) is not None

@@ -21,7 +21,8 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
 
     `config` is the user's; `layers` are those of the model, as `prunable_layers` finds them. Nothing is changed, and no
     weight is read except to refuse NaN and Inf. The loss of the model decides later which decoder layers are removed
-    (`Removal.without_layers`).
+    (`Removal.without_layers`). Raises ValueError if the pattern does not fit the model, and
+    UnsupportedArchitectureError if there is nothing to prune or to remove.
     """
     if config.tokens_removal is not None:
         raise ValueError(
@@ -34,7 +35,7 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
         removal = PartsRemoval.planned(layers, config)
     else:
         removal = _removal_of_zeros(layers, config)
-    for operators in removal.operators.values():
+    for operators in removal.operators.values():  # those of each decoder layer
         for name, operator in operators.items():
             removal.patterns[name].require_shape(operator.shape, name)
 

@@ -73,10 +73,12 @@ def require_same_outputs(
 
 def difference_beyond_rounding(output: Tensor, expected: Tensor) -> float | None:
     """Measure the relative difference of two outputs [batch, tokens, hidden]; `None` if rounding explains it."""
-    # token by token: the hidden states of a few are a thousand times as large as those of others
+    # token by token: the hidden states of a few are a thousand times as large as those of others. No size is 0, because
+    # it is divided by.
     sizes = expected.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
     differences = (output.float() - expected.float()).norm(dim=-1) / sizes
     difference = float(differences.square().mean().sqrt())
+    # what rounding explains: a hundred times that of one number, but at most 2 %
     rounding = min(100 * torch.finfo(expected.dtype).eps, 2e-2)
     return None if difference <= rounding else difference
 
@@ -87,5 +89,6 @@ def scaled_down(hidden_states: Tensor) -> Tensor:
     In 16 bits, the rounding of large values hides what attention and MLP add.
     """
     hidden_size = hidden_states.shape[-1]
+    # of norm 1, so the root mean square of their values is 1 / sqrt(hidden size)
     directions = nn.functional.normalize(hidden_states.float(), dim=-1)
     return (directions * (0.01 * hidden_size**0.5)).to(hidden_states.dtype)

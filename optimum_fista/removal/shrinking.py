@@ -109,7 +109,7 @@ def plan_shrinking(
 
     The smaller model is built, without weights, from the changed configuration. Every tensor must have the shape that
     shrinking gives it. Modules may differ from those of the model in sizes and in the numbers of their decoder layers,
-    but not in windows, scales or kinds.
+    but not in windows of attention, scales or kinds of layers.
 
     Args:
         outline: Has the model, whose weights are not read and not changed, and a copy without weights. What it finds
@@ -134,8 +134,8 @@ def plan_shrinking(
     if overrides is not None:
         overrides = renumbered(overrides, remaining)
 
-    # configurations name the number of layers in different ways: each is tried
-    reasons = list[str]()
+    # configurations name the number of layers in different ways: each is tried, and the first that works is returned
+    reasons = list[str]()  # why the others do not work
     for layer_settings in _likely_layer_settings(outline.text_config, remaining, total):
         try:
             small = described_model(outline.model, sizes | layer_settings, overrides)
@@ -203,10 +203,13 @@ def _parts_of_layers(
 def _settings_of_parts(
     outline: ModelOutline, counts: Mapping[Kind, int]
 ) -> tuple[dict[str, Any], Overrides | None]:
-    """Return the settings of a configuration for a smaller model, by their words, and overrides of decoder layers.
+    """Return what a configuration has to say of a smaller model: settings, and overrides of single decoder layers.
 
-    `counts` are the numbers of groups that stay in every decoder layer, by kind. The overrides are those of the
-    model's configuration, with the smaller numbers; `None` if there are none. No configuration is changed.
+    Settings are by what the configuration calls them, such as {"intermediate_size": 24}. The overrides are a copy of
+    those of the model's configuration, with the smaller numbers; `None` if it has none. No configuration is changed.
+
+    `counts` are the numbers of groups that stay in every decoder layer, by kind, such as {"channels": 24}.
+    `outline.parts` finds all parts of a kind in the model, and keeps them in the outline.
     """
     sizes = dict[str, Any]()
     overrides = overrides_of(outline.text_config)
@@ -249,12 +252,17 @@ def _likely_layer_settings(
 ) -> Iterator[dict[str, Any]]:
     """Propose settings for a model with the decoder layers `remaining` of `total`, the likeliest first.
 
-    They are changes of the text configuration `config`, which is only read: the number of layers, numbers of single
-    layers, and lists with an entry for each layer.
+    They are changes of the text configuration `config`, which is only read: the number of layers (`_NUM_LAYERS` has the
+    words for it), lists with numbers of single layers (`_LAYER_NUMBERS`), how many of the first layers are of another
+    kind (`_FIRST_LAYERS`), and lists with an entry for each layer.
+
+    `remaining` are the old numbers of the layers that stay, rising.
     """
     if len(remaining) == total:
-        yield {}
+        yield {}  # all layers stay: nothing has to change
         return
+
+    # Lists of ids of tokens may have as many entries as there are layers.
 
     values: dict[str, Any] = {
         word: value for word, value in vars(config).items() if "token_id" not in word
@@ -273,7 +281,7 @@ def _likely_layer_settings(
             numbers[word] = len(first_layers_that_stay)
 
     # First all lists that have an entry for each layer. One of another meaning may have as many entries by chance, so
-    # those whose word names layers, such as "layer_types", are tried alone afterwards.
+    # those whose word names layers, such as "layer_types", are tried alone afterwards. ("" is part of every word.)
     for part_of_word in ("", "layer"):
         entries = dict[str, Any]()
         for word, of_all_layers in lists.items():
@@ -315,10 +323,11 @@ def _changed_attributes(
 ) -> dict[str, dict[str, Any]]:
     """Find the attributes of modules that differ in the smaller model, with their values there.
 
-    They are by the name of the module in the model, then of the attribute. Only sizes that shrink as parts do, numbers
-    of layers, and lists with an entry for each of `total` layers may differ, and no module may change its class.
-    Otherwise a ValueError says which attribute or module does. `dense` is the model as it is, without weights; it and
-    `plan.model`, the smaller one, are only read.
+    They are by the name of the module in the model, then of the attribute, such as
+    `{"model.layers.0.self_attn": {"num_heads": 6}}`. Only sizes that shrink as parts do, numbers of layers, and lists
+    with an entry for each of `total` layers may differ (`_may_become`), and no module may change its class. Otherwise a
+    ValueError says which attribute or module does. `dense` is the model as it is, without weights; it and `plan.model`,
+    the smaller one, are only read.
     """
     small_modules = dict(plan.model.named_modules())
     attributes = dict[str, dict[str, Any]]()
@@ -338,7 +347,7 @@ def _changed_attributes(
             if word.startswith("_") or not is_plain:
                 continue
             new: Any = vars(small).get(word)
-            if type(new) is type(old) and new == old:
+            if type(new) is type(old) and new == old:  # True equals 1, but is another setting
                 continue
             if not _may_become(word, old, new, plan, total):
                 raise ValueError(
@@ -351,7 +360,9 @@ def _changed_attributes(
 def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> bool:
     """Tell whether the attribute `word` of a module may be `new` instead of `old` in the smaller model of `plan`.
 
-    `total` is the number of decoder layers of the model as it is; `plan.layers` are the numbers of those that stay.
+    It may if both are numbers of decoder layers, the number of one layer, lists with an entry for each layer, or sizes
+    that shrink as a part does. `total` is the number of decoder layers of the model as it is; `plan.layers` are the
+    numbers of those that stay, and `plan.num_kept` says how many groups each part keeps.
     """
     names_layers = "layer" in word
     if type(old) is not int or type(new) is not int:
@@ -365,7 +376,7 @@ def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> b
     if is_number_of_layer and old in plan.layers and new == plan.layers.index(old):
         return True
     # a size that shrinks in proportion with one of the parts
-    if old == 0:
+    if old == 0:  # no proportion
         return False
     shares_kept = {Fraction(plan.num_kept[name], part.groups) for name, part in plan.parts.items()}
     return Fraction(new, old) in shares_kept

@@ -22,7 +22,8 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Kept) -> None:
 
     Modules and parameters stay the same objects, with their devices, modes and hooks. Tensors that lose nothing keep
     their memory; those that shrink lose their gradients. Removed decoder layers leave the list of layers.
-    `model.config`, the configurations of modules, and `model.hf_device_map` become other objects.
+    `model.config`, the configurations of modules, and `model.hf_device_map` (which device has which module) become
+    other objects.
     """
     for name, tensor in tensors_of(model):
         if plan.part_of(name) is not None:
@@ -61,8 +62,8 @@ def smaller_copy(plan: Shrinking, name: str, module: nn.Module, kept: Kept) -> n
 def copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Copy the module called `name`, with other values for the tensors that `tensors` names; the rest are shared.
 
-    `tensors` are by their names in the model. Hooks are shared, too, except those that are methods of modules inside.
-    `module` is not changed.
+    `tensors` are by their names in the model. Hooks are shared, too, except those that are methods of modules inside
+    `module`: the copies have hooks of their own there. `module` is not changed.
     """
     inside = list(module.modules())
     # By the `id` of an object, what `deepcopy` takes instead of a copy.
@@ -80,6 +81,7 @@ def copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Mo
     for full_name, tensor in tensors_of(module, name):
         other = tensors.get(full_name, tensor)
         if isinstance(tensor, nn.Parameter) and other is not tensor:
+            # A module takes no other tensor as a parameter.
             other = nn.Parameter(other, requires_grad=False)
         memo[id(tensor)] = other
     return copy.deepcopy(module, memo)
@@ -93,12 +95,13 @@ def tensors_of(module: nn.Module, name: str = "") -> list[tuple[str, Tensor]]:
 def _take_attributes(module: nn.Module, name: str, plan: Shrinking) -> None:
     """Give the module called `name`, and those in it, the attributes and configurations of the smaller model.
 
-    Changes these attributes of the modules (`plan.attributes`, such as sizes and numbers of layers), and no tensors.
+    Changes the attributes of the modules that differ in the smaller model (`plan.attributes`, such as sizes and numbers
+    of layers, by the name of the module), and `config` of each module that has one. No tensor changes.
     """
     small_modules = dict(plan.model.named_modules())
     for full_name, child in module.named_modules(prefix=name):
         new_name = plan.new_name(full_name)
-        if new_name is None:
+        if new_name is None:  # in a removed decoder layer
             continue
         for word, value in plan.attributes.get(full_name, {}).items():
             setattr(child, word, copy.copy(value))

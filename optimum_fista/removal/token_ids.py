@@ -31,17 +31,21 @@ _MOST_STEPS = 1_000_000
 
 
 def configurations_in(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    """A model's configuration and those in it, without those of other vocabularies, such as that of a codec.
+    """Return a model's configuration and those in it, without those of other vocabularies, such as that of a codec.
 
-    They are the objects themselves, not copies: who changes them changes the configuration.
+    They are the objects themselves, not copies: who changes them changes the configuration. Nothing is changed here.
     """
     size = config.get_text_config(decoder=True).vocab_size
     same_vocabulary = list[PreTrainedConfig]()
     waiting = [config]
     while waiting:
         section = waiting.pop(0)
-        if section is config or getattr(section, "vocab_size", size) == size:
+        # A section without a size has no vocabulary, but may name tokens of the text, such as that of an image.
+        has_other_vocabulary = hasattr(section, "vocab_size") and section.vocab_size != size
+        # The whole configuration names tokens of the text in any case, such as `eos_token_id`.
+        if section is config or not has_other_vocabulary:
             same_vocabulary.append(section)
+        # also those in a section with another vocabulary
         waiting += [
             value for value in vars(section).values() if isinstance(value, PreTrainedConfig)
         ]
@@ -76,8 +80,9 @@ def ids_in(values: Mapping[str, Any]) -> set[int]:
 def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[str, Any]:
     """Copy JSON values with the new ids of tokens; numbers that have no new id stay, such as -1.
 
-    Entries of removed tokens are left out of lists and maps of tokens (`added_tokens_decoder`,
-    `forced_decoder_ids`, `lang_to_id`, `task_to_id`).
+    `values` are those of a configuration, such as {"eos_token_id": 2}; they are not changed. Entries of removed tokens
+    are left out of lists and maps of tokens (`added_tokens_decoder`, `forced_decoder_ids`, `lang_to_id`,
+    `task_to_id`).
     """
 
     def new_id(index: int) -> int:
@@ -85,7 +90,9 @@ def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[st
         return new_ids.get(index, index)
 
     changed: dict[str, Any] = _replaced(values, new_id, are_ids=False)
+    # In these lists and maps, `changed` still has removed tokens, with their old ids: they are made of `values` again.
     if values.get("added_tokens_decoder"):
+        # In JSON, the ids that are keys are text.
         changed["added_tokens_decoder"] = {
             str(new_ids[int(old)]): token
             for old, token in values["added_tokens_decoder"].items()
@@ -100,7 +107,7 @@ def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[st
         changed[_PAIRS_WITH_IDS] = [
             [position, new_ids.get(old)]
             for position, old in values[_PAIRS_WITH_IDS]
-            if old is None or old in new_ids
+            if old is None or old in new_ids  # None: no token is forced at this position
         ]
     return changed
 
@@ -114,7 +121,7 @@ def _replaced(value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
     if isinstance(value, dict):
         return {key: _replaced_at(key, inner, change, are_ids) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_replaced(inner, change, are_ids) for inner in value)
+        return type(value)(_replaced(inner, change, are_ids) for inner in value)  # of the same type
     is_number = type(value) is int  # and not bool
     if are_ids and is_number:
         return change(value)
@@ -124,7 +131,9 @@ def _replaced(value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
 def _replaced_at(key: Any, value: Any, change: Callable[[int], int], are_ids: bool) -> Any:
     """Copy the value of a key of a JSON object, and replace the ids in it by what `change` returns of them.
 
-    `key` says which numbers are ids, unless all are by a key around it (`are_ids`).
+    `key` says whether the numbers in `value` are ids, such as "eos_token_id" or "lang_to_id" (`_MAPS_TO_IDS`). If
+    `are_ids`, they are ids in any case, because a key around it says so. Of pairs (`_PAIRS_WITH_IDS`), only the second
+    number is an id.
     """
     if key == _PAIRS_WITH_IDS and isinstance(value, list | tuple):
         return [[position, _replaced(index, change, are_ids=True)] for position, index in value]
@@ -137,12 +146,13 @@ class ChatTemplateError(ValueError):
 
 
 def ids_of_chat_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of all tokens that a tokenizer's chat template writes around messages; none if there is no template.
+    """Collect the ids of all tokens that a tokenizer's chat template writes around messages; none without a template.
 
-    A template is code of other people. One that refuses these messages counts for nothing; `ChatTemplateError` if it
-    runs on after `_MOST_STEPS` lines. Changes nothing that lasts.
+    A template is code of other people. If it refuses a conversation, that conversation adds no ids;
+    `ChatTemplateError` if it runs on after `_MOST_STEPS` lines. Changes nothing that lasts.
     """
     ids = set[int]()
+    # The messages are empty, so all text is the template's own. Many templates refuse the role "system".
     for roles in (("system", "user", "assistant"), ("user", "assistant")):
         messages = [{"role": role, "content": ""} for role in roles]
         try:
@@ -152,7 +162,7 @@ def ids_of_chat_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
                 )
         except ChatTemplateError:
             raise
-        except Exception:  # whatever its code raises, such as for the role "system"
+        except Exception:  # whatever its code raises; or there is no template
             continue
         ids.update(tokenizer.encode(text, add_special_tokens=False))
     return ids
@@ -162,12 +172,17 @@ def ids_of_chat_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _limited_templates() -> Iterator[None]:
     """Raise `ChatTemplateError` in the template that runs more than `_MOST_STEPS` lines.
 
-    The lines are counted by the trace function of this thread, which is put back afterwards.
+    The lines are counted by the trace function of this thread (`sys.settrace`), which Python calls for each function
+    and line that runs inside the `with`. The function that was there before is put back afterwards.
     """
-    steps = 0
+    steps = 0  # lines of templates that have run
 
     def count(frame: FrameType, event: str, argument: Any) -> Any:  # noqa: ARG001, as Python calls it
-        """Count a line of a template, and trace the lines of every function of a template that is called."""
+        """Count a step of a template in `steps`, and raise if there are too many; Python calls this.
+
+        `frame` is the function that runs. Returns itself if the function is a template's, so that Python calls this for
+        its lines, too; `None` if it is another one, whose lines are not counted.
+        """
         nonlocal steps
         if frame.f_code.co_filename != "<template>":  # the name that Jinja gives to its code
             return None

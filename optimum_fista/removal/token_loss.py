@@ -71,7 +71,7 @@ def measure_bits_per_byte(
         name: The dense model, a folder or a Hub id. Its weights stay in its files, which are only read, until they
             are needed.
         texts: Pieces of text that no token was counted on. Of each at most `_LONGEST_SEQUENCE` tokens are measured,
-            and of all together about `LEAST_TOKENS`.
+            and of all together about `LEAST_TOKENS`, which are enough for a number that can be trusted.
         dense_tokenizer: That of the dense model.
         smaller_tokenizer: The one with the tokens that stay.
         kept: int64 [rows that stay]: the old id of each token of the smaller tokenizer and, after these, of rows of the
@@ -79,7 +79,7 @@ def measure_bits_per_byte(
         bos: Old id of the token that every sequence starts with; `None`: the model's sequences start with text.
         offload_folder: Folder for weights that are stored in another form than a model computes with.
         device: Where to compute; `None`: the accelerator if there is one.
-        compute_dtype: The option of a configuration: in which dtype matrices are multiplied.
+        compute_dtype: The option of a configuration: in which dtype matrices are multiplied, such as "auto".
         progress: Show a progress bar.
 
     Returns:
@@ -89,7 +89,7 @@ def measure_bits_per_byte(
         ValueError: If the texts hold no sequence of two tokens, or the model writes NaN or Inf.
     """
     model = load_lazily(name, offload_folder, device=device).model
-    num_rows, num_positions = token_limits(model)
+    num_rows, num_positions = token_limits(model)  # of the embedding; that a sequence may have
     beginnings = _beginnings_of_texts(texts, dense_tokenizer, smaller_tokenizer, num_positions)
     dense = _tokenized(beginnings, dense_tokenizer, old_ids=None, bos=bos)
     pruned = _tokenized(beginnings, smaller_tokenizer, old_ids=kept.tolist(), bos=bos)
@@ -211,14 +211,16 @@ def _beginnings_of_texts(
     smaller_tokenizer: Tokenizer,
     num_positions: int | None,
 ) -> list[str]:
-    """Beginnings of texts that are short enough for the model in both tokenizers' tokens.
+    """Cut off beginnings of texts that are short enough for the model in the tokens of both tokenizers.
 
-    They have about `LEAST_TOKENS` tokens in all, or less if the texts are short. `num_positions` is the number of
-    tokens that the model takes, `None` if it is not known.
+    They have about `LEAST_TOKENS` tokens of the dense tokenizer in all, or less if the texts are short; some may be
+    empty. `num_positions` is the number of tokens that the model takes, `None` if it is not known.
     """
+    # Some texts are shorter than others, so a bit more is taken of each (`_MARGIN`).
     needed_per_text = math.ceil(_MARGIN * LEAST_TOKENS / len(texts))
+    # Tokens of a beginning. A single one would predict nothing.
     per_text = min(_LONGEST_SEQUENCE, max(2, needed_per_text))
-    longest: float = math.inf
+    longest: float = math.inf  # tokens of a sequence that the model takes, without BOS
     if num_positions is not None:
         longest = num_positions - 1  # one position is for BOS
         per_text = min(per_text, num_positions - 1)
@@ -238,11 +240,12 @@ def _beginnings_of_texts(
 
 
 def _first_tokens(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:
-    """The beginning of a text that has at most `num_tokens` tokens."""
+    """Return the beginning of a text that has at most `num_tokens` tokens; the whole text if it has no more."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
     if len(encoding.ids) <= num_tokens:
         return text
-    # If a character is several tokens, each of them has its place: the text ends before a character that would be torn.
+    # The offsets of a token are the places in the text where it begins and ends. If a character is several tokens, they
+    # all have its place: the text ends before a character that would be torn.
     first_place, _ = encoding.offsets[num_tokens]  # of the first token that is cut off
     return text[:first_place]
 
@@ -257,7 +260,8 @@ def _tokenized(
     """Write beginnings of texts in the tokens of a tokenizer; sequences of less than two tokens are left out.
 
     `old_ids` has the dense model's id of each id of the tokenizer; `None`: they are the same. `bos` is the dense
-    model's id of the token that every sequence starts with; `None`: sequences start with text.
+    model's id of the token that every sequence starts with; `None`: sequences start with text. Each sequence has one
+    beginning. Counts the tokens without BOS, and the bytes that the model predicts.
     """
     sequences = list[list[int]]()
     num_tokens = 0
@@ -266,7 +270,7 @@ def _tokenized(
         encoding = tokenizer.encode(beginning, add_special_tokens=False)
         ids = encoding.ids if old_ids is None else [old_ids[index] for index in encoding.ids]
         num_tokens += len(ids)
-        predicted = beginning
+        predicted = beginning  # the text whose tokens the model predicts
         if bos is not None:
             ids = [bos, *ids]
         elif ids:

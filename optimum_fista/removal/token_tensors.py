@@ -39,6 +39,7 @@ def cut_to_tokens(
     axes = _axes_of_tokens(dense, smaller)
     in_files = set(source.places.values())  # names of the parameters that the files have
     tied = dense.all_tied_weights_keys  # maps a parameter to the one whose weights it uses
+    # Of two tied parameters, the files may have either one.
     shared_by_files = {target for name, target in tied.items() if name in in_files}
     available = in_files | set(tied) | shared_by_files
     missing = [name for name in axes if name not in available]
@@ -52,12 +53,14 @@ def cut_to_tokens(
     stored = dict[str, StoredTensor]()
     for name, tensor in source.stored.items():
         is_loaded = name not in source.not_loaded  # by the class of the model
+        # on which the tensor has an entry for each token; None: on none
         axis = axes.get(source.places[name]) if name in source.places else None
         if axis is None and not is_loaded and tensor.shape == embedding_shape:
             axis = 0  # embeddings and heads of layers that predict more tokens are cut too
 
         # a quantized tensor may be stored in another shape than its parameter, or without this axis
         has_axis = axis is not None and axis < len(tensor.shape)
+        # nobody knows what a tensor that is not loaded means: one of its sizes may be the number of tokens by chance
         may_be_of_tokens = axis is not None or (not is_loaded and num_rows in tensor.shape)
         has_one_value = math.prod(tensor.shape) == 1  # a scale of a whole tensor
         if axis is not None and has_axis and tensor.shape[axis] == num_rows:
@@ -75,7 +78,8 @@ def cut_to_tokens(
 def _axes_of_tokens(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, int]:
     """Find the axis of each tensor that has an entry for each token, by the tensor's name in the model.
 
-    On this axis, the tensor has another size in `smaller`. Both models are without weights, and only read.
+    On this axis, the tensor has another size in `smaller`. Tensors without such an axis are not in the result. Both
+    models are without weights, and only read.
     """
     smaller_tensors = smaller.state_dict()
     axes = dict[str, int]()

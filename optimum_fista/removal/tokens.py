@@ -91,7 +91,7 @@ def remove_tokens(
         on_begin: Is called with the report when the plan is made.
     """
     started = time.perf_counter()
-    with locked_output(output_dir):
+    with locked_output(output_dir):  # which `write_plan` may lock again
         plan = plan_tokens(name, texts, config, text_name=text_name, progress=progress)
         on_begin(plan.report)
         return write_plan(
@@ -118,8 +118,8 @@ def write_plan(
     """Measure what a plan costs, and write its smaller model to `output_dir`; returns the plan's report.
 
     Changes that report (bits per byte, seconds, warnings) and the configuration of `plan.model`, which gets a summary
-    of the run. `started` is when the run began, by `time.perf_counter`; the other arguments are those of
-    `remove_tokens`.
+    of the run. `output_dir` is locked against other runs meanwhile. `started` is when the run began, by
+    `time.perf_counter`; the other arguments are those of `remove_tokens`.
     """
     stored_dtype = plan.report.model["dtype"]
     asked_dtype = str(dtype).removeprefix("torch.")  # "auto", or a name such as "bfloat16"
@@ -127,9 +127,11 @@ def write_plan(
         plan.report.warn(
             f"dtype={dtype} is not used: tensors are copied as they are stored ({stored_dtype})."
         )
+    # `unfinished` is a folder beside `output_dir`.
     with locked_output(output_dir) as unfinished:
         # if this process is killed, the next run on `output_dir` deletes the temporary files in this folder
         _measure_held_out(plan, unfinished / FOLDER, device, progress)
+        # `folder` is in `unfinished`. It becomes `output_dir` at the end, if nothing fails.
         with new_output(output_dir, overwrite, plan.source) as folder:
             _write_model(plan, folder, started, progress)
     return plan.report
@@ -144,7 +146,8 @@ def _measure_held_out(
     instead: the files of the result do not depend on these numbers.
 
     Args:
-        plan: `held_out` are pieces of text that no token was counted on. Only its report changes.
+        plan: Its `held_out` are pieces of text that no token was counted on, and `dense_tokenizer` and `tokenizer` the
+            contents of the old and of the new tokenizer.json. Only its report changes.
         offload_parent: An existing folder. A temporary folder is made in it, and deleted again.
         device: Where to compute, such as "cuda:0"; `None`: the accelerator if there is one.
         progress: Show a progress bar.
@@ -191,7 +194,8 @@ def _write_model(plan: TokensPlan, folder: Path, started: float, progress: bool)
     _write_weights(plan, folder, progress)
     plan.report.seconds["total"] = time.perf_counter() - started
 
-    _, masks = unchanged_masks(plan.source)  # of an earlier run that set weights to zero
+    # Packed masks of an earlier run that set weights to zero: the decoder layers keep them.
+    _, masks = unchanged_masks(plan.source)
     write_all_but_weights(
         folder,
         plan.model,
@@ -207,9 +211,10 @@ def _write_model(plan: TokensPlan, folder: Path, started: float, progress: bool)
 def _write_tokenizer(plan: TokensPlan, folder: Path) -> None:
     """Replace the files of the tokenizer, and write new ids into the configurations of generation and processor.
 
-    `tokenizer_config.json` gets new ids, too. `config.json` is written later. `folder` is the unfinished folder, which
-    has copies of the dense model's files. `plan.tokenizer` is the content of the new tokenizer.json. The old
-    tokenizer's other files, such as vocab.json and merges.txt, are deleted.
+    `tokenizer_config.json` gets new ids, too. `config.json` is written later. The old tokenizer's other files, such as
+    vocab.json and merges.txt, are deleted. `folder` is the unfinished folder, which has copies of the dense model's
+    files. `plan.tokenizer` is the content of the new tokenizer.json, and `plan.new_ids` has a new id for each row of
+    the embedding that stays.
 
     Transformers then loads the new tokenizer from these files. If it gives other ids, this is a ValueError, and
     `new_output` deletes the whole unfinished folder.
@@ -243,10 +248,10 @@ def _write_tokenizer(plan: TokensPlan, folder: Path) -> None:
 
 
 def _write_weights(plan: TokensPlan, folder: Path, progress: bool) -> None:
-    """Write the tensors to files with the names of the source's, and an index if there are several.
+    """Write the tensors to files with the names of the source's files, and an index if there are several.
 
-    `plan.stored` has all tensors of the result, by name; their values are read from the source file by file.
-    Tensors of other files than safetensors go to "model.safetensors".
+    `plan.stored` has all tensors of the result, by name; the values of each are read from the source when its file is
+    written. Tensors of other files than safetensors go to "model.safetensors". `folder` is the unfinished folder.
     """
     # name of the file that has a tensor, by the tensor's name
     files_of_source: dict[str, str] = {}
@@ -267,19 +272,23 @@ def _write_weights(plan: TokensPlan, folder: Path, progress: bool) -> None:
 
 
 def _write_table(plan: TokensPlan, folder: Path) -> None:
-    """Write which rows of the first dense model stay; the source's table is continued if it has one.
+    """Write a table of the rows that stay into the unfinished folder, as rows of the first dense model.
 
-    The table's "kept" has the id in the first model of each row of the result, its "num_tokens" the number of rows of
-    the first model.
+    That is the model before any run removed tokens. The table's "kept" has, for each row of the result in their order,
+    its row in the first model; its "num_tokens" is the number of rows of the first model. `plan.source`, the folder of
+    the model that this run was given, has such a table if an earlier run has removed tokens.
     """
-    old_ids = list(plan.new_ids)  # in the order of their new rows
+    # Rows of the given model. The keys of `new_ids` are in the order of the new rows.
+    old_ids = list(plan.new_ids)
     num_rows = plan.report.model["vocabulary"]["before"]
-    table: dict[str, Any] = {"kept": old_ids, "num_tokens": num_rows}
 
-    earlier = checkpoint.kept_tokens(plan.source)  # None if no run has removed tokens before
-    # otherwise somebody has resized the embedding since the earlier run
-    is_of_this_embedding = earlier is not None and len(earlier) == num_rows
-    if earlier is not None and is_of_this_embedding:
-        table = read_json(plan.source / checkpoint.VOCABULARY_FILE)
-        table["kept"] = earlier[old_ids].tolist()  # ids of the first model
+    # The row in the first model of each row of the given model, int64; None if no run has removed tokens before.
+    earlier = checkpoint.kept_tokens(plan.source)
+    # With another number, the table is out of date: somebody has resized the embedding since the earlier run.
+    if earlier is None or len(earlier) != num_rows:
+        # The given model is the first one.
+        table: dict[str, Any] = {"kept": old_ids, "num_tokens": num_rows}
+    else:
+        table = read_json(plan.source / checkpoint.VOCABULARY_FILE)  # its "num_tokens" stays
+        table["kept"] = earlier[old_ids].tolist()
     write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")

@@ -91,7 +91,8 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     """Decide which tokens stay, and plan what changes in the model's files.
 
     Changes nothing of `counted` and writes no file; warnings go to the report of the plan, and are issued.
-    `config.pattern` says what is removed, such as "vocab:0.35". ValueError if the pattern does not fit the model.
+    `config.pattern` says what is removed, such as "vocab:0.35", and `config.keep_tokens` what stays in any case.
+    ValueError if the pattern does not fit the model.
     """
     request = config.tokens_removal
     assert request is not None
@@ -100,12 +101,13 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
 
     token_ids = set(tokenizer.get_vocab().values())
     named_ids, template_warning = _named_ids(tokenizer, counted.settings, counted.folder)
-    # Rows of no token that are named, such as a padding id after the last token.
+    # Rows of no token that stay because they are named, such as a padding id after the last token.
     spare_rows = sorted(index for index in named_ids - token_ids if 0 <= index < num_rows)
     keep = (named_ids & token_ids) | _ids_to_keep(tokenizer, request)
     content = _tokenizer_content(tokenizer, counted.folder)
     smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare_rows))
-    old_ids = smaller.kept.tolist() + spare_rows  # in the order of the new rows
+    # in the order of the new rows: those of tokens first, as the smaller tokenizer numbers them
+    old_ids = smaller.kept.tolist() + spare_rows
     new_ids = {old: new for new, old in enumerate(old_ids)}
 
     model = _smaller_model(counted.settings, new_ids, num_rows)
@@ -116,7 +118,7 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     if template_warning:
         report.warn(template_warning)
     _warn_of_rows(report, num_rows - len(token_ids), counted.settings)
-    num_seen = int(counted.counts[old_ids].count_nonzero())
+    num_seen = int(counted.counts[old_ids].count_nonzero())  # tokens that stay and are in the text
     if request.share is not None and num_seen < 0.9 * len(old_ids):
         report.warn(
             f"the text has only {num_seen} of the {len(old_ids)} tokens that stay: pass more of it."
@@ -139,9 +141,10 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
 def _new_report(
     counted: CountedModel, config: FistaPruningConfig, model: PreTrainedModel
 ) -> PruningReport:
-    """Begin the report of the run: configuration, both models, the text, and masks of an earlier run.
+    """Make the report of the run, as far as it is known: configuration, both models, the text, masks of an earlier run.
 
-    `model` is the smaller model, without weights.
+    `model` is the smaller model, without weights. The masks are looked for in the folder of the dense model. Nothing is
+    changed.
     """
     report = PruningReport(
         config=config.resolved().to_dict(),
@@ -161,9 +164,10 @@ def _new_report(
 def _named_ids(
     tokenizer: PreTrainedTokenizerBase, settings: PreTrainedConfig, folder: Path
 ) -> tuple[set[int], str]:
-    """Collect ids that the files or the chat template of a model name, and a warning if the template can't be read.
+    """Collect ids of tokens that the files or the chat template of a model name, such as that of the end of a text.
 
-    `settings` is the model's configuration, `folder` has its files. Some of the ids may be no row.
+    Returns also a warning if the template does not end, otherwise "". `settings` is the model's configuration, `folder`
+    has its files. Some of the ids may be no row of the embedding, such as -1. Nothing is changed.
     """
     ids = set[int]()
     for section in configurations_in(settings):
@@ -224,9 +228,12 @@ def _smaller_vocabulary(
     Args:
         content: That of a `tokenizer.json`; not changed.
         counts: How often the text has each token, int64 [rows].
-        request: What is removed.
-        keep: Ids of tokens that stay whatever their counts are.
-        num_spare: Rows of no token that stay besides them.
+        request: The share of the rows that is removed; without a share, the tokens that the text never has.
+        keep: Ids of tokens that stay whatever their counts are; not changed.
+        num_spare: How many rows of no token stay besides the tokens.
+
+    Raises:
+        ValueError: If the request does not fit the model, or all rows would stay.
     """
     num_rows = len(counts)
     num_tokens = len(ids_of_tokens(content))
@@ -234,11 +241,12 @@ def _smaller_vocabulary(
         if request.share is not None:
             num_kept = request.num_kept(num_rows)
         else:
-            # the tokens that the text uses, and as many of the others as make a multiple of `step`
+            # the tokens that the text uses, and as many of the others as make a multiple of `step`, which is rounded up
             used = reduce_vocabulary(content, counts, None, keep).kept
             step = request.step(num_rows)
             num_kept = step * math.ceil((len(used) + num_spare) / step)
             keep = keep | set(used.tolist())
+        # There may be fewer tokens than rows.
         num_tokens_kept = min(num_kept - num_spare, num_tokens)
         smaller = reduce_vocabulary(content, counts, num_tokens_kept, keep)
     except ValueError as error:
@@ -253,10 +261,11 @@ def _smaller_model(
 ) -> PreTrainedModel:
     """Make the model with fewer tokens, without weights.
 
-    `settings` is the configuration of the dense model, whose embedding has `num_rows`. It is only read.
+    `settings` is the configuration of the dense model, whose embedding has `num_rows`. It is only read: a copy gets the
+    new ids of tokens (`new_ids`, by the old ones) and the new number of rows.
     """
     smaller = copy.deepcopy(settings)
-    # all configurations are looked for before the first size changes
+    # The list is complete before the first size changes: sections are recognised by their size.
     for section in configurations_in(smaller):
         vars(section).update(renumbered(vars(section), new_ids))
         if getattr(section, "vocab_size", None) == num_rows:
@@ -267,15 +276,17 @@ def _smaller_model(
 def _set_dtype(
     model: PreTrainedModel, settings: PreTrainedConfig, stored: Mapping[str, StoredTensor]
 ) -> None:
-    """Convert a model without weights to the dtype of its configuration, or that of the first stored tensor in floats.
+    """Convert a model without weights, in place, to the dtype of the dense model.
 
-    `settings` is the configuration of the dense model; `stored` has the tensors of the result, by name.
+    That is the dtype in `settings`, the configuration of the dense model. If it says none, it is that of the first
+    tensor in plain floats of `stored`, which has the tensors of the result, by name.
     """
     dtype = getattr(settings, "dtype", None)
     if dtype is None:
+        # Quantized tensors have a dtype of their own.
         in_floats = [tensor for tensor in stored.values() if tensor.dtype in PLAIN_FLOATS]
         dtype = in_floats[0].tensor().dtype  # reads this tensor
-    torch.nn.Module.to(model, floating_dtype(dtype))
+    torch.nn.Module.to(model, floating_dtype(dtype))  # the method of Transformers has no types
 
 
 def _described(counted: CountedModel, model: PreTrainedModel) -> dict[str, Any]:
