@@ -222,7 +222,7 @@ def packed_names(names: Iterable[str]) -> list[str]:
         PackedFormatError: If a part of a packed tensor is missing, or if a tensor is there both packed and dense.
     """
     stored = dict.fromkeys(names)  # a set that keeps the order
-    stems: dict[str, None] = {}
+    stems: dict[str, None] = {}  # names without a suffix; another set that keeps the order
     for name in stored:
         for suffix in SUFFIXES:
             if name.endswith(suffix):
@@ -305,4 +305,4 @@ def _mask_of_chunk(dense: Tensor, mask: Tensor | None, chunk: slice) -> Tensor:
     so weights are compared as integers.
     """
     bits = as_words(dense[chunk]) != 0 if mask is None else mask[chunk]
-    return bits.cpu().contiguous()
+    return bits.cpu().contiguous()  # as `pack_bits` needs them

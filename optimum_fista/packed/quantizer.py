@@ -69,7 +69,10 @@ class FistaPackedConfig(QuantizationConfigMixin):
         runtime: str = "dense",
         **_: Any,
     ) -> None:
-        """Check and keep the settings; the arguments are those of the class, others are ignored."""
+        """Check and keep the settings; the arguments are those of the class, others are ignored.
+
+        Transformers calls this with the values of the `config.json`.
+        """
         if runtime != "dense":
             raise ValueError(
                 f"runtime={runtime!r}: a packed folder is loaded as a dense model, so pass 'dense'."
@@ -137,9 +140,9 @@ class Unpack(ConversionOps):
         """Turn lists of values, masks and layouts into lists of dense tensors. Transformers calls this.
 
         Args:
-            input_dict: The tensors of the file by the pattern of their names, such as `"weight_values"`; a tensor, or a
-                list of tensors if the pattern has several (the experts of a mixture). A dense tensor of the file may be
-                among them, under a pattern without a suffix; it keeps its pattern.
+            input_dict: Tensors of the file by the pattern of their names, such as `"weight_values"`: a list for each
+                pattern, which has several tensors if several names fit (the experts of a mixture). Dense tensors of the
+                file may be among them, under a pattern without a suffix; they keep their pattern.
             source_patterns: Not used.
             target_patterns: Patterns of the model's names. The dense tensors get the target's, if the stem of their own
                 is one. Otherwise other operations follow, which merge several sources, and they keep the pattern of
@@ -147,22 +150,21 @@ class Unpack(ConversionOps):
             model: The model that is loaded. Its parameter `full_layer_name` says in which dtype the caller wants it.
             full_layer_name: Name of the parameter, such as "model.layers.0.mlp.up_proj.weight".
         """
-        dtype = None
+        dtype = None  # that the caller wants; None: it is not known, so tensors keep theirs
         if model is not None:
             dtype = model.get_parameter_or_buffer(full_layer_name).dtype
 
         dense: dict[str, list[Tensor]] = {}
         for pattern, tensors in input_dict.items():
-            is_dense = not pattern.endswith(SUFFIXES)
+            is_dense = not pattern.endswith(SUFFIXES)  # with none of the three
             if is_dense:
-                # `dtype` is None if no model is known: tensors keep theirs
                 dense[pattern] = [tensor.to(dtype or tensor.dtype) for tensor in tensors]
                 continue
             if not pattern.endswith(VALUES_SUFFIX):  # masks and layouts are read with their values
                 continue
 
             stem = pattern.removesuffix(VALUES_SUFFIX)
-            # Three lists: values, masks and layouts of all tensors with this pattern.
+            # Three lists: values, masks and layouts of all tensors with this pattern. (A list may also be one tensor.)
             parts = []
             for suffix in SUFFIXES:
                 part = input_dict[stem + suffix]
@@ -210,36 +212,48 @@ class FistaPackedQuantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Return the conversions of a model's tensors, made to work on packed parts, too.
 
-        `weight_conversions` are the model's own `WeightRenaming`s and `WeightConverter`s, which are not changed; they
-        say which tensors of the file become which of the model. A renaming gets copies for
-        the three suffixes of packed parts. A converter, such as one that merges experts, unpacks them first. For all
-        other packed parameters a conversion is added.
+        `weight_conversions` are the model's own `WeightRenaming`s and `WeightConverter`s, which are not changed. They
+        say which tensors of the file become which of the model. A renaming gets copies for the three suffixes of packed
+        parts. A converter, such as one that merges experts, unpacks them first (`_for_packed_parts`). For all other
+        packed parameters a conversion is added.
         """
         updated = []
         for conversion in weight_conversions:
             replacements = self._for_packed_parts(conversion)
-            for replacement in replacements:  # each applies to the same part of the model
+            # Each applies to the same part of the model as the conversion that it replaces.
+            for replacement in replacements:
                 replacement.scope_prefix = conversion.scope_prefix
                 replacement.base_model_prefix = conversion.base_model_prefix
             updated += replacements
         return updated + self.get_weight_conversions()
 
     def _for_packed_parts(self, conversion: Any) -> list[Any]:
-        """Return what takes the place of one conversion of the model's tensors; the conversion itself may be in it.
+        """Return the conversions that take the place of one conversion of the model, so that packed tensors work, too.
 
-        `conversion` is a `WeightRenaming` or a `WeightConverter`. `parameters` of `self.quantization_config` are the
-        last parts of the names of packed weights, such as "weight".
+        `conversion` is a `WeightRenaming`, by which a tensor of the file gets another name, or a `WeightConverter`,
+        which also computes, such as one that merges the matrices of experts. It is not changed. `parameters` of
+        `self.quantization_config` are the last parts of the names of tensors that may be packed, such as "weight".
+
+        - A converter of such tensors is replaced by one that unpacks them first.
+        - A renaming of such a tensor stays, after copies of it that rename the three parts of a packed one.
+        - Another conversion stays alone.
         """
+        # Patterns of names in the file, such as "experts.*.w1.weight", and of names in the model.
         sources = internals.original_sources(conversion)
         targets = internals.original_targets(conversion)
-        names = self.quantization_config.parameters
-        concerns_packed = all(source.rpartition(".")[2] in names for source in sources)
+        packed_parameters = self.quantization_config.parameters
+        # A conversion that also reads other tensors, such as scales, stays alone.
+        may_be_packed = all(source.rpartition(".")[2] in packed_parameters for source in sources)
 
-        if concerns_packed and isinstance(conversion, WeightConverter):
-            parts = [source + suffix for source in sources for suffix in (*SUFFIXES, "")]
+        if may_be_packed and isinstance(conversion, WeightConverter):
+            # Transformers takes the first pattern that fits, and the name of a dense tensor begins those of its packed
+            # parts. So it comes last; it is needed because the file may have some of the tensors dense.
+            sources_with_parts = [
+                source + suffix for source in sources for suffix in (*SUFFIXES, "")
+            ]
             operations = [Unpack(self), *conversion.operations]
-            return [WeightConverter(parts, targets, operations, conversion.force_cpu)]
-        if concerns_packed and len(sources) == 1:
+            return [WeightConverter(sources_with_parts, targets, operations, conversion.force_cpu)]
+        if may_be_packed and len(sources) == 1:
             renamings = [
                 WeightRenaming(sources[0] + suffix, targets[0] + suffix) for suffix in SUFFIXES
             ]
@@ -276,6 +290,7 @@ class FistaPackedQuantizer(HfQuantizer):
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         for name in packed_names(files):
             packed = read_packed(files, name)
+            # () if Transformers makes a parameter with another name of it
             shape = tuple(parameters[name].shape) if name in parameters else ()
             is_matrix = len(shape) == 2  # fused experts may be stored transposed
             if is_matrix and packed.shape != shape:
@@ -294,14 +309,16 @@ class FistaPackedQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Remove from the loaded model what would make `save_pretrained` look for packed files, and return the model.
 
-        With Transformers 5.17 it also gives parameters the dtype that the caller wanted (`self._dtypes`, by name).
+        With Transformers 5.17, parameters get the dtype that the caller wanted (`self._dtypes`, by name), and the model
+        forgets the conversions by which it was loaded.
         """
         vars(model.config).pop("transformers_weights", None)
         is_transformers_5_17 = internals.renames_without_casting()
         if is_transformers_5_17:
             # With them a saved model would have the names of packed parts.
             internals.forget_weight_conversions(model)
-            # Tensors that are only renamed still have the dtype of the file, which may not be the one asked for.
+            # Tensors that are only renamed still have the dtype of the file, which may not be the one asked for. These
+            # are parts of names of parameters that the model needs in float32 in any case.
             stay_in_float32 = internals.parts_in_float32(model, torch.bfloat16)
             for name, parameter in model.named_parameters():
                 if not any(part in name for part in stay_in_float32):

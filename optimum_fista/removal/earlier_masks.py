@@ -102,16 +102,17 @@ class EarlierMasks:
             report = read_report(folder)
         except ValueError:  # damaged, or of another version
             return None
-        # If a run has changed the model in memory since, its masks are in no folder. Training changes no masks.
+        # If a run has changed the model in memory since, its masks are in no folder: then the two summaries of the
+        # latest run differ. Training changes no masks, but marks the summary: so both get the mark here.
         summary_of_folder = read_json(folder / CONFIG_FILE).get(CONFIG_KEY) or {}
         summary_of_model = getattr(model.config, CONFIG_KEY) or {}
         retrained = {"retrained": True}
         if summary_of_folder | retrained != summary_of_model | retrained:
             return None
 
-        operators = [
-            operator for name, layer in layers for operator in all_operators(name, layer).values()
-        ]
+        operators = list[LinearOperator]()  # of all decoder layers
+        for layer_name, layer in layers:
+            operators += all_operators(layer_name, layer).values()
         # The report has the names of the files; weights that are not a matrix of their own there are left out.
         names = stored_names(model, operators, all_of_them=False, layers_name=layers.name)
         names_by_stored_name = {stored.name: name for name, stored in names.items()}
@@ -129,9 +130,10 @@ class EarlierMasks:
         new_masks: Mapping[str, Tensor],
         reorderings: Sequence[Reordering],
     ) -> CarriedMasks:
-        """Return the masks of operators that this run left dense, if all weights outside of them are zero.
+        """Read the earlier masks of a decoder layer, and return those that still hold, of operators left dense.
 
-        Of operators that this run pruned, the earlier zeros are counted instead.
+        A mask holds if all weights that it calls zero are zero. Operators that this run pruned have new masks: of them,
+        it is counted what became of the earlier zeros.
 
         Args:
             layer_name: The name of the layer, such as "model.layers.3".
@@ -146,7 +148,7 @@ class EarlierMasks:
             return tensor
 
         masks, entries = self._masks_of_parameters(layer_name, layer)
-        _reorder(masks, reorderings)
+        _reorder(masks, reorderings)  # changes `masks`
         carried = _masks_that_hold(
             layer_name,
             layer,
@@ -162,7 +164,10 @@ class EarlierMasks:
     def carried_smaller(
         self, layer_name: str, layer: nn.Module, smaller: Shrinking, kept: Kept
     ) -> CarriedMasks:
-        """Slice the masks of a pruned decoder layer, and return those outside of which all weights are zero.
+        """Read the earlier masks of a pruned decoder layer, and return, made smaller, those that still hold.
+
+        A mask holds if all weights that it calls zero, and that stay, are zero. Without a layer that stays, there are
+        none.
 
         Args:
             layer_name: The name of the layer, such as "model.layers.3".
@@ -194,9 +199,10 @@ class EarlierMasks:
     ) -> tuple[dict[str, Tensor], dict[str, OperatorReport]]:
         """Read the masks of a decoder layer from the folder of the earlier run.
 
-        Returns bool masks of whole parameters, as they are in the model, by the name of the parameter; several experts
-        share a parameter. Returns also the earlier report of one operator in each parameter. `self.entries` has these
-        reports, by the name of the weight in the model. The layer is only read.
+        Returns bool masks of whole parameters, as they are in the model, by the name of the parameter. A parameter may
+        hold several operators, such as the matrices of all experts: those without a mask keep all their weights.
+        Returns also the earlier report of one operator in each parameter, by the same names. `self.entries` has the
+        report of each operator, by the name of its weight in the model. The layer is only read.
         """
         masks = dict[str, Tensor]()
         entries = dict[str, OperatorReport]()
@@ -219,7 +225,7 @@ class EarlierMasks:
             if parameter_name not in masks:
                 masks[parameter_name] = torch.ones(parameter.shape, dtype=torch.bool)
                 entries[parameter_name] = entry
-            of_operator = operator.select(masks[parameter_name])  # a view
+            of_operator = operator.select(masks[parameter_name])  # a view, which is written
             mask = unpack_mask(masks_in_model[name], tuple(of_operator.shape))
             of_operator.copy_(mask)
         return masks, entries
@@ -227,7 +233,8 @@ class EarlierMasks:
     def _stored_masks(self, weights: Iterable[str]) -> dict[str, Tensor]:
         """Read the packed masks of weights, named as in the model; returns them by their names in the files.
 
-        Weights without a mask are left out.
+        Weights without a mask are left out. `self.entries` has the names in the files (`name` of the earlier report),
+        by the names in the model. A packed folder has no file of masks: they are stored with the weights.
         """
         names = [self.entries[name].name for name in weights if name in self.entries]
         if is_packed(self.folder):
@@ -267,6 +274,7 @@ def _zeros_of_pruned_again(
         parameter_name = _parameter_of(operator, layer_name, layer)
         if name not in new_masks or parameter_name not in masks:
             continue
+        # Each parameter may hold several operators: `select` returns the part of this one.
         was_zero = ~operator.select(masks[parameter_name])
         weight = operator.select(parameters[parameter_name].detach())
         is_zero = (weight == 0).cpu()
@@ -286,7 +294,9 @@ def _masks_that_hold(
     shrink: Callable[[str, Tensor], Tensor],
     skipped: Collection[str],
 ) -> CarriedMasks:
-    """Return the masks of a decoder layer outside of which all weights are zero, and the names of the others.
+    """Return the masks of a decoder layer that still hold, and the names of the weights whose masks are lost.
+
+    A mask holds if all weights that it calls zero are zero. Masks without a zero are in neither list.
 
     Args:
         layer_name: The name of the layer, such as "model.layers.3".
@@ -296,7 +306,8 @@ def _masks_that_hold(
         masks: bool masks of whole parameters of `layer`, by the name of the parameter.
         entries: The earlier report of an operator in each parameter, by the name of the parameter. If experts keep
             their numbers, also that of each weight, by the name of the weight.
-        shrink: Returns a parameter or its mask, with its name, without the parts that the run removes.
+        shrink: Is called with the name of a parameter, and with the parameter or its mask; returns the tensor without
+            the groups that the run removes.
         skipped: Names of weights whose masks are not carried.
     """
     carried = CarriedMasks()
@@ -312,11 +323,12 @@ def _masks_that_hold(
             continue  # no zero is left
 
         weight = operator.select(shrink(parameter_name, parameters[parameter_name].detach()))
-        outside = weight.masked_select(~mask.to(weight.device))
+        outside = weight.masked_select(~mask.to(weight.device))  # what the mask calls zero
         is_overwritten = bool(torch.count_nonzero(outside))
         if is_overwritten:
             carried.lost.append(name)
             continue
+        # The earlier report of this operator or, of experts with new numbers, that of any expert in the parameter.
         entry = entries.get(name, entries[parameter_name])
         carried.operators.append(_report_of_carried(operator, mask, entry))
         carried.masks[name] = pack_mask(mask)
@@ -326,8 +338,8 @@ def _masks_that_hold(
 def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tensor]]:
     """Read the masks in a model's folder for a run that changes no decoder layer, such as one that removes tokens.
 
-    Returns what the earlier run reported of the operators with zeros, and their packed masks by name. Names are those
-    of the files. Both are empty if the folder has no masks that can be read.
+    Returns what the earlier run reported of the operators with zeros, and their packed masks, by the name of the weight
+    in the files. Both are empty if the folder has no masks that can be read. The files are only read.
     """
     if not (folder / MASKS_FILE).exists() or not (folder / REPORT_FILE).exists():
         return [], {}
@@ -346,7 +358,11 @@ def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tenso
 
 
 def _parameter_of(operator: LinearOperator, layer_name: str, layer: nn.Module) -> str:
-    """The name in the model of the parameter that holds the weight of an operator of the layer called `layer_name`."""
+    """Find the name in the model of the parameter that holds the weight of an operator in the layer `layer_name`.
+
+    `operator.owner` is the module that has the parameter, and `operator.tensor` the parameter's name there, such as
+    "weight".
+    """
     for name, module in layer.named_modules(prefix=layer_name):
         if module is operator.owner:
             return f"{name}.{operator.tensor}"

@@ -72,7 +72,7 @@ class SmallerMixture:
         self.experts = experts
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
         self._activations = activations
-        # Y - E* of each batch; not in a file, because every refit changes it
+        # Y - E* of each batch [batch, sequence, out]; not in a file, because every refit changes it
         self._residuals: list[Tensor] = []
         # || Y ||^2 of tokens to fit (False), and of those held out (True)
         self._energies = {False: 0.0, True: 0.0}
@@ -123,6 +123,7 @@ class SmallerMixture:
 
         Returns the number of refitted experts, and advice for the user ("" if there is none).
         """
+        # such outputs are not linear in the weights; the module says so itself
         if getattr(self.experts.module, "has_post_expert_norm", False):
             return 0, "not refitted: a norm follows every expert"
 
@@ -131,10 +132,11 @@ class SmallerMixture:
         for round_number in range(ROUNDS):
             is_first_round = round_number == 0
             for expert in range(len(self._down)):
+                # Only experts that the first round has refitted are refitted again.
                 if not is_first_round and expert not in refitted:
                     continue
                 halves = self._problems_of_halves(expert)
-                if halves is None:
+                if halves is None:  # too few tokens reach it
                     continue
                 # Tested in the first round only: afterwards the weights are fitted to both halves.
                 if is_first_round and not _helps_on_other_half(halves):
@@ -167,6 +169,7 @@ class SmallerMixture:
             output_energies=first.output_energies + last.output_energies,
             name=first.name,
         )
+        # a fit of all weights, none of which has to be zero
         all_columns = torch.ones_like(first.weight[0], dtype=torch.bool)
         weight, message = refit_columns(problem, all_columns)
         if not bool(torch.isfinite(weight).all()):
@@ -179,7 +182,10 @@ class SmallerMixture:
     def _problems_of_halves(self, expert: int) -> _Halves | None:
         """Sum up the problem of an expert on the first halves of all sequences, and that on the last halves.
 
-        Held-out batches and padding are left out. `self._residuals` has `Y - E*` of each batch. Nothing is changed.
+        Such a problem asks for a weight [out, in] of the down projection, so that the sum of all experts comes close to
+        its targets `Y`. Held-out batches and padding are left out. `self._residuals` has `Y - E*` of each batch, and
+        `self._down` the operators of the down projections, by the number of the expert. Nothing is changed.
+
         Returns `None` if no token of one of the halves reaches the expert.
         """
         operator = self._down[expert]
@@ -196,7 +202,7 @@ class SmallerMixture:
             if mask is None:
                 mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)
             is_real = mask.reshape(-1)[tokens]
-            # half of the real tokens of each sequence
+            # The number of a real token in its sequence, from 1, is at most half of the number of real tokens.
             in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
             is_first = in_first_half.reshape(-1)[tokens]
 
@@ -208,7 +214,7 @@ class SmallerMixture:
                 half.add(inputs[counted], "targets", targets[counted])
         if not first.num_tokens or not last.num_tokens:
             return None
-        # one problem each, because there is one operator
+        # One problem each, because there is one operator. `dense_share` counts only without "targets".
         return _Halves(
             first=next(first.problems([operator], [weight], dense_share=1.0)),
             last=next(last.problems([operator], [weight], dense_share=1.0)),
@@ -245,7 +251,7 @@ class SmallerMixture:
         return inputs, assigned.tokens[part]
 
     def _energy(self, batch: int, values: Tensor) -> float:
-        """Squared norm of `values` [batch, sequence, out] of a batch, without padding."""
+        """Compute the squared norm of `values` [batch, sequence, out] of the batch with a number, without padding."""
         of_real_tokens = self._activations.rows(values.to(self._activations.device), batch)
         return float(torch.linalg.vector_norm(of_real_tokens.float()).double().square())
 
@@ -260,6 +266,7 @@ def _helps_on(fitted: LayerProblem, other: LayerProblem) -> bool:
 
     Both problems have the present weight of the same operator. They are not changed.
     """
+    # a fit of all weights, none of which has to be zero
     all_columns = torch.ones_like(fitted.weight[0], dtype=torch.bool)
     weight, _ = refit_columns(fitted, all_columns)
     return bool(other.squared_error(weight) < other.squared_error(other.weight))

@@ -131,11 +131,11 @@ class Removal:
     def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
     ) -> ChosenGroups:
-        """Choose the groups to prune in a decoder layer, and prove that zeros there equal their removal.
+        """Choose the operators to prune in a decoder layer, and prove that zeros there equal their removal.
 
-        `groups` are those of its operators, in execution order. `activations` has the layer, which is dense, and
-        `hidden` [batch, tokens, hidden] of the first batch enters it. The layer may run, and is not changed. Here, all
-        groups are pruned.
+        Here, all are pruned. `groups` are lists of operators with the same inputs, in execution order. `activations`
+        has the layer, which is dense, and `hidden` [batch, tokens, hidden] of the first batch enters it. The layer may
+        run, and is not changed.
         """
         return ChosenGroups(groups, left_dense={}, experts=None)
 
@@ -156,11 +156,16 @@ class Removal:
     def carry_masks(
         self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights
     ) -> LayerRecord:
-        """Keep masks of an earlier run, made smaller as the weights are; here, of operators that are left dense.
+        """Keep the masks that an earlier run has left for a decoder layer: add them to `sink.masks`.
 
-        `layer` is pruned and on its device, and `record` is its report. The masks are added to `sink.masks`. Returns a
-        copy of the record that says what became of them. `self.earlier_masks` finds the masks in the folder that the
-        model was loaded from.
+        Here, these are the masks of operators that this run leaves dense; `PartsRemoval` makes all masks smaller. A
+        mask is kept only if all weights that it calls zero still are. Returns a copy of the record that says what
+        became of the masks.
+
+        `layer` is pruned and on its device. `record` has its report, and those of the operators that were pruned; their
+        new masks are in `sink.masks`. `self.earlier_masks` finds the earlier masks in the folder that the model was
+        loaded from. `self.channels` are the parts whose channels may have changed places, by the name of the operator
+        that reads them.
         """
         if self.earlier_masks is None:
             return record
@@ -187,9 +192,9 @@ class Removal:
         return name
 
     def renamed(self, values: Mapping[str, T]) -> dict[str, T]:
-        """Return `values` by their names in the pruned model, without those of removed modules.
+        """Return a copy of `values` with the names of the pruned model as keys, without those of removed modules.
 
-        `values` are anything, by the name of a module or tensor in the model.
+        The values are anything; their keys are names of modules or tensors in the model.
         """
         renamed = dict[str, T]()
         for name, value in values.items():
@@ -226,8 +231,11 @@ class Removal:
     def describe(self, report: PruningReport) -> None:
         """Write what was removed into the report of all decoder layers, and into the model's configuration.
 
-        Here, only warnings of zeros and masks of an earlier run that are lost are added to `report`. If parts are
-        removed, this changes `report`, and the model gets another `config`.
+        Here, nothing was removed. Only warnings are added to `report`, of zeros and masks of an earlier run that are
+        lost. (If parts are removed, `report` changes, and the model gets another `config`.)
+
+        `self.earlier_masks` is `None` if no masks of an earlier run were found. That the model was pruned before also
+        stands in its configuration.
         """
         if report.zeros_filled or report.zeros_uncovered:
             report.warn(
@@ -243,9 +251,12 @@ class Removal:
                 "overwrote their zeros."
             )
             return
+        # What the earlier run noted of itself; empty if the model was not pruned before.
         earlier = getattr(self.layers.model.config, CONFIG_KEY, None) or {}
+        masks_are_unknown = bool(earlier.get("num_zeros")) and self.earlier_masks is None
+        # Routers are never pruned, so they have no masks to lose.
         leaves_operators = any(reason != "router" for reason in report.left_dense.values())
-        if self.earlier_masks is None and earlier.get("num_zeros") and leaves_operators:
+        if masks_are_unknown and leaves_operators:
             report.warn(
                 f"the masks of an earlier run ({earlier.get('pattern')}) are not known, so those of operators that "
                 "this run left dense are not carried: prune the folder that the earlier run has saved."
@@ -266,7 +277,9 @@ def groups_kept(
 ) -> dict[str, tuple[int, ...]]:
     """Read from reports the numbers of the groups that stay of each part, by the name of the part.
 
-    Names are as in the reports: those of the model, or of the smaller one after `Removal.describe`.
+    The reports of decoder layers have the experts that stay in a mixture. Those of operators have the groups of columns
+    that stay; an operator that is no part has none. Names are as in the reports: those of the model, or of the smaller
+    one after `Removal.describe`. Nothing is changed.
     """
     kept = dict[str, tuple[int, ...]]()
     for layer in layers:
