@@ -96,15 +96,12 @@ def measure_bits_per_byte(
     if not dense.sequences or not pruned.sequences:
         raise ValueError("the held-out text has no sequence of two tokens")
 
-    is_removed = torch.ones(num_rows, dtype=torch.bool)
-    is_removed[kept] = False
-    removed = is_removed.nonzero().flatten()  # ids, int64
     main_device = execution_device(model.get_input_embeddings())
     with products_as(choose_products(compute_dtype, main_device, model.dtype)):
         bits = bits_per_byte(
             model,
             {"dense": dense, "pruned": pruned},
-            removed={"pruned": removed},
+            removed={"pruned": _removed_ids(num_rows, kept)},
             progress=progress,
         )
     return bits | {
@@ -130,7 +127,7 @@ def measure_plans(
     first_plan = plans[0]
     with tempfile.TemporaryDirectory(prefix="offload-") as offload:
         model = load_lazily(first_plan.name, Path(offload), device=device).model
-        vocabulary, num_positions = token_limits(model)
+        vocabulary, num_positions = token_limits(model)  # ids; tokens that a sequence may have
         longest = longest_sequence(num_positions)
 
         # Each text in the tokens of each tokenizer. All are measured together, so each gets a key, such as "dense/0".
@@ -146,14 +143,13 @@ def measure_plans(
         removed: dict[str, Tensor] = {}  # ids that the model can't predict, by the key of a text
         for number, plan in enumerate(plans):
             variant = f"plan {number}"
-            old_ids = list(plan.new_ids)
+            old_ids = list(plan.new_ids)  # in the order of the new ids
             variants[variant] = _texts_in_tokens(
                 texts, plan.tokenizer, bos=plan.bos, longest=longest, old_ids=old_ids
             )
-            is_removed = torch.ones(vocabulary, dtype=torch.bool)
-            is_removed[old_ids] = False
+            removed_ids = _removed_ids(vocabulary, old_ids)
             for index in range(len(texts)):
-                removed[f"{variant}/{index}"] = is_removed.nonzero().flatten()
+                removed[f"{variant}/{index}"] = removed_ids
         texts_by_key: dict[str, Tokenized] = {}
         for variant, tokenized in variants.items():
             for index, text in enumerate(tokenized):
@@ -183,6 +179,13 @@ def measure_plans(
 
     dense = losses_of("dense")
     return [compared(texts, dense, losses_of(f"plan {number}")) for number in range(len(plans))]
+
+
+def _removed_ids(num_rows: int, kept: list[int] | Tensor) -> Tensor:
+    """Return the ids, int64, of the rows of an embedding of `num_rows` that are not among those `kept`."""
+    is_removed = torch.ones(num_rows, dtype=torch.bool)
+    is_removed[kept] = False
+    return is_removed.nonzero().flatten()
 
 
 def _texts_in_tokens(

@@ -58,12 +58,12 @@ def cut_to_tokens(
         if axis is None and not is_loaded and tensor.shape == embedding_shape:
             axis = 0  # embeddings and heads of layers that predict more tokens are cut too
 
-        # a quantized tensor may be stored in another shape than its parameter, or without this axis
-        has_axis = axis is not None and axis < len(tensor.shape)
         # nobody knows what a tensor that is not loaded means: one of its sizes may be the number of tokens by chance
         may_be_of_tokens = axis is not None or (not is_loaded and num_rows in tensor.shape)
         has_one_value = math.prod(tensor.shape) == 1  # a scale of a whole tensor
-        if axis is not None and has_axis and tensor.shape[axis] == num_rows:
+        # a quantized tensor may be stored in another shape than its parameter, or without this axis
+        size_by_axis = dict(enumerate(tensor.shape))
+        if axis is not None and size_by_axis.get(axis) == num_rows:
             stored[name] = tensor.selected(axis, kept)
         elif has_one_value or not may_be_of_tokens:
             stored[name] = tensor
