@@ -80,12 +80,12 @@ def select(values: Tensor, kept: Tensor) -> Tensor:
 
 
 def place(values: Tensor, kept: Tensor, target: Tensor) -> None:
-    """Write `values` into `target` where `kept` is True, and zeros elsewhere: the inverse of `select`.
+    """Write `values` into `target`, which has zeros, where `kept` is True: the inverse of `select`.
 
     `values` are integers [number of kept], `kept` booleans [rows, columns], and `target` integers [rows, columns]. All
     are on one device, of any kind.
     """
-    if values.numel() == 0:
+    if values.numel() == 0:  # there is nothing to write, and no valid index
         return
     # [rows * columns]: how many weights are kept up to each place, less one. So for a kept weight it is the index of
     # its value; elsewhere it is any valid index. (A gather uses all threads, masked_scatter only one.)

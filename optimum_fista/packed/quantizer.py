@@ -261,7 +261,11 @@ class FistaPackedQuantizer(HfQuantizer):
         return [conversion]
 
     def get_weight_conversions(self) -> list[Any]:
-        """Return conversions of packed parameters that no conversion of the model handles."""
+        """Return conversions of packed parameters that no conversion of the model handles.
+
+        `parameters` of `self.quantization_config` are the last parts of the names of tensors that may be packed, such
+        as "weight". Each conversion makes one tensor of the three parts, for all modules that have a tensor so called.
+        """
         conversions = []
         for name in self.quantization_config.parameters:
             parts = [name + suffix for suffix in SUFFIXES]

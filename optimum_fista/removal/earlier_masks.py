@@ -386,6 +386,7 @@ def _report_of_carried(
         stored_transposed=operator.transposed,
         num_kept=num_kept,
         sparsity=sparsity,
+        # They say what the earlier run removed and reordered. This run begins with its result.
         groups_kept=None,
         input_order=None,
     )

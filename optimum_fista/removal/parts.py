@@ -512,8 +512,8 @@ def _operators(
     Raises:
         UnsupportedArchitectureError: If other tensors do not have rows of their own for each group of columns.
     """
-    shrinking = {
-        name: _ShrinkingTensor(
+    shrinking = [  # all tensors of the layer that become smaller
+        _ShrinkingTensor(
             name=name,
             shape=shape,
             axis=axes[name],
@@ -521,15 +521,15 @@ def _operators(
         )
         for name, shape in outline.shapes.items()
         if name in axes and name.startswith(prefix)
-    }
-    weights = [tensor for tensor in shrinking.values() if tensor.loses_columns]
+    ]
+    weights = [tensor for tensor in shrinking if tensor.loses_columns]
     for weight in weights:
         # The rows that compute the inputs are in the same module, such as "model.layers.3.mlp.". If only one operator
         # of the layer loses columns, they may be anywhere in the layer: BERT's MLP has two modules.
         siblings = prefix if len(weights) == 1 else weight.owner.rpartition(".")[0] + "."
         rows = [
             tensor
-            for tensor in shrinking.values()
+            for tensor in shrinking
             if tensor not in weights and tensor.name.startswith(siblings)
         ]
         yield _part_of_operator(weight, rows, stated)

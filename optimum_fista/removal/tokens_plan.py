@@ -152,6 +152,7 @@ def _new_report(
         origin=read_origin(counted.settings),
         calibration={
             "source": counted.text_name,
+            # The counts stand for the text, of which nothing else is kept.
             "sha256": hashlib.sha256(counted.counts.numpy().tobytes()).hexdigest(),
             "num_sequences": counted.num_texts,
             "num_tokens": int(counted.counts.sum()),
@@ -319,6 +320,7 @@ def _warn_of_rows(report: PruningReport, num_without: int, settings: PreTrainedC
         report.warn(
             f"{num_without} of the {num_rows} rows of the embedding belong to no token: they go first."
         )
+    # What an earlier run noted of itself in the configuration; empty if there was none.
     earlier = getattr(settings, checkpoint.CONFIG_KEY, None) or {}
     if earlier.get("num_zeros") and not report.carried:
         report.warn(
