@@ -88,8 +88,9 @@ def change_settings(
 ) -> None:
     """Change the text configuration `config` in place: settings of all decoder layers, and the overrides.
 
-    `settings` are by their words. If the configuration has a list with an entry for each layer, a number replaces all
-    entries. `overrides` replace all that the configuration has; `None` leaves them as they are.
+    `settings` are by their names, such as {"intermediate_size": 24}. If the configuration has a list with an entry for
+    each layer, a number replaces all entries. `overrides` replace all that the configuration has; `None` leaves them as
+    they are.
     """
     text_config: Any = config  # older versions of Transformers declare no `per_layer_config`
     if overrides is not None:

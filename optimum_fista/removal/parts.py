@@ -350,7 +350,7 @@ def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
     A group is a key-value head with its query heads. Returns `Parts` without any part in them.
 
     Decoder layers may have different numbers of heads. Then a group of a part is the same share of all its heads in
-    layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
+    every layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
     """
     common = without_overrides(config)  # a copy of which every setting can be read
     key_value_heads = getattr(common, "num_key_value_heads", None)
@@ -592,7 +592,7 @@ def _part_of_operator(
 
     tensors = dict[str, GroupAxis]()
     for tensor in (weight, *rows):
-        # such as attention sinks, one for each head
+        # a vector of a module that contains the operator, such as attention sinks: one entry for each head
         is_vector_of_operator = len(tensor.shape) == 1 and operator.startswith(f"{tensor.owner}.")
         is_expected = tensor.is_linear or is_vector_of_operator
         if not is_expected or tensor.entries % groups:

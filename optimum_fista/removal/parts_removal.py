@@ -87,6 +87,7 @@ class PartsRemoval(Removal):
         outline = ModelOutline(layers)
         removed = removed_parts(outline, pattern)
         num_kept_by_kind = kept_by_kind(removed)
+        # Plans of the smaller model, and of the same model with all experts.
         smaller, columns = plan_shrinkings(outline, num_kept_by_kind)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
         patterns: dict[str, SparsityPattern] = {
@@ -494,6 +495,7 @@ class PartsRemoval(Removal):
                 continue
             mixture = layer.mixture
             if mixture is not None:
+                # Its layer stays, so it has a new name.
                 mixture = replace(mixture, name=self.new_name(mixture.name) or mixture.name)
             renamed.append(replace(layer, name=new_name, mixture=mixture))
         return renamed

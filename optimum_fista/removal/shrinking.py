@@ -263,7 +263,6 @@ def _likely_layer_settings(
         return
 
     # Lists of ids of tokens may have as many entries as there are layers.
-
     values: dict[str, Any] = {
         word: value for word, value in vars(config).items() if "token_id" not in word
     }
