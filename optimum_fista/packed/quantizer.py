@@ -164,11 +164,8 @@ class Unpack(ConversionOps):
                 continue
 
             stem = pattern.removesuffix(VALUES_SUFFIX)
-            # Three lists: values, masks and layouts of all tensors with this pattern. (A list may also be one tensor.)
-            parts = []
-            for suffix in SUFFIXES:
-                part = input_dict[stem + suffix]
-                parts.append(part if isinstance(part, list) else [part])
+            # Three lists: values, masks and layouts of all tensors with this pattern.
+            parts = [input_dict[stem + suffix] for suffix in SUFFIXES]
             name_in_target = stem if stem in target_patterns else pattern
             dense[name_in_target] = []
             for values, mask, layout in zip(*parts, strict=True):

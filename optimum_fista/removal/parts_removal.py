@@ -447,8 +447,8 @@ class PartsRemoval(Removal):
         """Names in the checkpoint of weights with masks of an earlier run, by their names in the smaller model.
 
         `report` is complete; its `carried` lists these weights. Their names are found in the smaller model, because
-        experts have new numbers there. It has no weights. If the model was loaded from files, the smaller model
-        gets its attribute with the conversions by which Transformers saves a model under the names of its files.
+        experts have new numbers there. It has no weights. If the model was loaded from files, the smaller model gets
+        its attribute with the conversions by which Transformers saves a model under the names of its files.
         """
         if not report.carried:
             return {}
