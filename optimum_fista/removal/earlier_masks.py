@@ -278,6 +278,7 @@ def _zeros_of_pruned_again(
         was_zero = ~operator.select(masks[parameter_name])
         weight = operator.select(parameters[parameter_name].detach())
         is_zero = (weight == 0).cpu()
+        # True: the run may have given the weight a value, so a later training may, too.
         new_mask = unpack_mask(new_masks[name].cpu(), tuple(weight.shape))
         filled += int((was_zero & ~is_zero).sum())
         uncovered += int((was_zero & is_zero & new_mask).sum())

@@ -136,7 +136,7 @@ class SmallerMixture:
                 if not is_first_round and expert not in refitted:
                     continue
                 halves = self._problems_of_halves(expert)
-                if halves is None:  # too few tokens reach it
+                if halves is None:  # no token of one of the halves reaches it
                     continue
                 # Tested in the first round only: afterwards the weights are fitted to both halves.
                 if is_first_round and not _helps_on_other_half(halves):

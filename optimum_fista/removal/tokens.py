@@ -142,8 +142,9 @@ def _measure_held_out(
 ) -> None:
     """Measure the held-out text with all tokens and with those that stay, and set `plan.report.bits_per_byte`.
 
-    The dense model is loaded and run. If that fails for any reason, also if memory runs out, the report gets a warning
-    instead: the files of the result do not depend on these numbers.
+    The dense model is loaded and run. If that fails because the memory or the disk is full, a file can't be read or a
+    number is NaN (`MEASURING_ERRORS`), the report gets a warning instead: the files of the result do not depend on
+    these numbers.
 
     Args:
         plan: Its `held_out` are pieces of text that no token was counted on, and `dense_tokenizer` and `tokenizer` the
@@ -290,5 +291,6 @@ def _write_table(plan: TokensPlan, folder: Path) -> None:
         table: dict[str, Any] = {"kept": old_ids, "num_tokens": num_rows}
     else:
         table = read_json(plan.source / checkpoint.VOCABULARY_FILE)  # its "num_tokens" stays
+        # Row `old` of the given model is row `earlier[old]` of the first one.
         table["kept"] = earlier[old_ids].tolist()
     write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")
