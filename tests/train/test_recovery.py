@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, VOCABULARY, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -443,6 +444,51 @@ def test_bfloat16_is_trained_in_float32_and_saved_as_it_was(run, saved_by_rows, 
     assert found.held_out_loss < found.held_out_loss_before
     assert {tensor.dtype for tensor in weights(tmp_path / "out").values()} == {torch.bfloat16}
     verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_in_16_bits_while_products_are_and_is_saved_as_it_was(tied, run, tmp_path):
+    tiny_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    before = weights(tmp_path / "dense")
+    dtypes_of_heads = set()
+
+    def note_head(module, inputs):
+        if getattr(module, "out_features", None) == VOCABULARY:
+            dtypes_of_heads.add(module.weight.dtype)
+
+    with register_module_forward_pre_hook(note_head):
+        found = run(
+            source=tmp_path / "dense",
+            teacher=tmp_path / "dense",
+            label_share=1.0,
+            compute_dtype="bfloat16",
+        )
+
+    assert dtypes_of_heads == {torch.bfloat16}  # of student and teacher
+    assert found.best_step  # so trained weights were saved
+    after = weights(tmp_path / "out")
+    assert after.keys() == before.keys()
+    assert ("lm_head.weight" in after) != tied
+    for name in after.keys() & {"model.embed_tokens.weight", "lm_head.weight"}:
+        assert torch.equal(after[name], before[name]), name
+        assert not torch.equal(after[name], after[name].bfloat16().float()), name
+
+
+def test_a_rounded_head_predicts_inside_autocast_what_the_whole_one_does():
+    model = tiny_llama(tie_word_embeddings=True)
+    embedding = model.get_input_embeddings().weight
+    in_float32 = embedding.detach().clone()
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = model(tiny_tokens()).logits
+        recovery_plan.round_head(model, torch.bfloat16)
+        rounded = model(tiny_tokens()).logits
+
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert torch.equal(rounded, expected)
+    assert model.get_input_embeddings().weight is embedding
+    assert torch.equal(embedding, in_float32)
 
 
 def test_tensors_of_a_file_of_two_dtypes_keep_theirs(run, saved_by_rows, tmp_path):
