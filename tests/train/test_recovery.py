@@ -691,6 +691,23 @@ def test_a_training_says_that_it_takes_more_memory_if_a_model_cant_be_cut(
     assert read_report(tmp_path / "out").recoveries == [report]
 
 
+def test_the_command_shows_a_warning_of_the_training_when_it_arises(
+    tiny_folder, text, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(predictor, "POSITIONS_ON_CPU", 1)
+    monkeypatch.setattr(predictor, "LOGITS_PER_CHUNK", 7 * VOCABULARY)
+    monkeypatch.setattr(predictor.Predictor, "_output_class_if_cut", lambda _: None)
+    command = ["recover", str(tiny_folder), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--calibration", text, "--tokens", "64", "--sequence-length", "16"]
+
+    assert main(command) == 0
+
+    (warning,) = read_recoveries(tmp_path / "out")[0].warnings
+    shown = capsys.readouterr().err
+    assert shown.count(warning) == 1
+    assert shown.index(warning) < shown.index("held-out loss")
+
+
 def test_the_plan_of_a_sharded_training_counts_whole_logits(
     saved, tiny_folder, text, tmp_path, monkeypatch
 ):
