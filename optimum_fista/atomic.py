@@ -30,7 +30,8 @@ def write_file(
 ) -> None:
     """Write a file beside `path`, flush it to the disk, and rename it to `path`, which it replaces.
 
-    If `path` is a pipe or a device, it stays one: text and bytes are written into it.
+    If `path` is a pipe or a device, it stays one: text and bytes are written into it. The file beside `path` has the
+    ending .partial, and is deleted after an error.
 
     Args:
         path: The file, in a folder that exists.
@@ -71,16 +72,17 @@ def write_file(
 def errors_of_writing(path: Path) -> Iterator[None]:
     """Turn every error of the system inside the context into an OSError that names `path`.
 
-    Safetensors and `torch.save` wrap the system's errors in a text of their own. Other errors pass. An OSError that
-    names no file gets the name, and is raised again.
+    Safetensors and `torch.save` wrap the system's errors in errors and texts of their own. Other errors pass. An
+    OSError that names no file gets the name, and is raised again. `path` is what the caller writes.
     """
     try:
         yield
     except (SafetensorError, RuntimeError) as error:
-        is_of_torch_save = "inline_container" in str(error)  # the file of its source that raises
+        # The source file of PyTorch that raises it.
+        is_of_torch_save = "inline_container" in str(error)
         if isinstance(error, RuntimeError) and not is_of_torch_save:
             raise
-        is_full = "os error 28" in str(error)  # as safetensors writes ENOSPC
+        is_full = "os error 28" in str(error)  # so safetensors says ENOSPC
         number = errno.ENOSPC if is_full else errno.EIO
         raise OSError(number, str(error), str(path)) from error
     except OSError as error:
@@ -104,7 +106,7 @@ def require_writable(file: Path) -> None:
         is_pipe_or_device = file.exists() and not file.is_file()
         if not is_pipe_or_device:
             # Folders that are missing are made only when there is something to write. So a file is made, and deleted
-            # at once, in the nearest folder that exists.
+            # at once, in the nearest folder that exists: the root is the last one.
             parents = Path(os.path.realpath(file)).parents
             nearest = next(folder for folder in parents if folder.exists())
             tempfile.TemporaryFile(dir=nearest).close()
@@ -123,7 +125,7 @@ def digest_of(path: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Wait until the content of the file `path`, or the names in the folder `path`, are on the disk."""
     handle = os.open(path, os.O_RDONLY)  # Python's own `open` opens no folder
     try:
         os.fsync(handle)
@@ -142,21 +144,25 @@ def write_record(
 ) -> None:
     """Write a record: the tensors beside `path`, with the ending .safetensors, then the values at `path` as JSON.
 
-    Files of these names are replaced. `values` must be as JSON has them; `tensors` are by any names.
+    Files of these names are replaced. `values` must come back from JSON as they are: keys are texts, and there are
+    lists instead of tuples. `tensors` have names that the caller chooses; `None`: the record has none.
     """
     sha256_of_tensors = None
     if tensors is not None:
+        # the file is written, and its digest returned
         sha256_of_tensors = write_tensors(path.with_suffix(".safetensors"), tensors)
 
+    # The entry "tensors" is the digest of their file. The JSON file is written last, when all that it names is there.
     record = {"values": values, "tensors": sha256_of_tensors}
     record_with_digest = {"sha256": _digest_of_values(record), **record}
     write_file(path, json.dumps(record_with_digest, indent=1))
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """Return the values of a record; `None` if it is missing, or if it or its tensors are damaged (logged).
+    """Return the values of a record; `None` if it is missing, or if it or its tensors are damaged.
 
-    `path` is that of the JSON file, as `write_record` got it. Tensors are checked by their digest and not returned.
+    Damage is logged as a warning; the files are only read. `path` is that of the JSON file, as `write_record` got it.
+    Tensors are checked by their digest and not returned.
     """
     try:
         record = json.loads(path.read_bytes())

@@ -56,9 +56,10 @@ class FistaPruningConfig(PruningOptions):
     """Options of a pruning run, checked when constructed; `PruningOptions` declares and explains them."""
 
     def __post_init__(self) -> None:
-        """Check all options; set `sparsity` to that of the pattern, and sequences and mappings to copies.
+        """Check all options (ValueError); set `sparsity` to that of the pattern, and sequences and mappings to copies.
 
-        `self._usual_pattern` is the pattern of operators without an override.
+        `self._usual_pattern` is the pattern of operators without an override, and `self.overrides` are sparsities or
+        patterns by name pattern. `self.tokens_removal` is `None` unless the pattern removes tokens.
         """
         self._detach_from_caller()
         message = wrong_field(self)
@@ -95,14 +96,19 @@ class FistaPruningConfig(PruningOptions):
                 object.__setattr__(self, name, dict(value))
 
     def _require_meaning(self) -> None:
-        """Refuse options that would change nothing for this pattern (ValueError). Changes nothing."""
+        """Refuse options that the user has set although they mean nothing for this pattern (ValueError).
+
+        Changes nothing. `self._usual_pattern` is the pattern of operators without an override. `self.whole_parts` is
+        the same pattern if it removes whole parts, such as experts, and `None` if it sets zeros.
+        """
         pattern = self._usual_pattern
         parts = self.whole_parts
-        # What to do instead, by option that has no meaning.
+        # By the name of each option that has no meaning: what to do instead. `keep_tokens` is for patterns that remove
+        # tokens, which are checked elsewhere (`_require_tokens_only`).
         advice: dict[str, str] = {
             "keep_tokens": "leave it out, or pass a pattern such as 'vocab:0.35'"
         }
-        if pattern.fixed and not self.overrides:
+        if pattern.fixed and not self.overrides:  # such as 2:4, which leaves nothing to share
             advice["scope"] = "pass only one of them"
         if parts is not None:
             for name in ("include", "exclude", "overrides"):
@@ -111,12 +117,13 @@ class FistaPruningConfig(PruningOptions):
         if not removes_experts:
             advice["expert_refit"] = "leave it out, or pass a pattern such as 'experts:0.25'"
         # The order of the channels matters only if single weights compete with their neighbours: in a pattern such as
-        # 2:4 (`span` 4, `width` 1), not in pairs.
+        # 2:4 (`span` is 4, `width` is 1), but not in pairs (`width` is 2), nor without groups (`span` is None).
         if pattern.span is None or pattern.width != 1:
             advice["reorder_channels"] = "leave it out, or pass a pattern such as '2:4'"
         for name, instead in advice.items():
             value = getattr(self, name)
-            if value != getattr(_DEFAULTS, name):
+            is_set_by_user = value != getattr(_DEFAULTS, name)
+            if is_set_by_user:
                 raise ValueError(
                     f"{name}={value!r} has no meaning for pattern={self.pattern!r}: {instead}."
                 )
@@ -127,7 +134,8 @@ class FistaPruningConfig(PruningOptions):
     ) -> FistaPruningConfig:
         """Make the configuration with the published settings of FISTAPruner (arXiv 2408.03728).
 
-        docs/method.md lists them; `options` override them.
+        docs/method.md lists them; `options` override them. `sparsity` is the share of weights to set to zero, `None`
+        that of the `pattern`.
         """
         return cls.recipe("paper", sparsity=sparsity, pattern=pattern, **options)
 
@@ -135,23 +143,25 @@ class FistaPruningConfig(PruningOptions):
     def recipe(cls, name: str, **options: Any) -> FistaPruningConfig:
         """Make the configuration of the recipe `"default"`, `"fast"` or `"paper"`; docs/quickstart.md compares them.
 
-        `options` override those of the recipe. If they name another `method`, the recipe's method options are left out.
+        `options` are fields of the configuration, and override those of the recipe. If they name another `method`, the
+        recipe's options for its method are left out.
         """
         if name not in RECIPES:
             raise ValueError(f"recipe={name!r}: pass one of {', '.join(map(repr, RECIPES))}.")
         settings = RECIPES[name]
         method_of_recipe = settings.get("method")  # None: the default
-        if options.get("method", method_of_recipe) != method_of_recipe:
+        has_other_method = options.get("method", method_of_recipe) != method_of_recipe
+        if has_other_method:
             settings = {
                 key: value for key, value in settings.items() if key not in _OPTIONS_OF_METHOD
             }
         return cls(**(settings | options))
 
     def create_method(self, model_type: str) -> PruningMethod:
-        """Create the method with its options; ValueError if it does not take them.
+        """Create the method (`self.method` is its name) with its options; ValueError if it does not take them.
 
         `model_type` is that of the model's configuration, such as "llama", or "" if it does not matter. It decides
-        what `warm_start="auto"` means.
+        what `warm_start="auto"` means. The configuration stays as it is.
         """
         options = dict(self.method_options)
         for name in ("max_iterations", "tolerance", "warm_start"):
@@ -186,9 +196,9 @@ class FistaPruningConfig(PruningOptions):
         return TokensRemoval.read(self.pattern, self.keep_tokens)
 
     def pattern_for(self, name: str) -> SparsityPattern:
-        """Return the sparsity pattern of the operator called `name`: that of the first override whose name matches.
+        """Return the sparsity pattern of the operator called `name`, such as "model.layers.3.mlp.down_proj".
 
-        If no override matches, it is the pattern of all other operators.
+        It is that of the first override whose name pattern matches, or else that of all operators without an override.
         """
         for name_pattern in self.overrides:
             if matches(name, (name_pattern,)):
@@ -196,7 +206,11 @@ class FistaPruningConfig(PruningOptions):
         return self._usual_pattern
 
     def reason_left_dense(self, name: str) -> str | None:
-        """Return why the user's options leave the operator called `name` dense; `None` if they do not."""
+        """Return why the user's options leave the operator called `name` dense; `None` if they do not.
+
+        `name` is such as "model.layers.3.mlp.down_proj". `self.include` and `self.exclude` are name patterns; an empty
+        `include` matches all operators.
+        """
         if matches(name, self.exclude):
             return "exclude"
         if self.include and not matches(name, self.include):
@@ -208,7 +222,8 @@ class FistaPruningConfig(PruningOptions):
     def idle_patterns(self, names: Sequence[str]) -> Iterator[str]:
         """Yield a message for each option with name patterns that match none of the model's linear operators `names`.
 
-        Such patterns often end with ".weight". `names` has one name at least.
+        Users often write such patterns with ".weight" at the end. `names` are such as "model.layers.3.mlp.down_proj";
+        there is one at least, which the message shows.
         """
         for option in ("include", "exclude", "overrides"):
             idle_patterns = []
@@ -228,7 +243,10 @@ class FistaPruningConfig(PruningOptions):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FistaPruningConfig:
-        """Make a configuration of the values that `to_dict` returns, or of some of them; refuse unknown names."""
+        """Make a configuration of the values that `to_dict` returns, or of some of them; refuse unknown names.
+
+        `values` are by the name of the option, and stay as they are.
+        """
         names = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(names))
         if unknown:
@@ -248,6 +266,7 @@ class FistaPruningConfig(PruningOptions):
 
         Files of the Hub are downloaded to its cache. ValueError if the JSON is no configuration.
         """
+        # Transformers takes seconds to import: most uses of this module do without it.
         from transformers.utils import cached_file
 
         file = Path(source)
@@ -276,15 +295,17 @@ class FistaPruningConfig(PruningOptions):
     def resolved(self) -> FistaPruningConfig:
         """Return a configuration in which options that are `None` have the value that the method chooses.
 
-        These are the options of `MethodDefaults`, such as `allocation`. `scope` stays `None` if it has no meaning.
+        These are the options of `MethodDefaults`, such as `allocation`. `scope` stays `None` if it has no meaning. This
+        configuration itself stays as it is.
         """
         defaults = method_class(self.method).defaults
         chosen = {
             name: value for name, value in vars(defaults).items() if getattr(self, name) is None
         }
+        # A pattern such as 2:4 has no scope, but an override may be a sparsity, which has one.
         has_scope = self.tokens_removal is None and not self._usual_pattern.fixed
         if not has_scope and not self.overrides:
-            chosen.pop("scope", None)  # a pattern such as 2:4 has no scope
+            chosen.pop("scope", None)
         return dataclasses.replace(self, **chosen)
 
     @cached_property
@@ -293,7 +314,7 @@ class FistaPruningConfig(PruningOptions):
 
         Options that are `None` have the method's own values.
         """
-        # It imports Transformers, which takes seconds: a configuration alone does not need it.
+        # This module imports Transformers, which takes seconds: a configuration alone does not need it.
         from optimum_fista.model.correction import Correction
 
         config = self.resolved()
@@ -301,7 +322,11 @@ class FistaPruningConfig(PruningOptions):
         return Correction.parse(config.error_correction, config.residual_correction or 0.0)
 
     def shares_budget(self, name: str) -> bool:
-        """Tell whether the number of zeros of the operator called `name` is decided by the allocation "fisher"."""
+        """Tell whether the number of zeros of the operator called `name` is decided by the allocation "fisher".
+
+        `self.allocation` is the user's option, and `None` leaves it to the method. An operator with an override, or a
+        fixed pattern such as 2:4, has a number of zeros of its own.
+        """
         allocation = self.allocation
         if allocation is None:
             allocation = method_class(self.method).defaults.allocation
@@ -326,6 +351,7 @@ class FistaPruningConfig(PruningOptions):
         """Refuse options that have no meaning if tokens are removed, and set `sparsity` to the share of the tokens.
 
         `tokens` is `self.tokens_removal`. Its share is `None` for "vocab:unused", and `sparsity` then becomes 0.
+        ValueError if an option has no meaning, or if the method does not take its options.
         """
         share = 0.0 if tokens.share is None else tokens.share
         if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
@@ -344,7 +370,8 @@ class FistaPruningConfig(PruningOptions):
             "reorder_channels",
         ):
             value = getattr(self, name)
-            if value != getattr(_DEFAULTS, name):
+            is_set_by_user = value != getattr(_DEFAULTS, name)
+            if is_set_by_user:
                 raise ValueError(
                     f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes tokens: leave it out."
                 )
@@ -353,7 +380,8 @@ class FistaPruningConfig(PruningOptions):
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:
         """Read the pattern of operators with an override: a pattern such as "2:4", or a sparsity.
 
-        `None` stands for operators without an override: they have the user's `pattern` and `sparsity`.
+        `None` stands for operators without an override: they have `self.pattern` and `self.sparsity`. `self.scope` says
+        what shares the zeros of a pattern that is not fixed ("matrix" or "row"); `None` leaves it to the method.
         """
         if isinstance(override, str):
             return parse_pattern(override)

@@ -39,7 +39,9 @@ def option(
         advanced: The group of rarely used flags that it belongs to; None: a flag of every day.
     """
     metadata = {"help": text, "limits": limits, "advanced": advanced}
-    if callable(default):  # so that no two configurations share one dictionary
+    if callable(
+        default
+    ):  # called for each object, so that no two configurations share one dictionary
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -155,6 +157,7 @@ _types_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
     """Make an object of the dataclass `kind` from its JSON values: the inverse of `dataclasses.asdict`.
 
+    `values` has a JSON value by the name of each field; fields with defaults may be missing. It stays as it is.
     TypeError if a value does not fit its field, or if there is no such field.
     """
     types = _types_of(kind)
@@ -167,22 +170,24 @@ def as_record(kind: type[T], values: Mapping[str, Any]) -> T:
 
 
 def _from_json(value: Any, hint: Any) -> Any:
-    """Convert a JSON value to its field's type `hint`, as far as JSON has another one; changes no value.
+    """Convert a JSON value to its field's type `hint`, as far as JSON has another one; `value` stays as it is.
 
     JSON has lists for tuples, objects for dataclasses, and text for the keys of dictionaries. A value that does not fit
-    its hint is returned as it is, and refused later.
+    its hint is returned as it is, and refused later (`wrong_field`).
     """
+    # Of `dict[str, int]`, for example, `dict` and `(str, int)`.
     origin = get_origin(hint)
     inner = get_args(hint)
     if origin in (Union, UnionType):
-        return _from_json(value, inner[0])  # the other type is None
+        return _from_json(value, inner[0])  # the other type is None, which needs no conversion
     if isinstance(value, dict) and dataclasses.is_dataclass(hint):
         return as_record(hint, value)  # type: ignore[arg-type]
     if isinstance(value, dict) and inner:
         key_type, value_type = inner
         converted = {}
         for key, item in value.items():
-            converted[int(key) if key_type is int else key] = _from_json(item, value_type)
+            key_of_field = int(key) if key_type is int else key
+            converted[key_of_field] = _from_json(item, value_type)
         return converted
     if isinstance(value, list) and inner:
         items = [_from_json(item, inner[0]) for item in value]
@@ -193,7 +198,8 @@ def _from_json(value: Any, hint: Any) -> Any:
 def wrong_field(record: Any) -> str | None:
     """Return a message about the first field with a wrong type, choice or number; `None` if all are as declared.
 
-    `record` is an object of a dataclass; it is only read.
+    `record` is an object of a dataclass, such as `PruningOptions` or a report; it is only read. The type hints of its
+    fields say which values are right. Fields made by `option` have limits, too.
     """
     hints = _types_of(type(record))
     for declared in dataclasses.fields(record):
@@ -206,7 +212,7 @@ def wrong_field(record: Any) -> str | None:
 
 
 def _is_within(value: Any, limits: Limits | None) -> bool:
-    """Tell whether a number is within its limits; other values have none."""
+    """Tell whether `value` is within its limits, both included; a value that is no number has none."""
     if limits is None or not isinstance(value, int | float):
         return True
     least, most = limits
@@ -240,7 +246,10 @@ _WORDS = {
 
 
 def _words(hint: Any) -> str:
-    """Say in words what a field with this type hint takes, such as "'none', 'intra', 'full' or a number"."""
+    """Say in words what a field with this type hint takes, such as "'none', 'intra', 'full' or a number".
+
+    `hint` is a type hint, such as `Literal["none", "intra", "full"] | float`.
+    """
     words: list[str] = []
     for kind in kinds_of(hint):
         origin = get_origin(kind)
@@ -248,12 +257,14 @@ def _words(hint: Any) -> str:
         if origin is Literal:
             words += [repr(choice) for choice in inner]
         elif origin in (Mapping, tuple):
-            # `tuple[str, ...]` is "a tuple of text", `Mapping[str, float]` "a dictionary of text to a number".
+            # `tuple[str, ...]` is "a tuple of text": there are no words for `...`. `Mapping[str, float]` is
+            # "a dictionary of text to a number".
             items = " to ".join(_words(part) for part in inner if part is not ...)
             container = "tuple" if origin is tuple else "dictionary"
             words.append(f"a {container} of {items}")
         else:
-            words.append(_WORDS.get(kind, str(getattr(kind, "__name__", kind))))
+            name = str(getattr(kind, "__name__", kind))  # of a type without words of its own
+            words.append(_WORDS.get(kind, name))
     if len(words) == 1:
         return words[0]
     return f"{', '.join(words[:-1])} or {words[-1]}"
@@ -269,12 +280,13 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, kind) for kind in inner)
     if origin is Literal:
         return value in inner
-    if origin is tuple and inner[1:] != (...,):  # one type for each place
+    has_type_for_each_place = origin is tuple and inner[1:] != (...,)  # not `tuple[str, ...]`
+    if has_type_for_each_place:
         has_length = isinstance(value, tuple) and len(value) == len(inner)
         return has_length and all(map(_fits, value, inner))
     if origin in (tuple, list, Sequence):
         return isinstance(value, origin) and all(_fits(item, inner[0]) for item in value)
-    if origin is not None:  # a dictionary
+    if origin is not None:  # no other kind of hint is used: this is a dictionary
         key_type, value_type = inner
         return isinstance(value, origin) and all(
             _fits(key, key_type) and _fits(item, value_type) for key, item in value.items()

@@ -34,7 +34,7 @@ class MeasuredPerplexity:
     def has_tokens_of(self, other: MeasuredPerplexity) -> bool:
         """Tell whether both were measured on the same ids of the same vocabulary, so that they can be compared.
 
-        `sha256` is the digest of the ids. Without one the ids are not known, and the answer is no.
+        `self.sha256` is the digest of the token ids. Without one the ids are not known, and the answer is no.
         """
         return (
             self.sha256 is not None
@@ -106,7 +106,7 @@ class OriginReport:
 
 
 def read_origin(config: Any) -> OriginReport | None:
-    """Read from a model's configuration where the model comes from; `None` if it was never pruned.
+    """Read from a model's configuration where the model comes from; `None` if it was never pruned. Changes nothing.
 
     Args:
         config: Configuration of the model that a run is given. `config.fista_pruning` was written by the run that made
@@ -117,15 +117,16 @@ def read_origin(config: Any) -> OriginReport | None:
     if not isinstance(entry, dict) or "pattern" not in entry:
         return None
 
-    entry = spell_out_controls_in_json(entry)
+    entry = spell_out_controls_in_json(entry)  # a copy; other people may have written it
     try:
         origin = as_record(OriginReport, entry["origin"])
         *earlier, latest = origin.steps  # ValueError if there is none
     except (AttributeError, KeyError, TypeError, ValueError):
-        # of other people, or of a version that did not write the origin, but only patterns
+        # An entry of other people, or of an older version, which wrote no origin, but only patterns: those of earlier
+        # runs in `pruned_before`.
         patterns = [*entry.get("pruned_before", ()), entry["pattern"]]
         return OriginReport(steps=[StepReport(str(pattern)) for pattern in patterns])
-    # Training comes after the run that wrote the entry.
+    # A training comes after the run that wrote the entry, and notes itself beside `origin`.
     if entry.get("retrained"):
         latest = replace(latest, retrained=True)
     return replace(origin, steps=[*earlier, latest])

@@ -67,7 +67,7 @@ class OperatorReport:
 
     @property
     def stored_shape(self) -> tuple[int, int]:
-        """Shape of the weight in the checkpoint."""
+        """Shape of the weight in the checkpoint: `self.shape` is (out, in), and `self.stored_transposed` turns it."""
         out_features, in_features = self.shape
         if self.stored_transposed:
             return in_features, out_features

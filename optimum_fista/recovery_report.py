@@ -20,14 +20,15 @@ class RecoveryReport:
     teacher: str
     # A key of `WORDS_OF_TRAIN`.
     train: str
-    # Weights, without zeros.
+    # Number of weights that were trained, zeros aside.
     num_trained: int
-    # Trained on.
+    # Tokens that were trained on.
     num_tokens: int
-    # `source` and `sha256` of the tokens, `sequence_length`, `held_out` sequences.
+    # The text: `source` and `sha256` of its tokens, `sequence_length`, number of `held_out` sequences.
     calibration: dict[str, Any]
+    # Of the training, by name.
     options: dict[str, Any]
-    # Steps, seconds, held-out loss: mean negative log-likelihood of a token.
+    # [step, seconds, held-out loss] of each; the loss is the mean negative log-likelihood of a token.
     evaluations: list[list[float]]
     # The weights after this step were kept; 0: no step was better than the weights before.
     best_step: int
@@ -41,12 +42,16 @@ class RecoveryReport:
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher."""
+        """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher.
+
+        `self.calibration` has the number (`held_out`) and the length of the held-out sequences, and the name of the
+        text (`source`). A loss is the mean negative log-likelihood of a token.
+        """
         perplexity_before = math.exp(self.held_out_loss_before)
         perplexity = math.exp(self.held_out_loss)
         sequences = self.calibration["held_out"]
         length = self.calibration["sequence_length"]
-        steps = self.evaluations[-1][0]
+        steps = self.evaluations[-1][0]  # an evaluation is [step, seconds, loss]
         best = "nothing gained, so the weights stayed"
         if self.best_step:
             best = f"best after step {self.best_step}"

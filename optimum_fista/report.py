@@ -39,7 +39,9 @@ class PruningReport(RunRecord):
     def earlier_zeros(self) -> str:
         """Say what became of zeros of earlier runs; empty if there were none, or all are zeros of this run, too.
 
-        Operators that lost columns are among those that this run did not prune.
+        `self.carried` are reports of operators whose masks were kept, `self.lost_masks` names of weights in which this
+        run overwrote zeros. The zeros in operators that this run pruned again are counted: `self.zeros_filled` have
+        other values now, and `self.zeros_uncovered` are zero, but the new mask keeps these weights.
         """
         sentences = []
         if self.carried or self.lost_masks:
@@ -60,7 +62,8 @@ class PruningReport(RunRecord):
     def zeros_in_all(self) -> str:
         """Say how many weights are zero with those of earlier runs; empty if all zeros are of this run.
 
-        For a run that sets zeros itself.
+        It is said of a run that sets zeros itself. `self.carried` are reports of operators whose masks of an earlier
+        run were kept, `self.num_zeros` counts the zeros of all masks, and `self.totals` those of this run.
         """
         if not self.carried:
             return ""
@@ -75,7 +78,8 @@ class PruningReport(RunRecord):
     def verdict(self) -> str:
         """How much worse the result is than the first model, in a few words such as "usable as it is".
 
-        Empty if no perplexity was measured. The reason, if it was measured and still says nothing.
+        Both perplexities are of the text of this run. Empty if no perplexity was measured. If it was measured and still
+        says nothing, this is the reason, such as "no verdict on fewer than ... tokens".
         """
         pruned = self.measured("pruned")
         if pruned is None:
@@ -90,7 +94,10 @@ class PruningReport(RunRecord):
         )
 
     def verdict_on(self, text: TextReport) -> str:
-        """How much worse the result is than the first model on a text of `self.texts`, in the words of `verdict`."""
+        """Say how much worse the result is than the first model on a text of `self.texts`, in the words of `verdict`.
+
+        The text has bits per byte of both models, and how many bytes and tokens were measured.
+        """
         first = self.first_bits_per_byte(text)
         # Perplexities that can be compared: of the text of one token of the given model, by both models.
         bytes_per_token = text.num_bytes / text.num_tokens
@@ -103,7 +110,10 @@ class PruningReport(RunRecord):
         )
 
     def words_on(self, text: TextReport) -> str:
-        """Say in one line what a text of `self.texts` lost: bits per byte before and after, tokens, verdict, limit."""
+        """Say in one line what a text of `self.texts` lost: bits per byte before and after, tokens, verdict, limit.
+
+        `self.origin` is `None` if the given model is the first one, so that one number "before" is enough.
+        """
         first = self.first_bits_per_byte(text)
         if self.origin is None:
             before = f"{text.dense:.3f} before"
@@ -115,24 +125,29 @@ class PruningReport(RunRecord):
         ratio = "" if times is None else f", {times:.3f} times"
 
         tokens = f"; on {text.num_tokens:,} tokens"
-        has_same_tokens = text.num_tokens == text.num_tokens_pruned
-        if not has_same_tokens:
+        has_same_number_of_tokens = text.num_tokens == text.num_tokens_pruned
+        lost_tokens = "vocabulary" in self.model
+        if not has_same_number_of_tokens:
             tokens += f", which become {text.num_tokens_pruned:,}"
-        elif "vocabulary" not in self.model:
+        elif not lost_tokens:  # the same tokens, so that perplexities can be compared
             bytes_per_token = text.num_bytes / text.num_tokens
             tokens = (
                 f"; perplexity {_two_to(text.dense * bytes_per_token):.2f} before and "
                 f"{_two_to(text.pruned * bytes_per_token):.2f} after{tokens}"
             )
         limit = ""
-        if text.at_most is not None:
+        if text.at_most is not None:  # the largest ratio that the user allows (`--protect`)
             word = "kept" if text not in self.unprotected else "BROKEN"
             limit = f"; at most {text.at_most:g} times was asked for: {word}"
         return f"{before} and {text.pruned:.3f} bits per byte after{ratio} ({self.verdict_on(text)}){tokens}{limit}"
 
     @property
     def verdict_of_texts(self) -> str:
-        """The verdict on the text of `self.texts` that lost most, with its name; empty if no text was measured."""
+        """The verdict on the text of `self.texts` that lost most, with its name; empty if the user named no text.
+
+        Before that come two reasons: a text could not be measured (`self.texts_not_measured` has its name), or a text
+        lost more than the user allowed (`self.unprotected`).
+        """
         if self.texts_not_measured:
             return f"no verdict: the loss is not known on {', '.join(self.texts_not_measured)}"
         if not self.texts:
@@ -140,6 +155,7 @@ class PruningReport(RunRecord):
         if self.unprotected:
             names = ", ".join(text.name for text in self.unprotected)
             return f"not good: {names} lost more than was allowed"
+        # A text whose loss by the first model is not known counts as the worst one.
         worst = max(self.texts, key=lambda text: self.times_of(text) or math.inf)
         if len(self.texts) == 1:
             return f"{self.verdict_on(worst)} on {worst.name}"
@@ -149,7 +165,10 @@ class PruningReport(RunRecord):
 
     @property
     def retraining(self) -> str:
-        """Say how weights were trained after pruning; empty if they were not."""
+        """Say how weights were trained after pruning; empty if they were not.
+
+        Zeros of any run (`self.num_zeros`) had masks in the training.
+        """
         if not self.retrained:
             return ""
         if self.num_zeros:
@@ -158,10 +177,13 @@ class PruningReport(RunRecord):
 
     @property
     def measured_on(self) -> str:
-        """Say in words on which text the perplexity was measured; only for a report that has one."""
+        """Say on which text the perplexity was measured, such as "4,096 tokens of c4 that no weight was fitted to".
+
+        Only for a report with a perplexity. `self.steps` are all runs, this one is the last.
+        """
         measured = self.perplexity
         assert measured is not None
-        text = measured.get("text") or "text"  # a text without a name
+        text = measured.get("text") or "text"  # for a text without a name
         if text == OWN_TEXT:
             text = "text of its own"
         tokens = f"{measured['num_tokens']:,} tokens of {text}"
@@ -172,7 +194,10 @@ class PruningReport(RunRecord):
 
     @property
     def cost_of_tokens(self) -> str:
-        """Say what the removal of tokens cost on held-out text; empty if that was not measured."""
+        """Say what the removal of tokens from the vocabulary cost on held-out text; empty if that was not measured.
+
+        `self.bits_per_byte` has bits per byte of the given model ("dense") and of the result ("pruned").
+        """
         bits = self.bits_per_byte
         if bits is None:
             return ""
@@ -186,7 +211,8 @@ class PruningReport(RunRecord):
     def verdict_of_tokens(self) -> str:
         """How much worse the given model became when this run removed tokens, in the words of `verdict`.
 
-        Empty if that was not measured, or if the run removed no tokens.
+        Empty if that was not measured, or if the run removed no tokens. `self.bits_per_byte` has bits per byte of the
+        given model ("dense") and of the result ("pruned").
         """
         bits = self.bits_per_byte
         if bits is None:
@@ -195,7 +221,7 @@ class PruningReport(RunRecord):
         bytes_per_token = bits["num_bytes"] / bits["num_tokens"]
         given = 2 ** (bits["dense"] * bytes_per_token)
         return verdict(
-            # An earlier run was not measured on this text.
+            # A verdict is about the first model. If that is not the given one, it was not measured on this text.
             dense=given if self.origin is None else None,
             pruned=2 ** (bits["pruned"] * bytes_per_token),
             num_tokens=bits["num_tokens"],
@@ -205,11 +231,14 @@ class PruningReport(RunRecord):
 
     @property
     def removed(self) -> str:
-        """Say how much smaller than the first model the result is; empty if this run removed no part of it."""
+        """Say how much smaller than the first model the result is; empty if this run removed no part of it.
+
+        Such as "3,000 of 9,000 parameters removed (33.33%), 6,000 left".
+        """
         removed_now = self.totals["num_removed"]
         if not removed_now:
             return ""
-        vocabulary = self.model.get("vocabulary")
+        vocabulary = self.model.get("vocabulary")  # numbers of tokens, if this run removed some
         tokens = ""
         if vocabulary:
             tokens = f", with {vocabulary['kept']:,} of {vocabulary['before']:,} tokens"
@@ -217,7 +246,10 @@ class PruningReport(RunRecord):
 
     @property
     def removed_before(self) -> str:
-        """Say what earlier runs removed of the first model, and how it grew between the runs; empty if neither."""
+        """Say what earlier runs removed of the first model, and how it grew between the runs; empty if neither.
+
+        `self.origin` describes the first model. It is `None` if that is the given model, without earlier runs.
+        """
         if self.origin is None:
             return ""
         if self.origin.num_parameters is None:
@@ -225,6 +257,7 @@ class PruningReport(RunRecord):
                 "earlier runs pruned the model, and the size that it had before them is not known"
             )
         first = self.origin.num_parameters
+        # All parameters that there were before this run, without those that it was given.
         removed = first + self._added_between_runs - self.num_parameters_given
         removals = []
         if removed:
@@ -237,9 +270,9 @@ class PruningReport(RunRecord):
 
     @property
     def growth(self) -> str:
-        """Say how much larger the model became between the runs, such as by new tokens; empty if it did not.
+        """Say how much larger or smaller the model became between the runs; empty if it did not.
 
-        It may also have become smaller by other means than a run, such as if only a part of it was loaded.
+        It may have got new tokens, for instance, or only a part of it was loaded for the next run.
         """
         added = self._added_between_runs
         if added > 0:
@@ -250,9 +283,9 @@ class PruningReport(RunRecord):
 
     @property
     def _removed_in_all(self) -> str:
-        """How many parameters the first model has lost in all runs, such as "3,000 of 9,000 parameters removed".
+        """Say how many parameters the first model has lost in all runs, such as "3,000 of 9,000 parameters removed".
 
-        If the size of the first model is not known, those that the given model has lost.
+        If the size of the first model is not known, it says how many the given model has lost in this run.
         """
         remaining = self.model["num_parameters"]
         removed_now = self.totals["num_removed"]
@@ -264,7 +297,7 @@ class PruningReport(RunRecord):
                 f"({self.totals['share_removed']:.2%}), {remaining:,} left"
             )
         by_this_run = ""
-        if removed != removed_now:
+        if removed != removed_now:  # earlier runs have removed some, too
             by_this_run = f", {removed_now:,} of them by this run"
         growth = f"; {self.growth}" if self.growth else ""
         return (
@@ -277,7 +310,7 @@ class PruningReport(RunRecord):
         """Say how many experts stayed, and how large their fit error is; empty if none was removed."""
         if not self.mixtures:
             return ""
-        # All mixtures lose as many. `saliency` has a number for each expert before the removal.
+        # All mixtures lose as many experts. `saliency` has a number for each expert before the removal.
         first = self.mixtures[0]
         errors = [mixture.fit_error for mixture in self.mixtures]
         refits = ""
@@ -295,8 +328,8 @@ class PruningReport(RunRecord):
         The statements are separated by semicolons. `removed`, `zeros_in_all`, `removed_before` and `experts_left` are
         statements already, which are empty if there is nothing to say.
         """
-        totals = self.totals
-        duration = f"{self.seconds.get('total', 0.0):.1f} s"
+        totals = self.totals  # numbers over all operators, by name
+        duration = f"{self.seconds.get('total', 0.0):.1f} s"  # wall time of the run
         # only decoder layers, experts or tokens were removed
         pruned_no_operator = bool(self.removed) and not self.operators
         if pruned_no_operator:
@@ -316,9 +349,9 @@ class PruningReport(RunRecord):
             f"fit error {totals['mean_fit_error']:.4f} on average, "
             f"{totals['max_fit_error']:.4f} at most"
         )
-        # operators have a held-out ratio and a held-out error, or neither
+        # Operators have a held-out ratio and a held-out error, or neither. The ratio is the fit error on held-out
+        # tokens, divided by that on the calibration tokens.
         if totals["held_out_ratio"] is not None:
-            # how many times the fit error on the held-out tokens is
             errors += (
                 f" ({totals['held_out_ratio']:.2f} times that on "
                 f"{self.calibration['held_out']['num_tokens']:,} held-out tokens, "
@@ -348,8 +381,8 @@ class PruningReport(RunRecord):
         )
 
     def _repr_html_(self) -> str:
-        """The head of the report's page, for notebooks."""
-        # It formats a report, so it imports this module.
+        """Write the head of the report's page as HTML, for notebooks: title, and a row for each headline."""
+        # Imported here, because `headlines` imports this module.
         from optimum_fista.headlines import headlines, title
 
         rows = [
@@ -371,6 +404,8 @@ def _two_to(bits: float) -> float:
 
 def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> list[str]:
     """Say in up to two lines which tensors of a model's files its class does not load, and what became of them.
+
+    Without such tensors there is no line. Changes nothing.
 
     Args:
         copied: By module, such as "model.mtp", the number of its tensors that are copied to the result.

@@ -97,9 +97,9 @@ class RunRecord:
     def add(self, record: LayerRecord) -> None:
         """Add what a run did in one decoder layer to the lists of this report; `record` stays as it is.
 
-        These are the report of the layer, those of its pruned operators, the reasons for operators that were left
+        `record` has the report of the layer, those of its pruned operators, the reasons for operators that were left
         dense (by name), reports of operators whose masks of an earlier run were carried over, and names of weights in
-        which such masks were lost. Zeros of an earlier run that were filled or have no mask are counted.
+        which such masks were lost. It counts zeros of an earlier run that were filled or have no mask.
         """
         self.layers.append(record.report)
         self.operators += record.operators
@@ -110,16 +110,19 @@ class RunRecord:
         self.zeros_uncovered += record.zeros_uncovered
 
     def warn(self, message: str) -> None:
-        """Add a warning to `self.warnings`, and issue it as a Python warning (`warnings.warn`)."""
+        """Add a warning to `self.warnings`, and issue it as a Python warning (`warnings.warn`).
+
+        Control characters in it, such as those of names that other people chose, are spelled out.
+        """
         message = spell_out_controls(message)
         self.warnings.append(message)
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(message, stacklevel=2)  # names the line of the caller
 
     @property
     def pattern(self) -> str:
         """The pattern of this run in words, such as "50% unstructured", "2:4" or "channels:0.25".
 
-        `self.config` has the fields of a `FistaPruningConfig`.
+        `self.config` has the fields of a `FistaPruningConfig` as plain values.
         """
         return words_of_pattern(
             self.config.get("pattern", "unstructured"), self.config.get("sparsity")
@@ -154,7 +157,8 @@ class RunRecord:
         """The model that the user began with, with the runs before this one: the given model if there were none."""
         if self.origin is not None:
             return self.origin
-        # What `model` says besides the result (`class`, ...) is of the given model.
+        # This run was given the first model. `name`, `dtype` and `sha256` in `self.model` are those of the given model,
+        # and so is the perplexity "dense".
         return OriginReport(
             name=self.model.get("name") or "",
             num_parameters=self.num_parameters_given,
@@ -166,12 +170,16 @@ class RunRecord:
 
     @property
     def step(self) -> StepReport:
-        """This run, as the last step from the first model to its result."""
+        """This run, as the last step from the first model to its result.
+
+        `self.model` describes the result. If this run removed tokens, it has the numbers of tokens before and after
+        (`vocabulary`).
+        """
         totals = self.totals
         method = self.config.get("method", "")
         num_tokens_removed = 0
         vocabulary = self.model.get("vocabulary")
-        if vocabulary:  # this run removed tokens
+        if vocabulary:  # this run removed tokens, and used no method of the configuration
             method = "token counts"
             num_tokens_removed = vocabulary["before"] - vocabulary["kept"]
         return StepReport(
@@ -195,13 +203,15 @@ class RunRecord:
         """What the next run has to know, if it is given the result of this one.
 
         It is written into the configuration of the result. Whether weights were trained after this run stands there
-        beside it, and `read_origin` adds it to the step again.
+        beside it (`retrained`), and `read_origin` writes that into the step of this run again.
         """
         step = dataclasses.replace(self.step, retrained=False)
         return dataclasses.replace(self.first_model, steps=[*self.first_model.steps, step])
 
     def measured(self, network: str) -> MeasuredPerplexity | None:
         """Return one perplexity of this run with the text that it was measured on; `None` if it was not measured.
+
+        It is taken from the dictionary `self.perplexity`, which is `None` if no perplexity was measured.
 
         Args:
             network: "dense": of the given model; "pruned": of the result.
@@ -233,9 +243,9 @@ class RunRecord:
 
     @property
     def perplexities_of_steps(self) -> list[MeasuredPerplexity | None]:
-        """The perplexity after each of `steps` on the text of this run, this run's own last.
+        """The perplexity after each run (each of `self.steps`) on the text of this run; this run is the last one.
 
-        `None` if it is not known on this text: an earlier run measured it on other tokens, or not at all.
+        An entry is `None` if it is not known on this text: an earlier run measured it on other tokens, or not at all.
         """
         given = self.measured("dense")
         perplexities: list[MeasuredPerplexity | None] = []
@@ -259,9 +269,9 @@ class RunRecord:
         return self.origin.texts.get(text.sha256)
 
     def times_of(self, text: TextReport) -> float | None:
-        """How many times the bits per byte of the first model those of the result are, on a text of `self.texts`.
+        """Divide the bits per byte of the result by those of the first model, on a text of `self.texts`.
 
-        `None` if those of the first model are not known.
+        1.02 means that the loss rose by 2%. `None` if the bits of the first model are not known, or are 0.
         """
         first = self.first_bits_per_byte(text)
         return text.pruned / first if first else None
@@ -287,18 +297,20 @@ class RunRecord:
     def num_removed_in_all(self) -> int | None:
         """How many parameters all runs have removed, this one too; `None` if the size of the first model is not known.
 
-        Parameters that were added between the runs are not subtracted.
+        Parameters that were added between the runs do not make the number smaller.
         """
         first = self.first_model.num_parameters
         if first is None:
             return None
+        # All parameters that there ever were, without those of the result.
         return first + self._added_between_runs - self.model["num_parameters"]
 
     @property
     def _added_between_runs(self) -> int:
-        """How many parameters the model has gained after one run and before the next; negative if it has lost some.
+        """How many parameters the model has gained between runs, in all; negative if it has lost some.
 
-        What was given to a run is compared with what the run before it left, as far as both are known.
+        The size of the model that a run was given is compared with the size of the result of the run before it, as far
+        as both are known.
         """
         added = 0
         for earlier, later in pairwise(self.steps):
@@ -308,15 +320,16 @@ class RunRecord:
                 or later.num_removed is None
             ):
                 continue
-            given = later.num_parameters + later.num_removed
-            added += given - earlier.num_parameters
+            # `num_parameters` is the size of a run's result.
+            given_to_later = later.num_parameters + later.num_removed
+            added += given_to_later - earlier.num_parameters
         return added
 
     @property
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators, by the names that they have in `fista/report.json`.
 
-        Errors of a kind that no operator has measured are `None`. The fit error is 0.0 then: every operator has one, so
+        Errors of a kind that no operator has are `None`. Only the fit error is 0.0 then: every operator has one, so
         there are no operators. `self.model` must have the number of parameters of the result, which is known at the end
         of a run.
         """
@@ -338,7 +351,7 @@ class RunRecord:
                 errors[f"max_{name}"] = without_operators
 
         solve_seconds = sum(o.solve_seconds for o in self.operators)
-        solve_seconds += sum(mixture.solve_seconds for mixture in self.mixtures)
+        solve_seconds += sum(mixture.solve_seconds for mixture in self.mixtures)  # of experts
         return {
             "num_operators": len(self.operators),
             "num_weights": num_weights,
@@ -356,9 +369,9 @@ class RunRecord:
         }
 
     def _held_out_ratio(self) -> float | None:
-        """Sum of the held-out fit errors over the sum of the fit errors of the same operators; 1: no overfitting.
+        """Divide the sum of the held-out fit errors by the sum of the fit errors of the same operators.
 
-        `None` if no operator has a held-out error.
+        1 means no overfitting. `None` if no operator has a held-out error.
         """
         fitted = 0.0
         held_out = 0.0
@@ -372,13 +385,17 @@ class RunRecord:
         """Return the command line that prunes the given model in the same way, quoted for a shell.
 
         A word in capitals stands for an unknown name. The command reads the configuration from this report.
+
+        It is made of `self.calibration` (the text), `self.texts` (held-out texts, with the limits of `--protect`) and
+        `self.environment` (device, batches, dtypes), which is empty if it is not known.
         """
         num_tokens = self.calibration["num_tokens"]
         num_sequences = self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
         words += ["--config", "fista/report.json"]
-        # A run that removes tokens may have several sources.
-        for source in (self.calibration.get("source") or "SOURCE").split(", "):
+        # A run that removes tokens may have several sources, such as "c4, code.txt".
+        sources = self.calibration.get("source") or "SOURCE"
+        for source in sources.split(", "):
             words += ["--calibration", source]
         for text in self.texts:
             if text.at_most is None:
@@ -386,13 +403,15 @@ class RunRecord:
             else:
                 words += ["--protect", f"{text.name}={text.at_most:g}"]
         words += ["--num-samples", str(num_sequences)]
-        if num_sequences and num_tokens % num_sequences == 0:
+        have_same_length = num_sequences and num_tokens % num_sequences == 0
+        if have_same_length:
             words += ["--sequence-length", str(num_tokens // num_sequences)]
         if self.environment:
             _, rows, _ = self.environment["batches"][0]  # number of batches, rows, tokens of a row
             words += ["--batch-size", str(rows), "--device", self.environment["device"]]
-            dtype = self.environment["dtype"]
-            # By default the dtypes of the files are kept, and "written" says so.
+            dtype = self.environment["dtype"]  # of the model in memory, such as "torch.bfloat16"
+            # `written` is the same dtype, or a text that says that the dtypes of the files were kept. That is the
+            # default, so then no flag is needed. A report of an older version has no such entry.
             keeps_dtypes_of_files = self.environment.get("written", dtype) != dtype
             if not keeps_dtypes_of_files:
                 words += ["--dtype", dtype.removeprefix("torch.")]
@@ -414,24 +433,26 @@ class RunRecord:
             key: spell_out_controls_in_json(values[key]) for key in values if key not in _COMPUTED
         }
         report = as_record(cls, fields)
-        # The number is a divisor of shares.
+        # Shares are divided by this number.
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
 
 
 def words_of_pattern(text: str, sparsity: float | None) -> str:
-    """Say a pattern with its share: "50% unstructured"; others, such as "2:4", have it in their names.
+    """Say a pattern with its share of zeros, such as "50% unstructured".
+
+    Other patterns, such as "2:4" or "channels:0.25", have a share in their names. Changes nothing.
 
     Args:
         text: `pattern` of a configuration.
-        sparsity: `sparsity` of the same configuration.
+        sparsity: `sparsity` of the same configuration, from 0 to 1; `None`: that of the pattern.
     """
     try:
         pattern = parse_pattern(text, sparsity)
     except ValueError:
-        # one that sets no weight to zero, or that a user has registered elsewhere
+        # A pattern that removes tokens, or one that a user has registered in another process.
         return text
-    if pattern.fixed:
+    if pattern.fixed:  # its name has the share
         return str(pattern)
     return f"{100 * pattern.sparsity:g}% {pattern}"

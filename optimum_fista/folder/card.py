@@ -60,6 +60,8 @@ class LoadingClass:
 def model_card(report: PruningReport, dense: str = "") -> str:
     """Return the Markdown of the model card: card.md filled in, with the metadata that the Hub reads.
 
+    Changes nothing. The template and the card of the dense model are read.
+
     Args:
         report: Report of the finished run; its operators have their names in the checkpoint.
         dense: Folder or Hub id of the model that the run was given, whose own card is read: the pruned model keeps its
@@ -67,6 +69,7 @@ def model_card(report: PruningReport, dense: str = "") -> str:
     """
     loading = loading_class(report.model["class"], report.model.get("model_type"))
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    # By the names that the template uses, functions that write a value.
     environment.filters |= {
         "thousands": "{:,}".format,
         "percent": "{:.2%}".format,
@@ -129,7 +132,7 @@ def loading_class(model_class: str, model_type: str | None) -> LoadingClass:
 
 
 def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> ModelCardData:
-    """Make the metadata for the Hub's search and its tree of models.
+    """Make the metadata for the Hub's search and its tree of models. Changes nothing.
 
     Args:
         report: Report of the run.
@@ -141,10 +144,10 @@ def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> Model
     first = report.first_model.name
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", first) is not None
     source_of_tokens = report.calibration.get("source") or ""
-    dataset = HUB_DATASETS.get(source_of_tokens)
+    dataset = HUB_DATASETS.get(source_of_tokens)  # the Hub's name of a source such as "c4"
     tags = ["optimum-fista", "pruned"]
     if not report.removed:
-        tags.append("sparse")
+        tags.append("sparse")  # parts that are removed leave no zeros
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=loading.pipeline_tag,
@@ -184,7 +187,10 @@ def _card_metadata(model: str) -> dict[str, Any]:
 
 
 def _distribution_of_zeros(report: PruningReport) -> str:
-    """Say how the zeros of a run were shared over the operators that it pruned, in words for the table of the card."""
+    """Say how the zeros of a run were shared over the operators that it pruned, in words for the table of the card.
+
+    `report` is that of the run.
+    """
     if report.removed:
         return "none: what is removed is no longer there"
     is_shared = (

@@ -72,6 +72,7 @@ def read_report(folder: Path) -> PruningReport:
     require_files(folder, REPORT_FILE)
     try:
         report = PruningReport.from_dict(read_json(file))
+        # keys that every report has
         missing = [
             *(_CONFIG_KEYS - report.config.keys()),
             *(_CALIBRATION_KEYS - report.calibration.keys()),
@@ -102,7 +103,10 @@ def read_recoveries(folder: Path) -> list[RecoveryReport]:
 
 
 def write_recoveries(folder: Path, recoveries: Sequence[RecoveryReport]) -> None:
-    """Write the trainings of a model that was never pruned, the first one first, into its folder."""
+    """Write the trainings of a model that was never pruned, the first one first, into its folder.
+
+    They are in the file `RECOVERY_FILE`, which replaces an older one; its folder is made if need be.
+    """
     (folder / RECOVERY_FILE).parent.mkdir(exist_ok=True)
     record = {"recoveries": [dataclasses.asdict(recovery) for recovery in recoveries]}
     write_file(folder / RECOVERY_FILE, json.dumps(record, indent=2) + "\n")
@@ -123,8 +127,8 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
     if not file.exists():
         return None
     record = read_json(file)
-    kept: Any = record.get("kept")
-    num_tokens: Any = record.get("num_tokens")
+    kept: Any = record.get("kept")  # old ids, in the order of the new ones
+    num_tokens: Any = record.get("num_tokens")  # before the first token was removed
     _require_token_ids(file, kept, num_tokens)
 
     if before is None or not (before / VOCABULARY_FILE).exists():
@@ -135,14 +139,19 @@ def kept_tokens(folder: Path, before: Path | None = None) -> Tensor | None:
 
     earlier = kept_tokens(before)
     assert earlier is not None  # the file exists
+    # the row of each old id in the embedding of `before`
     rows = {old_id: row for row, old_id in enumerate(earlier.tolist())}
     no_row = num_tokens  # of a token that `before` has lost, although `folder` has it
     return torch.tensor([rows.get(old_id, no_row) for old_id in kept])
 
 
 def _require_token_ids(file: Path, kept: Any, num_tokens: Any) -> None:
-    """Refuse a damaged list of tokens, read from `file`: `kept` must be different ids below `num_tokens`."""
+    """Refuse a damaged list of tokens (ValueError): `kept` must be different ids below `num_tokens`, and one at least.
+
+    Both are values of the JSON file `file`, so they may have any type.
+    """
     is_list = isinstance(kept, list) and len(kept) > 0
+    # `type(...)`, because True counts as an int for `isinstance`.
     are_numbers = is_list and all(type(number) is int for number in [*kept, num_tokens])
     are_ids = are_numbers and min(kept) >= 0 and max(kept) < num_tokens
     if not are_ids or len(set(kept)) != len(kept):

@@ -70,6 +70,7 @@ def push_folder(
 
     api = HfApi(token=token)
     try:
+        # With the namespace, if it was left out.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility, whatever was asked.
         is_private = None if private is None else api.model_info(repo_id).private
@@ -77,6 +78,7 @@ def push_folder(
             # The ref of a pull request exists already.
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
+            # Patterns of all names that weights may have. Files that match are deleted, unless they are uploaded now.
             weights = [stem + ending for stem in _STEMS for ending in _ENDINGS]
             commit = api.upload_folder(
                 repo_id=repo_id,
@@ -101,7 +103,8 @@ def push_folder(
 def _warn_of_others(folder: Path, listed: set[str], repo_id: str) -> None:
     """Log a warning that names the files of a folder that are not uploaded, because they are not among `listed`.
 
-    `listed` are names of files relative to `folder`. `repo_id` is for the message.
+    Nothing is said of files that Git or the Hub's client keep in the folder. `listed` are names of files relative to
+    `folder`, such as "fista/report.json". `repo_id` is for the message.
     """
     others = []
     for name in all_names(folder):
@@ -137,9 +140,10 @@ def require_push(repo_id: str, token: str | None = None) -> None:
             f"repo_id={repo_id!r} can't be pushed to, and nothing was done: {first_line}"
         ) from error
 
+    # `user` is what the Hub says of the owner of the token.
     organizations = [organization["name"] for organization in user.get("orgs", ())]
     namespaces = [user["name"], *organizations]
-    namespace = user["name"]
+    namespace = user["name"]  # of a name without one
     if "/" in repo_id:
         namespace = repo_id.partition("/")[0]
     if namespace not in namespaces:

@@ -46,6 +46,7 @@ def operators_by_weight(
             # Experts that this run did not prune as operators may have masks of an earlier run.
             of_layer = all_operators(layer_name, layer)
         else:
+            # without the experts that the user excluded from the run
             of_layer = find_operators(layer_name, layer, report.config["exclude"])
         for name, operator in of_layer.items():
             operators[f"{name}.weight"] = operator
@@ -73,8 +74,8 @@ def as_stored(
 ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
     """Return reports of operators and their masks under other names. The arguments are not changed.
 
-    A folder that is written gets the names of its files; what is read from a folder gets those of the model, in the
-    same way (`as_in_model`).
+    A folder that is written gets the names of its files. What is read from a folder gets the names of the model, by
+    this function, too (`as_in_model`).
 
     Args:
         reports: Of the operators; `name` is that of the weight, such as "model.layers.0.mlp.up_proj.weight".
@@ -84,10 +85,11 @@ def as_stored(
     renamed_reports = []
     renamed_masks = {}
     for report in reports:
-        stored = names[report.name]
+        stored = names[report.name]  # the new name and layout
         mask = masks[report.name]
         if stored.transposed != report.stored_transposed:
-            # The bits follow row by row: [out, in] becomes [in, out], or the other way round.
+            # The bits of a mask follow row by row, so they have another order in the other layout: [out, in] becomes
+            # [in, out], or the other way round.
             mask = pack_mask(unpack_mask(mask, report.stored_shape).T)
         renamed_masks[stored.name] = mask
         renamed_reports.append(
@@ -108,6 +110,7 @@ def report_as_stored(
     """
     operators, masks_of_run = as_stored(report.operators, masks, names)
     carried, carried_masks = as_stored(report.carried, masks, names)
+    # Names of weights only. One that the folder does not know keeps its name.
     lost_masks = [names[name].name if name in names else name for name in report.lost_masks]
     renamed = dataclasses.replace(
         report, operators=operators, carried=carried, lost_masks=lost_masks
@@ -133,6 +136,8 @@ def as_in_model(
         ValueError: If the model has no such weight, or one of another shape.
     """
     operators = list(operators)
+    # The name and layout in the files, by the name of the weight in the model. Weights that are not stored as one
+    # matrix have no entry.
     names = stored_names(model, operators, all_of_them=False)
     by_stored_name = {}
     for operator in operators:
@@ -140,6 +145,7 @@ def as_in_model(
         if weight in names:
             by_stored_name[names[weight].name] = operator
 
+    # By the name in the checkpoint: the name and layout in the model.
     in_model = {}
     for entry in report.masked:
         stored_operator = by_stored_name.get(entry.name)

@@ -54,7 +54,7 @@ def folder_beside(source: str | Path, ending: str) -> Path:
     `source` is a folder or a Hub id. The output of a folder is beside it, that of a Hub id in the working folder.
     """
     path = Path(source)
-    if path.name in ("", ".."):
+    if path.name in ("", ".."):  # a folder such as "." has no name until its whole path is known
         path = path.resolve()
     name = f"{path.name}{ending}"
     return path.with_name(name) if path.is_dir() else Path(name)
@@ -64,7 +64,7 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
     """Refuse an output that can't be written, or that would replace files of the user.
 
     Nothing of the user is changed. If the output is refused because it holds a model, files that a killed process left
-    beside it are removed.
+    beside it are removed. A folder may be replaced if all its files are as on its list (`fista/files.json`).
 
     Args:
         output_dir: The folder that is going to be written.
@@ -91,7 +91,7 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
             f"output {str(output_dir)!r} is a mount point, which can't be replaced: pass a folder in it."
         )
 
-    listed = _listed_files(output)
+    listed = _listed_files(output)  # empty if it is no finished model of this package
     if listed and not overwrite:
         lock = Path(f"{unfinished_folder(output_dir)}.lock")
         if lock.exists():
@@ -128,8 +128,12 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
 
 
 def _require_apart(output_dir: Path, source: Path) -> None:
-    """Refuse an output in the folder `source`, which is read, and a source in the unfinished folder of the output."""
+    """Refuse an output in the folder `source`, which is read, and a source in the unfinished folder of the output.
+
+    `output_dir` is the output as the user passed it. ValueError if it is refused; nothing is changed.
+    """
     output = Path(os.path.realpath(output_dir))
+    # The output, if it exists, and the folders that it is in.
     existing = [path for path in (output, *output.parents) if path.exists()]
     if any(path.samefile(source) for path in existing):
         raise ValueError(
@@ -148,7 +152,7 @@ def foreign_files(folder: Path) -> list[str]:
 
     The list itself is no such file. Names are relative to the folder, such as "fista/report.json".
     """
-    listed = _listed_files(folder)
+    listed = _listed_files(folder)  # a stamp by the name of each file, which changes with the file
     foreign = []
     for name in all_names(folder):
         if name == FILES_FILE:
@@ -185,9 +189,9 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     """Lock `output_dir` against other runs, and yield its unfinished folder, which exists and can be written to.
 
     Makes the unfinished folder with the mark of this package, and the lock file beside it, which is deleted at the end.
-    The thread that holds the lock may lock again. Before and after the context, files that a killed process left are
-    deleted, and the unfinished folder if it is empty then (`_tidy`), but not the layers of a streamed run or a text
-    that a model wrote.
+    The thread that holds the lock may lock again: an inner context does nothing. Before and after the context, files
+    that a killed process left are deleted, and the unfinished folder if it is empty then (`_tidy`). The layers of a
+    streamed run that can be resumed stay, and so does a text that a model wrote.
 
     Raises:
         OSError: If another run writes the output (BlockingIOError), if the folder can't be written to, or if something
@@ -195,8 +199,8 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
     """
     folder = unfinished_folder(output_dir)
     output = Path(os.path.realpath(output_dir))
-    # The system releases the lock of a killed process.
-    # A singleton: this thread gets the same object each time.
+    # The system releases the lock of a killed process. It is a singleton: this thread gets the same object each time.
+    # With a timeout of 0, a lock that another run holds is an error at once.
     lock: Any = FileLock(f"{folder}.lock", timeout=0, is_singleton=True)
     is_locked_by_this_thread = lock.is_locked
     if is_locked_by_this_thread:
@@ -222,6 +226,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
         at_the_end.callback(lock.release)
         at_the_end.callback(Path(lock.lock_file).unlink, missing_ok=True)
 
+        # Something of the user may have the name of the unfinished folder.
         is_real_folder = folder.is_dir() and not folder.is_symlink()
         # A folder without files may be one of this package that was not marked yet.
         is_marked_or_empty = (folder / _MARK).exists() or not all_names(folder)
@@ -242,8 +247,8 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 def new_output(output_dir: Path, overwrite: bool, source: Path | None = None) -> Iterator[Path]:
     """Yield an empty folder to write a model into; at the end of the context it becomes `output_dir` (`install`).
 
-    After an error inside the context, `output_dir` is as it was. Layers of an unfinished run into the same output are
-    deleted if `overwrite` allows it.
+    After an error inside the context, `output_dir` is as it was. The output is locked meanwhile (`locked_output`).
+    Layers of an unfinished run into the same output are deleted if `overwrite` allows it, and are refused otherwise.
 
     Args:
         output_dir: The output, with no model of the user or, if `overwrite`, one that this package wrote.
@@ -279,6 +284,7 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
     model = folder / MODEL
     output = Path(os.path.realpath(output_dir))
 
+    # of all files but the list, which is made here
     names = [name for name in all_names(model) if name != FILES_FILE]
     for name in names:
         if name.endswith(".safetensors"):
@@ -286,6 +292,7 @@ def install(folder: Path, output_dir: Path, overwrite: bool, source: Path | None
             (model / name).chmod(model.stat().st_mode & 0o666)
         flush(model / name)  # whoever finds the folder by its name must find all of it
 
+    # Only a folder of this package, with a list, tells which of its files the user has added.
     added_by_user: set[str] = set()
     if source is not None and _listed_files(source):
         added_by_user = set(all_names(source)) - model_files(source)
@@ -313,10 +320,11 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     """Delete everything in a locked unfinished folder, except its mark and what this run has offloaded.
 
     `folder` is as `locked_output` yields it. `keep_texts` keeps the tokens that models wrote, too: the new run may have
-    written them just before.
+    written them just before. What the run has offloaded are weights that it reads again and again.
     """
     journal = folder / FOLDER
-    (folder / RUN_FILE).unlink(missing_ok=True)  # first, so that what is left is no run
+    # First: if the process is killed here, what is left is no run that can be resumed.
+    (folder / RUN_FILE).unlink(missing_ok=True)
 
     stays = [folder / _MARK, *journal.glob(_OFFLOADED)]
     if keep_texts:
@@ -333,8 +341,9 @@ def write_about(file: Path, text: str) -> None:
     """Write a file of text; if it is about the model of a finished folder, update the folder's list.
 
     Such a file is `README.md` or `fista/report.html`. It is not listed if the user had changed it before. Any other
-    `file` is only written. The folder of `file` must exist.
+    `file` is only written. `file` is a path whose folder must exist, and `text` the new content.
     """
+    # The folder of the model, if it is one: that of `README.md`, or the one above `fista`.
     folder = file.parent if file.name == "README.md" else file.parent.parent
     name = file.relative_to(folder).as_posix()
     listed = _listed_files(folder)
@@ -350,8 +359,9 @@ def write_about(file: Path, text: str) -> None:
 def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
     """Write files of the model in a finished folder again, and update the folder's list.
 
-    Otherwise a later run would take them for files of the user, and not replace the folder. A file that the user had
-    changed before is written, too, but not listed. `texts` are the contents by name, such as "fista/report.json".
+    Without the update, a later run would take them for files of the user, and not replace the folder. A file that the
+    user had changed before is written, too, but not listed. `texts` are the contents by name, such as
+    "fista/report.json". A folder without a list gets none.
     """
     stamps = _listed_files(folder)
     changed_by_user = foreign_files(folder)
@@ -373,10 +383,12 @@ def _tidy(folder: Path, output: Path) -> None:
         output: The real path of the output.
     """
     replaced = folder / _REPLACED
+    # After both renamings, the new model is no longer in the folder.
     was_killed_between = (folder / MODEL).exists() and replaced.exists()
     if was_killed_between:
         replaced.rename(output)
-    # After a failure, other processes of the run remove what they have offloaded at the same time.
+    # After a failure, other processes of the run remove what they have offloaded at the same time: a file may be gone
+    # before it is deleted here.
     with suppress(FileNotFoundError):
         can_be_resumed = (folder / RUN_FILE).exists()
         if not can_be_resumed:
@@ -389,7 +401,10 @@ def _tidy(folder: Path, output: Path) -> None:
 
 
 def _listed_files(folder: Path) -> dict[str, Any]:
-    """Return the list of a finished folder: stamps by the names of files. Empty if there is none, or it is damaged."""
+    """Return the list of a finished folder, `fista/files.json`; empty if there is none, or it is damaged.
+
+    The list has a stamp (`_stamp`) by the name of each file, such as "fista/report.json". It is only read.
+    """
     try:
         stamps = json.loads((folder / FILES_FILE).read_bytes())
     except (OSError, ValueError):
@@ -403,7 +418,10 @@ def _write_list(folder: Path, stamps: dict[str, Any]) -> None:
 
 
 def _stamp(file: Path) -> Any:
-    """Return a value that changes with a file: size and time of change of weights, the digest of all other files."""
+    """Return a JSON value that changes with a file.
+
+    It is [size in bytes, time of change in nanoseconds] of a file of weights, and the SHA-256 of any other file.
+    """
     if file.suffix == ".safetensors":
         # A digest would read gigabytes. Programs that keep size and time do not change weights.
         status = file.stat()

@@ -102,12 +102,13 @@ def packed_files(folder: Path) -> dict[str, Path]:
         raise PackedFormatError(
             f"{str(folder / CONFIG_FILE)!r} is damaged: {PACKED_KEY} names no file of weights."
         )
-    stem, _, _ = weights.partition(".")  # "packed"
+    # "packed", of "packed.safetensors" or "packed.safetensors.index.json"
+    stem, _, _ = weights.partition(".")
     return checkpoint_files(folder, stem)
 
 
 def packing_of(folder: Path) -> Packing:
-    """Return the sizes of the packed weights of a folder; only headers and layouts are read."""
+    """Return the sizes of the packed weights of a packed folder; only headers and layouts are read."""
     packed = packed_outlines(folder).values()
     return Packing(
         num_tensors=len(packed),
@@ -153,9 +154,10 @@ def packed_operators(
         folder: A packed folder.
         report: The report in it.
     """
-    files = packed_files(folder)
-    names = set(packed_names(files))
+    files = packed_files(folder)  # by the names of all stored tensors
+    names = set(packed_names(files))  # of the weights that are stored packed
     carried = {operator.name for operator in report.carried}
+    # each operator, and whether this run pruned it
     entries = [(operator, True) for operator in report.operators]
     entries += [(operator, False) for operator in report.carried]
     # The experts that share one tensor follow each other, so each tensor is read once for all of them.
@@ -187,8 +189,8 @@ def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
 
     Operators that are not stored packed have no mask here. Only the tensors of these operators are read.
     """
-    files = packed_files(folder)
-    names = set(packed_names(files))
+    files = packed_files(folder)  # by the names of all stored tensors
+    names = set(packed_names(files))  # of the weights that are stored packed
     masks = {}
     for name, operators_of_tensor in groupby(operators, key=_tensor_of):
         if name not in names:
@@ -221,7 +223,9 @@ def require_packable(names: Iterable[str]) -> None:
     """
     for name in names:
         _, index = split_index(name)
-        if len(index) == 2:
+        # Rows and columns. The index of an expert begins with its number: [3] or [3, rows, columns].
+        is_part_of_matrix = len(index) == 2
+        if is_part_of_matrix:
             raise ValueError(
                 f"{name} is a part of a matrix with other operators, which can't be packed: leave it dense."
             )
@@ -254,7 +258,7 @@ def pack_folder(
         )
     require_files(folder, CONFIG_FILE, MASKS_FILE, REPORT_FILE)
     report = read_report(folder)
-    files = checkpoint_files(folder)
+    files = checkpoint_files(folder)  # the path of the file of each tensor, by its name
     operators = operators_to_pack(report)
     if not operators:
         raise ValueError(
@@ -272,7 +276,10 @@ def pack_folder(
         packer = Packer(operators, files, masks.get_tensor)
 
         def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
-            """Return the tensors `names` of an open weight file, packed by `packer` of the outer function."""
+            """Return the tensors `names` of an open weight file as they are stored in the packed folder.
+
+            `packer`, of the outer function, packs those that hold pruned weights.
+            """
             return packer.pack({name: file.get_tensor(name) for name in names})
 
         _convert_folder(
@@ -280,7 +287,7 @@ def pack_folder(
             output,
             files=files,
             convert=convert,
-            masks={},
+            masks={},  # they are in the packed weights
             packed=packer.names,
             overwrite=overwrite,
             progress=progress,
@@ -314,6 +321,7 @@ def unpack_folder(
             f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`."
         )
     files = packed_files(folder)
+    # Reports of all operators with a mask, by the tensor that holds them.
     operators = _operators_by_tensor(read_report(folder).masked)
     dense_names = {}  # names of the dense tensors, by those of their three packed parts
     for name in packed_names(files):
@@ -361,7 +369,7 @@ def unpack_folder(
         output,
         files=files,
         convert=convert,
-        masks=masks,
+        masks=masks,  # which `convert` fills
         packed=None,
         overwrite=overwrite,
         progress=progress,
@@ -390,15 +398,17 @@ def _convert_folder(
         files: The weight file of every stored tensor of `folder`.
         convert: Makes the new tensors from an open weight file and the names of its tensors.
         masks: Masks for the new folder's file of masks, which is written at the end: `convert` may add to them.
-        packed: Names of the weights that are packed in the new folder; `None`: they are dense.
+        packed: Names of the weights that are packed in the new folder; `None`: they are dense there, and packed in
+            `folder`.
         overwrite: Replace a model that `output` already holds.
-        progress: Called with the name of each new weight file.
+        progress: Called with the name of each new weight file, after it is written.
     """
     # First parts of the names of weight files.
     old_stem = "packed" if packed is None else "model"
     new_stem = "model" if packed is None else "packed"
     index = folder / f"{old_stem}.safetensors.index.json"
     weights = sorted(set(files.values()))
+    # of the new file, by the path of the old one
     new_names = {file: file.name.replace(old_stem, new_stem, 1) for file in weights}
     old_names = [file.name for file in weights]
     others = _other_files(folder, {index.name, FILES_FILE, *old_names, *new_names.values()})
@@ -433,7 +443,8 @@ def _convert_folder(
 def _other_files(folder: Path, excluded: set[str]) -> list[str]:
     """Return the names of the files in a folder, except those `excluded` and links that lead out of the folder.
 
-    A warning names the links. Names are relative to the folder, such as "fista/report.json".
+    A logged warning names the links. Names are relative to the folder, such as "fista/report.json", also those in
+    `excluded`.
     """
     names = [name for name in all_names(folder) if name not in excluded]
     outside = [name for name in names if leads_out(folder / name, folder)]
@@ -462,12 +473,16 @@ class Packer:
         names: Iterable[str],
         read_mask: Callable[[str], Tensor],
     ) -> None:
-        """Find the tensors to pack; nothing is read yet. The arguments are those of the class."""
+        """Find the tensors to pack, and note their names in `self.names`; nothing is read yet.
+
+        The docstring of the class explains the arguments. `operators` have names such as
+        "model.layers.0.mlp.up_proj.weight".
+        """
         self._read_mask = read_mask
         self._operators = _operators_by_tensor(operators)
 
-        # Loading merges the experts of a mixture, so all are packed if some are.
-        # Names without the number of an expert, such as "layers.1.mlp.experts.*.w1.weight".
+        # Loading merges the experts of a mixture, so all are packed if some are. `merged_names` are names without the
+        # number of an expert, such as "layers.1.mlp.experts.*.w1.weight".
         merged_names = set()
         for name in self._operators:
             merged_name = _EXPERT.sub(".experts.*.", name)
@@ -482,7 +497,8 @@ class Packer:
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of the checkpoint as a packed folder stores them: three for each that is packed.
 
-        Those that are not packed (not in `self.names`) are returned as they are. Masks are read; nothing is changed.
+        Tensors that are not packed (not in `self.names`) are returned as they are. `self._operators` are reports of the
+        operators that each tensor holds, by its name. Their masks are read (`self._read_mask`); nothing is changed.
 
         Args:
             tensors: By their names in the checkpoint, such as "model.layers.0.mlp.up_proj.weight".
@@ -509,7 +525,11 @@ class Packer:
 
 
 def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[OperatorReport]]:
-    """Return the operators that each tensor of a checkpoint holds, by its name; several experts may share one."""
+    """Return the operators that each tensor of a checkpoint holds, by the tensor's name.
+
+    A tensor may hold several experts. `operators` are reports whose names are those of the checkpoint, such as
+    "experts.gate_up_proj[3]".
+    """
     by_tensor: dict[str, list[OperatorReport]] = {}
     for operator in operators:
         by_tensor.setdefault(_tensor_of(operator.name), []).append(operator)
@@ -525,7 +545,9 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
         "quant_method": QUANT_METHOD,
         "runtime": "dense",
         "weights": weights,
-        "parameters": sorted({name.rpartition(".")[2] for name in names}),
+        "parameters": sorted(
+            {name.rpartition(".")[2] for name in names}
+        ),  # last parts, such as "weight"
         # for users whose Transformers reported an unknown quantization method
         "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
     }

@@ -63,17 +63,28 @@ _GENERATION_FILE = "generation_config.json"
 def _generation_file_copied(
     model: PreTrainedModel, source: Path | None, folder: Path
 ) -> Iterator[None]:
-    """Copy `generation_config.json` from `source` to `folder` at the end if nobody has changed it since it was loaded.
+    """While `model` is saved inside the block, decide which `generation_config.json` its new `folder` gets.
 
-    Inside, `model` has another generation configuration, which can be saved: Transformers 5.17 refuses to save one that
-    it has loaded but calls invalid. At the end it has its own again. If the file is a link that leads out of the
-    folder, the other configuration is what is saved, because what the link holds must not be written.
+    There are three cases. `source` is the folder that the model was loaded from, `None` if there is none.
+
+    - The source has the file, and nobody has changed the generation configuration since it was loaded. Then the file is
+      copied after the block. Inside, the model has an empty configuration (`GenerationConfig()`), because Transformers
+      5.17 refuses to save one that it has loaded but calls invalid. An empty file that is saved is replaced.
+    - The file is a link that leads out of the source. What it holds must not be written. So the model has an empty
+      configuration inside, which is what is saved.
+    - Otherwise nothing is done: the model's own configuration is saved.
+
+    After the block, also after an error, the model has its own configuration again. Nothing is copied after an error.
     """
+    if source is None:
+        yield
+        return
     generation = getattr(model, "generation_config", None)
-    is_foreign = source is not None and _is_foreign_link(source / _GENERATION_FILE, source)
-    has_file = source is not None and not leads_out(source / _GENERATION_FILE, source)
+    file = source / _GENERATION_FILE
+    is_foreign = _is_foreign_link(file, source)
+    has_file = not leads_out(file, source)  # also False if there is no such file
     is_copied = has_file and internals.is_as_loaded(generation)
-    if source is None or not (is_copied or is_foreign):
+    if not is_copied and not is_foreign:
         yield
         return
 
@@ -83,11 +94,11 @@ def _generation_file_copied(
     finally:
         model.generation_config = generation  # type: ignore[assignment]
     if is_copied:
-        shutil.copyfile(source / _GENERATION_FILE, folder / _GENERATION_FILE)
+        shutil.copyfile(file, folder / _GENERATION_FILE)
 
 
 def _is_foreign_link(file: Path, source: Path) -> bool:
-    """Tell whether a file of the folder `source` is a link that leads out: what it holds must not be written."""
+    """Tell whether `file`, in the folder `source`, is a link that leads out: what it holds must not be written."""
     return file.is_symlink() and leads_out(file, source)
 
 
@@ -118,11 +129,11 @@ def write_checkpoint(
         OSError: If a file can't be written.
     """
     operators_of_model = operators_by_weight(model, report)
-    operators = [operators_of_model[entry.name] for entry in report.masked]
+    operators = [operators_of_model[entry.name] for entry in report.masked]  # those with a mask
     for operator in operators:
         _require_zeros(operator, masks[f"{operator.name}.weight"])
 
-    names = stored_names(model, operators)
+    names = stored_names(model, operators)  # in the files, by the names in the model
     stored_report, stored_masks = report_as_stored(report, masks, names)
     # The summary in the configuration knows of a training after the run (`checkpoint.mark_retrained`).
     earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
@@ -162,7 +173,9 @@ def write_dense(
 def _write_weights_and_code(model: PreTrainedModel, folder: Path, stored_as: SourceTensors) -> None:
     """Write the weights of a model in memory as the source has them, and copy the code and the processor of the source.
 
-    `stored_as` as in `write_checkpoint`. A model that was read from a GGUF file forgets that.
+    Also writes the configurations that `save_pretrained` writes. The weights of `model` stay as they are; if it was
+    read from a GGUF file, it forgets that. `folder` is the unfinished folder. `stored_as` is what is known of the files
+    of the source: dtypes, and tensors that the model's class does not load, which are copied.
     """
     forget_gguf(model)
     source = local_source(model)
@@ -170,6 +183,7 @@ def _write_weights_and_code(model: PreTrainedModel, folder: Path, stored_as: Sou
         if source is not None:
             _copy_code_and_processor(model, source, folder)
         _save_weights(model, folder)
+        # Empty if the model was loaded in another dtype than that of its files: then it is saved in its own.
         original_tensors = stored_as.loaded_in_dtypes_of_files(model.dtype)
         if original_tensors:
             for shard in set(checkpoint_files(folder).values()):
@@ -179,10 +193,10 @@ def _write_weights_and_code(model: PreTrainedModel, folder: Path, stored_as: Sou
 
 
 def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
-    """Refuse an operator with a weight that is not zero outside of its mask, which is packed to bits.
+    """Refuse an operator with a weight that is not zero outside of its mask (ValueError).
 
-    After a training step without masks the zeros would be gone, and the masks wrong. Nothing is changed; an offloaded
-    weight is read from where it is kept.
+    After a training step without masks the zeros would be gone, and the masks wrong. `packed_mask` has one bit for each
+    weight. Nothing is changed; an offloaded weight is read from where it is kept.
     """
     weight = operator.select(stored_tensor(operator.owner, operator.tensor))
     mask = unpack_mask(packed_mask, tuple(weight.shape)).to(weight.device)
@@ -220,7 +234,7 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
         model.save_pretrained(folder)
         return
 
-    # Tied weights are two parameters once they are offloaded, with the same values.
+    # Tied weights are two parameters once they are offloaded, with the same values. One of the two is saved.
     tied = model.all_tied_weights_keys
     state_dict = {name: value for name, value in model.state_dict().items() if name not in tied}
     model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
@@ -233,6 +247,8 @@ def _save_weights(model: PreTrainedModel, folder: Path) -> None:
 def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write further tensors into a new last file of weights, rename the other files, and write the index.
 
+    The files of weights are numbered, and their names have the number of all ("model-00001-of-00002.safetensors").
+
     Args:
         folder: Has the weights that `save_pretrained` wrote, in one file or in several with an index.
         tensors: Those to add, by the names that they get in the file.
@@ -240,6 +256,7 @@ def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     weights = checkpoint_files(folder)
     shards = sorted(set(weights.values()))
     num_shards = len(shards) + 1
+    # by the paths of the files
     new_names = {
         shard: f"model-{number:05}-of-{num_shards:05}.safetensors"
         for number, shard in enumerate(shards, 1)
@@ -283,9 +300,9 @@ def write_all_but_weights(
     """
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
-    source = local_source(model)
+    source = local_source(model)  # the folder that the model was loaded from
     if source is not None and not leads_out(source / VOCABULARY_FILE, source):
-        # of tokens that an earlier run removed
+        # An earlier run has removed tokens, and the file has those that are left.
         shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -293,7 +310,7 @@ def write_all_but_weights(
     model.config.fista_pruning = summary(report)  # stays if whoever loads the model saves it again
     content = _describe(model, folder, source)
 
-    dense_name = internals.loaded_from(model.config)
+    dense_name = internals.loaded_from(model.config)  # folder or Hub id, whose own card is read
     card = model_card(report, dense_name)
     write_form(folder, content, card, masks, packed, quantized)
 
@@ -302,10 +319,11 @@ def _describe(model: PreTrainedModel, folder: Path, source: Path | None) -> dict
     """Write `generation_config.json` into `folder` if it has none, and return the content of `config.json`.
 
     Changes `model.config`: the names of the class and the dtype, and tied weights. `source` is the folder that the
-    model was loaded from, `None` if there is none.
+    model was loaded from, `None` if there is none; its `config.json` says in which form keys are written.
     """
     if model.can_generate() and not (folder / _GENERATION_FILE).exists():
         generation = model.generation_config
+        # What a link to outside of the source holds must not be written.
         if source is not None and _is_foreign_link(source / _GENERATION_FILE, source):
             generation = GenerationConfig()
         generation.save_pretrained(folder)
@@ -332,7 +350,9 @@ def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> Non
     if not reasons_of_described:
         return
     settings = model.config.get_text_config(decoder=True)
-    for word, value in list(vars(settings).items()):
+    for word, value in list(
+        vars(settings).items()
+    ):  # a list, because the loop changes the attributes
         is_of_further_tokens = "nextn" in word or "mtp" in word
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if is_number and is_of_further_tokens:
@@ -367,7 +387,7 @@ def write_form(
         write_file(folder / CARD_FILE, text)
 
     content = dict(config)
-    for key in (PACKED_KEY, "transformers_weights"):
+    for key in (PACKED_KEY, "transformers_weights"):  # the source may have been packed or quantized
         content.pop(key, None)
     if quantized:
         content[PACKED_KEY] = dict(quantized)

@@ -87,17 +87,18 @@ class Schedule:
         self.share = 1.0
 
     def __call__(self, step: int) -> float:
-        """The share of the learning rate at a step, counted from 0.
+        """Return the share of the learning rate at a step, counted from 0.
 
-        The schedule goes from step `self.began` to step `self.steps`, and `self.share` is its largest share.
+        The schedule goes from step `self.began` to step `self.steps`, and `self.share` is its largest share. Changes
+        nothing.
         """
         total = self.steps - self.began
-        number = step - self.began + 1
+        number = step - self.began + 1  # from 1 to `total`, and once more after the last step
         warm_up = max(1, round(_WARM_UP * total))
         if number <= warm_up:
             return self.share * number / warm_up
 
-        # Zero is the share of the step after the last one, for which the scheduler asks too: no step is wasted.
+        # The cosine is zero at `total + 1`: the scheduler asks for it after the last step, so no step has a share of 0.
         angle = math.pi * (number - warm_up) / (total + 1 - warm_up)
         return self.share * (1 + math.cos(angle)) / 2
 
@@ -137,13 +138,14 @@ class DistillationTrainer(Trainer):
             label_share: Share of the text's cross-entropy in the loss.
             steps: Updates of the weights.
             read_start: Reads the student's parameters before the training, by name, for `back_off`.
-            arguments: Of the Trainer.
+            arguments: Of the Trainer (`recovery` makes them).
             trained_on: Token ids [sequences, length].
             held_out: Token ids [sequences, length] that only measure the loss.
             callbacks: Of the Trainer.
         """
-        # By the name of each trained parameter. The weights are whole here, and those before the training: a resumed
-        # training loads its state later. Accelerate may put wrappers around decoder layers later, which change names.
+        # The root mean square of each trained parameter, by its name. It is computed here, because the weights are
+        # whole and those before the training: a resumed training loads its state later. Accelerate may put wrappers
+        # around decoder layers later, which change names.
         self._sizes = {
             name: root_mean_square(parameter.detach())
             for name, parameter in model.named_parameters()
@@ -157,7 +159,8 @@ class DistillationTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
-        if self.is_deepspeed_enabled or (self.is_fsdp_enabled and not self.accelerator.is_fsdp2):
+        is_fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
+        if self.is_deepspeed_enabled or is_fsdp1:
             raise ValueError(
                 "recover does not know the weights that DeepSpeed and FSDP1 keep: pass --fsdp_version 2."
             )
@@ -195,15 +198,15 @@ class DistillationTrainer(Trainer):
         Adafactor (arXiv 1804.04235, section 8). Gradients are not clipped: they, too, are as large as their weights are
         small. So the training stays the same if weights become smaller and the norm before them larger.
 
-        `model` is the student as the Trainer has wrapped it; `None`: `self.model`. A state that is loaded brings the
-        rates with which its run began.
+        `model` is the student as the Trainer has wrapped it; `None`: `self.model`. `self._sizes` are the root mean
+        squares by parameter name. A state that is loaded brings the rates with which its run began.
         """
         student: Any = self.model if model is None else model
         groups = []
         for name, parameter in plain_parameters(student).items():
             if parameter.requires_grad:
                 size = self._sizes[name]
-                relative_step = self.args.learning_rate
+                relative_step = self.args.learning_rate  # a share of the root mean square
                 groups.append(
                     {"params": [parameter], "lr": relative_step * size, "eps": _EPSILON / size}
                 )
@@ -214,8 +217,10 @@ class DistillationTrainer(Trainer):
     def create_scheduler(self, *_: Any, **__: Any) -> LambdaLR:
         """Make the scheduler of the learning rate, and note it in `self.lr_scheduler`, as the Trainer expects.
 
-        A checkpoint that is loaded brings the attributes of `self.schedule`.
+        It multiplies the rate of each group of `self.optimizer` by the share that `self.schedule` returns for a step. A
+        checkpoint that is loaded brings the attributes of `self.schedule`.
         """
+        # The cast is for mypy: the Trainer declares `self.optimizer` as perhaps missing.
         scheduler = LambdaLR(cast(Any, self.optimizer), self.schedule)
         self.lr_scheduler = scheduler
         return scheduler
@@ -223,11 +228,12 @@ class DistillationTrainer(Trainer):
     def back_off(self) -> None:
         """Go on from the best weights until now, with a quarter of the learning rate and a new warm-up.
 
-        The best weights are those of the state that `self.state` names (the Trainer's, with `best_global_step`), or
-        those before the training, which `self._read_start` reads again. Changes the trained parameters to them, the
-        optimizer's state to that of a new optimizer, its rates, and `self.schedule`.
+        The best weights are those of the saved state that `self.state` of the Trainer names (`best_global_step`), or
+        those before the training, which `self._read_start` reads again from the model's files. The keys of
+        `self._sizes` are the names of the trained parameters.
 
-        The keys of `self._sizes` are the names of the trained parameters.
+        Changes the values of the trained parameters, the optimizer's state (to that of a new optimizer), its rates, and
+        `self.schedule`.
         """
         model: Any = self.model
         optimizer: Any = self.optimizer
@@ -253,14 +259,15 @@ class DistillationTrainer(Trainer):
                 )
             local(parameter.data).copy_(local(value))  # the part that this process has
 
-        # Of each parameter: Adam's two means, and its number of steps. The number is set back on purpose, too: by it
-        # Adam corrects for means that began with zeros. With another number, the first steps would have a wrong length.
+        # Adam has three tensors for each parameter: two means, and its number of steps. The number is set back on
+        # purpose, too: by it Adam corrects for means that began with zeros. With another number, the first steps would
+        # have a wrong length.
         for state_of_parameter in optimizer.state.values():
             for tensor in state_of_parameter.values():
                 tensor.zero_()
 
         # The scheduler asks `self.schedule` for the share at each later step. It has set the rate of the next step
-        # already, so that is set here.
+        # already, so that rate is set here. `base_lrs` are the rates for a share of 1.
         next_step = scheduler.last_epoch
         self.schedule.began = next_step
         self.schedule.share /= _BACK_OFF
@@ -268,9 +275,11 @@ class DistillationTrainer(Trainer):
             group["lr"] = rate * self.schedule(next_step)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
-        """The divergence from the teacher and the text, on token ids `inputs["input_ids"]` [batch, length].
+        """Return the divergence from the teacher and the text, with its gradient, on a batch of text.
 
-        The Trainer calls it. `model` is the student as the Trainer has wrapped it, for several processes for instance.
+        The Trainer calls it. `inputs["input_ids"]` are token ids, int64 [batch, length]. `model` is the student as the
+        Trainer has wrapped it, for several processes for instance. `self._student` and `self._teacher` are the models
+        as `Predictor` cuts them before their heads, and `self._label_share` is the share of the text's cross-entropy.
         """
         return divergence(
             self._student,
@@ -283,20 +292,23 @@ class DistillationTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any
     ) -> tuple[Tensor, None, None]:
-        """The mean negative log-likelihood of a token of held-out sequences; NaN counts as infinity.
+        """Return the mean negative log-likelihood of a token of held-out sequences; NaN counts as infinity.
 
-        The Trainer calls it with the wrapped student and `inputs["input_ids"]` [batch, length]. It takes a loss, logits
-        and labels, of which the last two are not needed.
+        The Trainer calls it with the wrapped student (`model`) and `inputs["input_ids"]`, token ids [batch, length]. It
+        expects a loss, logits and labels, of which it does not need the last two here. `self._student` is the student
+        as `Predictor` cuts it before its head. Changes nothing.
         """
+        # moves them to the device of the model
         ids = self._prepare_inputs(inputs)["input_ids"]
         with torch.no_grad():
             loss = text_loss(self._student, ids, model)
-        return loss.nan_to_num(math.inf, math.inf), None, None
+        return loss.nan_to_num(nan=math.inf, posinf=math.inf), None, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the trained parameters of a state into its folder, which is made first.
+        """Save the trained parameters of a state into its folder `output_dir`, which is made first.
 
-        With FSDP2 the Trainer would make the folder too late for it to count as that of the best weights.
+        The Trainer calls it, and its own method then calls `_save`. With FSDP2 the Trainer would make the folder too
+        late for it to count as that of the best weights.
         """
         Path(str(output_dir)).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)
@@ -304,11 +316,11 @@ class DistillationTrainer(Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
-        """Write the trained parameters into the folder of a state, in the process that saves; the Trainer calls it.
+        """Write the trained parameters into the folder of a state (`output_dir`), in the process that saves.
 
-        If parameters are sharded, `state_dict` has them put together; otherwise it is missing, and those of the model
-        are written. The keys of `self._sizes` are the names of the trained ones. In a `state_dict`, wrappers of modules
-        have no part in the names.
+        The Trainer calls it. If parameters are sharded, `state_dict` has them put together, by name; otherwise it is
+        missing, and those of the model are written. The keys of `self._sizes` are the names of the trained parameters.
+        Wrappers of modules have no part in the names of a `state_dict`.
         """
         if not self.args.should_save:
             return
@@ -319,18 +331,21 @@ class DistillationTrainer(Trainer):
         write_file(Path(str(output_dir)) / _WEIGHTS, trained)
 
     def _save_checkpoint(self, *given: Any) -> None:
-        """Save a state into the folder `checkpoint-STEP`, as the Trainer does, which calls this.
+        """Save a state into the folder `checkpoint-STEP` of the journal, as the Trainer does, which calls this.
 
-        A full disk is an error that says how much a state takes, and the incomplete state is deleted.
+        A full disk is an error that says how much a state takes, and the incomplete state is deleted. `given` are the
+        Trainer's own arguments (model and trial). The keys of `self._sizes` are the names of the trained parameters.
         """
         model: Any = self.model
         journal = Path(str(self.args.output_dir))
+        # A state holds only these parameters. Their names have no part of Accelerate's wrappers (`plain_parameters`).
         bytes_of_weights = sum(
             parameter.numel() * parameter.element_size()
             for name, parameter in plain_parameters(model).items()
             if name in self._sizes
         )
-        num_bytes = 3 * bytes_of_weights  # and two moments of the optimizer
+        # The weights and Adam's two moments, which have the same size.
+        num_bytes = 3 * bytes_of_weights
         unfinished_state = journal / f"checkpoint-{self.state.global_step}"
         with explaining_full_disk(
             journal, "a state of the training", num_bytes, discard=unfinished_state
@@ -342,9 +357,9 @@ class DistillationTrainer(Trainer):
 
 
 def whole_logits_warning(model: PreTrainedModel, num_bytes: int) -> str:
-    """Say that logits take so many bytes more than the plan counts, because a model can't be cut before its head.
+    """Return a warning that logits take `num_bytes` more than the plan counts, because a model can't be cut.
 
-    `model` is the student.
+    The student `model` or its teacher can't be run without its head, so all positions have logits at the same time.
     """
     return (
         f"{type(model).__name__} or its teacher can't be run without its head, so the logits of whole sequences are in "
@@ -354,14 +369,15 @@ def whole_logits_warning(model: PreTrainedModel, num_bytes: int) -> str:
 
 
 def root_mean_square(weights: Tensor) -> float:
-    """The root mean square of the weights that are not zero; if all are, a small number, so that they can be trained.
+    """Return the root mean square of the weights that are not zero, by which the step of a parameter is measured.
 
-    `weights` may have any shape and dtype. Zeros are left out, because pruned weights do not move.
+    If all are zero, it is a small number, so that they can be trained. `weights` may have any shape and dtype. Zeros
+    are left out, because pruned weights do not move.
     """
-    num_weights = int(torch.count_nonzero(weights))
-    if not num_weights:
+    num_not_zero = int(torch.count_nonzero(weights))
+    if not num_not_zero:
         return _SIZE_OF_ZEROS
-    return float(torch.linalg.vector_norm(weights, dtype=torch.float64)) / math.sqrt(num_weights)
+    return float(torch.linalg.vector_norm(weights, dtype=torch.float64)) / math.sqrt(num_not_zero)
 
 
 def _dataset(windows: Tensor) -> Any:
@@ -379,16 +395,16 @@ def explaining_full_disk(
     OSError that names the file.
 
     Args:
-        folder: On the disk that is written to.
+        folder: A folder on the disk that is written to.
         subject: What is written, for the message, such as "a state of the training".
-        num_bytes: That the subject takes.
+        num_bytes: How many bytes the subject takes.
         discard: The folder of the subject, which is incomplete after an error.
     """
     try:
         with errors_of_writing(folder):
             yield
     except OSError as error:
-        # `torch.save` does not say why it can't write, so the free space decides
+        # `torch.save` does not say why it can't write, so the free space decides, too.
         is_full = error.errno == errno.ENOSPC or shutil.disk_usage(folder).free < num_bytes
         if not is_full:
             raise
@@ -435,11 +451,15 @@ class Watch(TrainerCallback):
         """Inside, the first Ctrl-C ends the training after the current step; a second one ends it at once.
 
         The first one sets `self._asked`, which `on_step_end` reads. Replaces Python's own handler of the signal until
-        the block ends; another handler is the caller's, and stays.
+        the block ends. A handler of the caller stays, and then Ctrl-C does what that handler does. Python lets only the
+        main thread set handlers: in another thread nothing is replaced.
         """
 
         def stop(*_: object) -> None:
-            """Note the first Ctrl-C, and raise at the second one."""
+            """Note the first Ctrl-C in `self._asked` and log it; raise KeyboardInterrupt at the second one.
+
+            Python calls it at the signal.
+            """
             if self._asked:
                 raise KeyboardInterrupt
             self._asked = True
@@ -464,9 +484,10 @@ class Watch(TrainerCallback):
         """Continue the count of seconds of earlier starts, find their best state in the journal, and show the bar.
 
         Sets `state.best_model_checkpoint`, because the journal (`args.output_dir`) may have been moved since the state
-        was written. `self._began` is the moment from which `on_log` counts, and `self._saved` that of the latest saved
-        state.
+        was written. Sets `self._began`, the moment from which `on_log` counts, `self._saved`, that of the latest saved
+        state, and `self._bar`. `self._progress` decides whether the bar is visible.
         """
+        # `on_log` has written the seconds into the history of earlier starts; at the first start there is none.
         seconds_before = max(
             (entry.get("seconds", 0.0) for entry in state.log_history), default=0.0
         )
@@ -495,9 +516,12 @@ class Watch(TrainerCallback):
     ) -> None:
         """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
 
-        After the first step of this start it says how long the others will take. Sets `control` and `self.stopped`
-        (whether some process was asked to stop), and moves the bar. Rank 0's clock decides when a state is saved.
-        `self._asked` is True after Ctrl-C in this process, and `self._first_check` is a step to evaluate after.
+        After the first step of this start it says how long the others will take. Sets `control`, which the Trainer
+        obeys, and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock decides
+        when a state is saved: two minutes after the last one (`self._saved`).
+
+        `self._asked` is True after Ctrl-C in this process. `self._first_check` is a step to evaluate after.
+        `self._step_began` is the moment at which this step began, and `self._is_step_timed` whether a time was said.
         """
         self._bar.update()
         if not self._is_step_timed:
@@ -506,10 +530,11 @@ class Watch(TrainerCallback):
             interval = tqdm.format_interval((state.max_steps - state.global_step) * seconds)
             logger.info("one step takes %.1f seconds: about %s for the others", seconds, interval)
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
-        of_all_ranks = self._ranks.gather((is_due, self._asked))
+        of_all_ranks = self._ranks.gather((is_due, self._asked))  # a pair for each rank
         is_due_in_rank_0 = of_all_ranks[0][0]
         self.stopped = any(asked for _, asked in of_all_ranks)
 
+        # With `|=`, what the Trainer itself has decided stays.
         control.should_save |= is_due_in_rank_0
         control.should_evaluate |= state.global_step == self._first_check
         control.should_training_stop |= self.stopped
@@ -523,12 +548,12 @@ class Watch(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Finish the state that was written, after all processes have written their files of it.
+        """Finish the state that the Trainer has written, after all processes have written their files of it.
 
-        `args.output_dir` is the journal. Rank 0 writes the digests and deletes states that are replaced. Notes the time
-        in `self._saved`.
+        `args.output_dir` is the journal. Rank 0 writes the digests and deletes states that are replaced
+        (`_finish_state`). Notes the time in `self._saved`.
         """
-        self._ranks.gather(None)  # waits for all processes
+        self._ranks.gather(None)  # nothing is gathered: this waits for all processes
         self._ranks.first(lambda: _finish_state(Path(str(args.output_dir)), state))
         self._saved = time.perf_counter()
 
@@ -541,11 +566,14 @@ class Watch(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Say the held-out loss; back off if it has risen above the smallest one until now, or is not finite.
+        """Log the held-out loss; back off if it has risen above the smallest one until now, or is not finite.
 
-        A rise by less than a tenth of what was gained is chance. The loss before the training is noted as the best one
-        of the state. `given["metrics"]` has the loss, and `self.back_off` is that of the trainer, which changes weights
-        and learning rates. Without a bar the training is over, and nothing is done.
+        A rise by less than a tenth of what was gained is chance. `self.back_off` is that of the trainer, which changes
+        weights and learning rates. At step 0, the loss is noted as the best one in `state.best_metric`, and a loss that
+        is not finite is an error. The bar (`self._bar`) shows the loss. Without a bar the training is over, and nothing
+        is done.
+
+        `given["metrics"]` has the loss. The Trainer has added it to `state.log_history` already.
         """
         loss = given["metrics"]["eval_loss"]
         is_after_training = self._bar is None
@@ -564,11 +592,12 @@ class Watch(TrainerCallback):
                 )
 
         losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-        loss_before = losses[0]
+        loss_before = losses[0]  # before the training
         smallest_loss = cast(float, state.best_metric)  # the Trainer compares `loss` with it later
         by_chance = _CHANCE * (loss_before - smallest_loss)
-        is_worse = not loss <= smallest_loss + by_chance  # NaN is worse, too
-        if is_worse and state.global_step < state.max_steps:
+        is_worse = not loss <= smallest_loss + by_chance  # so that NaN is worse, too
+        is_last_step = state.global_step >= state.max_steps
+        if is_worse and not is_last_step:
             best_step = state.best_global_step
             weights = f"after step {best_step}" if best_step else "before the training"
             logger.warning(
@@ -594,8 +623,9 @@ class Watch(TrainerCallback):
 def _finish_state(journal: Path, state: TrainerState) -> None:
     """Write the digests of a state's files, and only then delete the states that it replaces.
 
-    The state is that of step `state.global_step`, in the folder of the run (`journal`). It and the best state until now
-    stay. Changes the state's `trainer_state.json`, too: its path of the best state is removed.
+    The state is that of step `state.global_step`, in the folder of the run (`journal`). This state and the best one
+    until now (`state.best_global_step`) stay. Changes the state's file `trainer_state.json`, too: its path of the best
+    state is removed. The object `state` is only read.
     """
     folder = journal / f"checkpoint-{state.global_step}"
     best_folder = journal / f"checkpoint-{state.best_global_step}"
@@ -605,6 +635,7 @@ def _finish_state(journal: Path, state: TrainerState) -> None:
     values = json.loads(state_file.read_text()) | {"best_model_checkpoint": None}
     write_file(state_file, json.dumps(values))
 
+    # by the names of the files in the folder
     digests = {
         file.relative_to(folder).as_posix(): digest_of(file)
         for file in sorted(folder.rglob("*"))
@@ -614,18 +645,20 @@ def _finish_state(journal: Path, state: TrainerState) -> None:
 
     for replaced in list(journal.glob("checkpoint-*")):
         if replaced not in (folder, best_folder):
-            (replaced / _STATE_RECORD).unlink(missing_ok=True)  # first: the rest is no state
+            # First: if the process is killed here, what is left has no record, so it is no state.
+            (replaced / _STATE_RECORD).unlink(missing_ok=True)
             shutil.rmtree(replaced, ignore_errors=True)
 
 
 def intact_states(journal: Path) -> dict[int, Path]:
-    """Find the states from which an unfinished training can resume, by the number of steps done, and delete all others.
+    """Find the states from which an unfinished training can resume, and delete all other ones.
 
-    A state counts if its files are as they were written, and so are those of the best state until then. `journal` is
-    the folder of the run, in which states have the names `checkpoint-STEP`.
+    Returns their folders by the number of steps done. A state counts if its files are as they were written, and so are
+    those of the best state until then, to which the training may go back. `journal` is the folder of the run, in which
+    states have the names `checkpoint-STEP`.
     """
-    whole: dict[int, Path] = {}
-    best_steps: dict[int, int | None] = {}
+    whole: dict[int, Path] = {}  # folders of undamaged states, by step
+    best_steps: dict[int, int | None] = {}  # the best step until then, by step
     for folder in journal.glob("checkpoint-*"):
         record = read_record(folder / _STATE_RECORD)
         if record is None:

@@ -32,24 +32,33 @@ class _Divergence(torch.autograd.Function):
     ) -> Tensor:
         """Return the mean divergence over positions, and save its gradient by `hidden` in `ctx`, for `backward`.
 
-        `hidden` [positions, hidden] and `teachers_hidden` come from `Predictor.hidden_states`, `labels` [positions] are
-        the tokens that follow in the text, and `label_share` is their share of the loss. The student's head gets no
-        gradient.
+        The student's head gets no gradient. During the call, forward passes of both models are replaced (`Predictor`).
+
+        Args:
+            ctx: Context of autograd.
+            hidden: Hidden states of the student at all positions, [positions, hidden], as `Predictor.hidden_states`
+                returns them.
+            teachers_hidden: Those of the teacher, whose hidden size may be another one.
+            student: Gives the logits of hidden states (`logits`), and divides positions into `chunks`.
+            teacher: Gives the teacher's logits.
+            labels: The tokens that follow in the text, int64 [positions].
+            label_share: The share of the text's own cross-entropy in the loss, from 0 to 1.
         """
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for rows in student.chunks(len(hidden)):
+        for rows in student.chunks(len(hidden)):  # slices of positions
             part = hidden[rows].detach().requires_grad_()
+            # Inside `forward`, autograd records nothing by itself: only the head of this chunk is recorded.
             with torch.enable_grad():
                 logits = student.logits(part)
             teachers_logits = teacher.logits(teachers_hidden[rows])
             loss, slope = _loss_and_slope(
                 logits.detach(), teachers_logits, labels[rows], label_share
             )
-            del teachers_logits
+            del teachers_logits  # its memory is needed for the gradient
             total += loss
-            slope.div_(len(hidden))  # of the mean
-            gradient[rows] = torch.autograd.grad(logits, part, slope)[0]
+            slope.div_(len(hidden))  # the gradient of the mean, not of the sum
+            gradient[rows] = torch.autograd.grad(logits, part, slope)[0]  # through the head
         ctx.save_for_backward(gradient)
         return total / len(hidden)
 
@@ -67,14 +76,18 @@ class _Divergence(torch.autograd.Function):
 def _loss_and_slope(
     logits: Tensor, teachers_logits: Tensor, labels: Tensor, label_share: float
 ) -> tuple[Tensor, Tensor]:
-    """The sum of the divergence over positions, and its gradient by the student's logits [positions, vocabulary].
+    """Return the sum of the divergence over positions, and its gradient by the student's logits.
 
-    With p of the teacher, q of the student and s = `label_share`, the loss of a position is
-    (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label. `labels` [positions] are the tokens that follow in the text.
-    Logits may have any dtype; sums are float32, and the gradient has the dtype of `logits`. No argument is changed.
+    `logits` are the student's, [positions, vocabulary of the student], and `teachers_logits` have the same shape.
+    `labels`, int64 [positions], are the tokens that follow in the text. With p of the teacher, q of the student and
+    s = `label_share`, the loss of a position is (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label.
+
+    Logits may have any dtype; sums are float32, and the gradient has the shape and dtype of `logits`. No argument is
+    changed.
     """
     slopes = torch.empty_like(logits)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    # On a CPU, so few positions at a time that the caches hold their logits.
     size = POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
@@ -84,11 +97,13 @@ def _loss_and_slope(
         p = log_p.exp()
         following = labels[rows, None]  # [chunk, 1]
 
-        total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()  # log_p is overwritten
-        if label_share:  # otherwise 0 times infinity if the label has no probability
+        # sum p (log p - log q), in the memory of log_p
+        total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
+        if label_share:  # with 0, a label without probability would give 0 times infinity
             total -= label_share * log_q.gather(1, following).sum()
 
-        # d/d logits = q - (1 - s) p - s [label]: sum p = 1, so that KL and cross-entropy share the q
+        # The gradient by logits is q - (1 - s) p - s [label]. Both terms of the loss have a q in theirs, and the shares
+        # of the terms add up to 1.
         slope = q.sub_(p, alpha=1 - label_share)  # in the memory of q
         at_label = torch.full_like(slope[:, :1], -label_share)
         slopes[rows] = slope.scatter_add_(1, following, at_label)
@@ -119,8 +134,8 @@ def divergence(
     """
     with torch.no_grad():
         teachers_hidden = teacher.hidden_states(ids)
-    hidden = student.hidden_states(ids, wrapped)
-    labels = ids[:, 1:].flatten()
+    hidden = student.hidden_states(ids, wrapped)  # [batch * (length - 1), hidden]
+    labels = ids[:, 1:].flatten()  # the token that follows each of these positions
     loss: Tensor = _Divergence.apply(hidden, teachers_hidden, student, teacher, labels, label_share)
     return loss
 
@@ -130,21 +145,24 @@ def bytes_of_whole_logits(
 ) -> int:
     """Count the bytes that `divergence` takes more than for chunks if a model can't be cut; 0 if both are cut.
 
-    `num_positions` are those of a batch, and logits are in `dtype`. The student's have a gradient.
+    `num_positions` is the number of tokens of a batch, and logits are in `dtype`. Changes nothing.
     """
+    # the student's logits and their gradient
     of_student = student.bytes_beyond_a_chunk(num_positions, 2 * dtype.itemsize)
     of_teacher = teacher.bytes_beyond_a_chunk(num_positions, dtype.itemsize)
     return of_student + of_teacher
 
 
 def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
-    """The mean negative log-likelihood of the tokens that `ids` [batch, length] predict.
+    """Return the mean negative log-likelihood of the tokens that `ids` predict, a scalar in float32.
+
+    `student` is the model, and `ids` are its token ids, int64 [batch, length].
 
     `wrapped` is the student in a wrapper such as DistributedDataParallel, which is then called instead of the student.
     During the call, the student has a hook and a replaced forward pass (`Predictor`).
     """
-    hidden = student.hidden_states(ids, wrapped)
-    labels = ids[:, 1:].flatten()
+    hidden = student.hidden_states(ids, wrapped)  # [batch * (length - 1), hidden]
+    labels = ids[:, 1:].flatten()  # the token that follows each of these positions
     sums = [
         cross_entropy(student.logits(hidden[rows]).float(), labels[rows], reduction="sum")
         for rows in student.chunks(len(labels))

@@ -89,6 +89,7 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 5  # of the fingerprint and the states
 CHECKPOINTING = internals.checkpointing_option()
+"""The argument of `TrainingArguments` that computes activations twice: its name depends on Transformers' version."""
 
 
 @numerical_environment()
@@ -163,16 +164,20 @@ def recover(
             require_output(plan.output, overwrite)  # another run may just have ended
 
         ranks.first(lock)
+        # Hashed now, so that a change of a file during the run is noticed.
         students_files = shared_files(Path(plan.source), unfinished, ranks, progress)
         teachers_files = shared_files(Path(plan.teacher), unfinished, ranks, progress)
         ranks.first(lambda: _require_right_models(plan, teachers_files, unfinished))
+        # token ids [sequences, length]
         windows = ranks.first(lambda: _draw_text(plan, unfinished / FOLDER, progress))
 
+        # A run in `unfinished` with another fingerprint is refused, or deleted if `overwrite`.
         fingerprint = _fingerprint(plan, students_files, teachers_files, windows, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
         # With this file the folder is kept until the run ends.
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))
 
+        # `exchanging`: if another process ends while tensors are exchanged, the error says so.
         with _process_restored(plan.device), ranks.exchanging():
             model, report = _train(
                 plan=plan,
@@ -258,8 +263,9 @@ def _fingerprint(
 ) -> dict[str, Any]:
     """List all that the bytes of the result depend on, as plain values: a resumed run must have the same list.
 
-    The files of both models come from `shared_files`, which has hashed them. `windows` are the token ids of the text,
-    and `processes` is the number of those that train together.
+    The files of both models come from `shared_files`, which has hashed them: `digests` are SHA-256 by file name.
+    `windows` are the token ids of the text, int64 [sequences, length] on the CPU, and `processes` is the number of
+    processes that train together. The mask file is read; nothing is changed.
     """
     options: dict[str, Any] = {
         "batch_size": plan.options.batch_size,
@@ -279,7 +285,7 @@ def _fingerprint(
     masks_file = Path(plan.source) / MASKS_FILE
     return {
         "recovery": _FORMAT,
-        "processes": processes,  # sums are rounded otherwise with others
+        "processes": processes,  # another number of them would round sums differently
         "weights": students_files.digests,
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
         "teacher": teachers_files.digests,
@@ -303,20 +309,30 @@ def _train(
 ) -> tuple[PreTrainedModel | None, RecoveryReport]:
     """Train from the beginning, or from the last state in `journal`, the folder of the run.
 
-    Returns the model to save (`None` in processes other than rank 0) and the report. Writes the choice and the states
-    of the training to `journal`, and deletes states from which no run can resume. `windows` are the token ids of the
-    text [sequences, length], held-out ones first, and `fingerprint` comes from `_fingerprint`. `progress`: whether to
-    show a bar.
+    Returns the model to save (`None` in processes other than rank 0) and the report. After Ctrl-C it raises
+    KeyboardInterrupt instead, once a state is saved.
+
+    Writes the choice and the states of the training to `journal`, and deletes states from which no run can resume.
+    Changes the states of Accelerate and the random numbers of the process; the caller puts them back.
+
+    Args:
+        plan: What to train, on which device, in how many steps.
+        windows: Token ids of the text, int64 [sequences, length]; the held-out sequences are first.
+        fingerprint: Of the run, from `_fingerprint`; parts of it stand in the report.
+        journal: The folder of the run.
+        ranks: The processes that train together; all of them call this.
+        progress: Whether to show a bar.
     """
-    free = ranks.gather(available_bytes(plan.device))
+    free = ranks.gather(available_bytes(plan.device))  # bytes by rank, `None` if not known
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load_models(plan, journal))
     _log_differences(model, plan.source)
 
+    # of the files of the model, in which the trained weights will be saved
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
-    if not shards_weights():
+    if not shards_weights():  # the head of a sharded model is left as it is
         round_head(model, plan.compute_dtype)
 
     states = ranks.first(lambda: intact_states(journal))
@@ -344,19 +360,20 @@ def _train(
         held_out=windows[: plan.options.held_out],
         callbacks=callbacks,
     )
-    watch.back_off = trainer.back_off
+    watch.back_off = trainer.back_off  # each of the two needs the other
 
     try:
         with watch.stopping_at_a_step():
-            trainer.train(last_state)
+            trainer.train(last_state)  # `None`: from the beginning
     finally:
-        # After an error, too: masks have a hook on all optimizers.
+        # After an error the Trainer does not call this, and masks have a hook on all optimizers.
         for callback in callbacks:
             callback.on_train_end(arguments, trainer.state, trainer.control)
+    # Ctrl-C ended the training before its last step. Its state is saved, so the same call resumes there.
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
 
-    # It also rounds the weights of the trainer's model to `dtypes`.
+    # Before the weights are copied: this also rounds those of the trainer's model to `dtypes`.
     report = _report(
         plan=plan, choice=choice, trainer=trainer, dtypes=dtypes, fingerprint=fingerprint
     )
@@ -392,11 +409,13 @@ def _report(
 ) -> RecoveryReport:
     """Measure the trained weights as they will be saved, and report the training.
 
-    If some step was better than the start, the Trainer has loaded its weights. They are rounded, in place, to `dtypes`
-    (by parameter name), in which they will be saved. If their loss is not smaller than before the training, `best_step`
-    of the report is 0, and nothing is to be saved. `fingerprint` comes from `_fingerprint`.
+    If some step was better than the start, the Trainer has loaded its weights into `trainer.model`. They stay float32,
+    but their values are rounded in place to those of `dtypes` (by parameter name), in which they will be saved. If
+    their loss is not smaller than before the training, `best_step` of the report is 0: the weights stay as they were.
+    `choice` says what was trained, and parts of `fingerprint` (from `_fingerprint`) stand in the report.
     """
     state = trainer.state
+    # Step, seconds since the beginning, and held-out loss. The first one is that before the training.
     evaluations = [
         [row["step"], row["seconds"], row["eval_loss"]]
         for row in state.log_history
@@ -411,12 +430,14 @@ def _report(
         for name, parameter in _trained_parameters(trainer.model):
             weights = local(parameter.data)
             weights.copy_(weights.to(dtypes[name]))
-        loss = trainer.evaluate()["eval_loss"]  # of what is saved, which has to be better
+        # Rounding may have cost more than the training has gained, so what is saved is measured again.
+        loss = trainer.evaluate()["eval_loss"]
     is_better = loss < loss_before  # NaN is not
     if not is_better:
         best_step = 0
         loss = loss_before
 
+    # `share` is smaller than 1 if the training has backed off.
     relative_step = trainer.args.learning_rate * trainer.schedule.share
     tokens_of_step = plan.num_sequences * plan.length // plan.steps
     return RecoveryReport(
@@ -443,8 +464,8 @@ def _report(
 def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) -> Choice:
     """Choose what to train, or read the choice with which the run began: a resumed run keeps it.
 
-    A new choice is written to `journal`, the folder of the run. `free` are the free bytes of each process, `None` if
-    they are not known.
+    A new choice is written to `journal`, the folder of the run. `free` are the free bytes of the device of each
+    process, by rank; `None` if they are not known. Logs the plan of the run. Rank 0 does this.
     """
     file = journal / "choice.json"
     earlier_choice = read_record(file)
@@ -453,14 +474,17 @@ def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) 
         write_record(file, dataclasses.asdict(choice))
     else:
         choice = Choice(**earlier_choice)
-    logger.info("%s", plan_text(plan, choice, free[0], "said after the first step"))
+    duration = "said after the first step"  # by `Watch`
+    logger.info("%s", plan_text(plan, choice, free[0], duration))
     return choice
 
 
 def _load_models(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """Load the pruned model to the CPU, and the dense model to the device of the plan, without gradients.
+    """Load the pruned model (the first result) to the CPU, and the dense model to the device of the plan.
 
-    `journal` is the folder of the run, which rank 0 has made: all processes have to see it.
+    The pruned model has the dtypes of its files. The dense model has that of products (`plan.compute_dtype`), and gets
+    no gradients. `journal` is the folder of the run, which rank 0 has made: a process that does not see it raises an
+    error.
     """
     if not journal.exists():
         raise ValueError(
@@ -480,10 +504,19 @@ def _trainers_arguments(
 ) -> TrainingArguments:
     """Make the arguments of the Trainer, which saves its states to `journal`, the folder of the run.
 
-    `processes` share the passes of a step. A resumed training does not evaluate the model before its first step.
+    `choice` says what is trained (`train`, "all" or "norms") and whether activations are computed twice
+    (`checkpointed`). `processes` is the number of processes that share the passes of a step. A training that is
+    `resumed` does not evaluate the model before its first step, because its first start has done so.
+
+    Making the arguments sets states that Accelerate shares in the process; the caller puts them back. Nothing else is
+    changed.
     """
-    # Accelerate then wraps decoder layers so that they compute their activations twice. The Trainer refuses both.
-    is_wrapped = shards_weights() and parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING")
+    # With this variable of its launcher, Accelerate itself makes decoder layers compute their activations twice. The
+    # Trainer refuses to be asked for the same.
+    is_done_by_accelerate = shards_weights() and parse_flag_from_env(
+        "FSDP_ACTIVATION_CHECKPOINTING"
+    )
+    checkpointed_by_trainer = choice.checkpointed and not is_done_by_accelerate
     steps_between = math.ceil(plan.steps / 10)  # so a loss that rises is noticed soon
     arguments = TrainingArguments(
         output_dir=str(journal.resolve()),
@@ -492,17 +525,20 @@ def _trainers_arguments(
         gradient_accumulation_steps=plan.passes_of_step // processes,
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the windows are in random order already
-        learning_rate=plan.relative_step(choice.train),  # of weights with a root mean square of 1
+        # A share: `DistillationTrainer.create_optimizer` multiplies it by the root mean square of each parameter.
+        learning_rate=plan.relative_step(choice.train),
         adam_beta2=0.95,
-        max_grad_norm=0.0,  # see `DistillationTrainer.create_optimizer`
+        # No clipping: gradients are as large as their weights are small, and Adam divides by their size.
+        max_grad_norm=0.0,
         bf16=plan.compute_dtype == torch.bfloat16,
-        **{CHECKPOINTING: choice.checkpointed and not is_wrapped},  # type: ignore[arg-type]
+        # The name of this argument depends on the version of Transformers.
+        **{CHECKPOINTING: checkpointed_by_trainer},  # type: ignore[arg-type]
         eval_strategy="steps",
         eval_steps=steps_between,
         eval_on_start=not resumed,
         metric_for_best_model="eval_loss",
         load_best_model_at_end=True,
-        save_strategy="best",  # and every two minutes, by Watch
+        save_strategy="best",  # a state after each step that is the best until then; `Watch` asks for others
         logging_steps=steps_between,
         logging_nan_inf_filter=False,  # a loss that is not finite is noted as it is
         report_to="none",
@@ -510,7 +546,7 @@ def _trainers_arguments(
         dataloader_pin_memory=False,
         use_cpu=plan.device.type == "cpu",
     )
-    # Otherwise the Trainer takes the first accelerator, or all of them.
+    # Without this, which changes `arguments`, the Trainer would take the first accelerator, or all of them.
     internals.set_only_device(arguments, plan.device)
     return arguments
 
@@ -520,16 +556,19 @@ def _model_with_weights(
 ) -> PreTrainedModel | None:
     """Read the source's model again, in its own dtypes, and give it the trained weights.
 
-    `trained` is the Trainer's model, which stays as it is; `None`: the weights are those of the source. Returns `None`
-    in a process that does not save the model (not `is_saved`). It takes part because each process has a part of sharded
-    weights. The configuration of the new model notes that it was retrained.
+    `trained` is the Trainer's model in float32, which stays as it is; `None`: no training was better, and the weights
+    are those of the source. Only trained parameters are copied: the head may have been rounded for the training. The
+    configuration of the new model then notes that it was retrained.
+
+    `is_saved`: whether this process (rank 0) saves the model. The others return `None`. They call this, because each
+    process has a part of sharded weights.
     """
     model = read_model(plan.source, dtype="auto") if is_saved else None
     if trained is None:
         return model
 
     for name, parameter in _trained_parameters(trained):
-        # all ranks take part in `full_tensor`
+        # `full_tensor` puts the parts of all processes together: all of them must call it.
         weight = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if model is not None:
             model.get_parameter(name).data.copy_(weight.detach())
@@ -539,7 +578,10 @@ def _model_with_weights(
 
 
 def _trained_parameters(model: Any) -> list[tuple[str, nn.Parameter]]:
-    """The parameters of a model that have gradients, with their names, which wrappers of modules do not change."""
+    """Return the parameters of a model that are trained (`requires_grad`), with their names.
+
+    `model` is a module, perhaps with wrappers of Accelerate around its layers, which have no part in the names.
+    """
     return [
         (name, parameter)
         for name, parameter in plain_parameters(model).items()
@@ -552,11 +594,14 @@ def _write(
 ) -> None:
     """Write all files of the recovered model into the subfolder `MODEL` of `unfinished`, which is emptied first.
 
-    `report` joins the pruning report of the source, if there is one, otherwise the record of earlier trainings. The
-    configuration of `model` gets the summary of the pruning report.
+    `report` joins the pruning report of the source (`plan.report`), or the record of earlier trainings if the model was
+    never pruned (`plan.recoveries`). The configuration of `model` is changed as `write_checkpoint` or `write_dense`
+    does. `plan` stays as it is.
     """
+    # What is known of the files of the source: their dtypes, tensors to copy, and why others are not copied.
     tensors = source_tensors(model, Path(plan.source), quantized=False)
-    for line in lines_of_unplaced({}, tensors.not_copied):
+    copied: dict[str, int] = {}  # nothing is said of tensors that are copied
+    for line in lines_of_unplaced(copied, tensors.not_copied):
         logger.warning("%s", line)
 
     folder = unfinished / MODEL
@@ -570,6 +615,7 @@ def _write(
             write_dense(model, folder, recoveries, load_tokenizer(plan.source), tensors)
             return
 
+        # read again, because here operators have their names in the model
         pruning_report, masks = find_record(model, plan.source)
         pruning_report = dataclasses.replace(
             pruning_report, recoveries=[*pruning_report.recoveries, report]
@@ -589,11 +635,10 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 def _process_restored(device: torch.device) -> Iterator[None]:
     """At the end, put back what the Trainer and Accelerate change in the process inside the `with` block.
 
-    These are their own states, random numbers, and the environment. Inside, the Trainer computes on `device`: for an
-    accelerator by an environment variable of Accelerate.
+    These are their own states, the environment, and the random numbers of Python, NumPy and PyTorch on `device`. Inside
+    the block, the Trainer computes on `device`: an accelerator is named in an environment variable of Accelerate.
     """
-    with ExitStack() as stack:
-        # At the end all of these are as they were, whatever is in them meanwhile.
+    with ExitStack() as stack:  # it runs the callbacks at the end, also after an error
         stack.enter_context(internals.accelerate_states_restored())
         stack.callback(_set_environment, dict(os.environ))
         stack.callback(random.setstate, random.getstate())

@@ -109,7 +109,7 @@ class RecoveryPlan:
 
 @dataclass(frozen=True)
 class Choice:
-    """The kind of training, and the memory that it takes."""
+    """The kind of training, and the memory that it takes; `choose` makes it."""
 
     train: str  # "all" or "norms"
     checkpointed: bool  # whether decoder layers compute their activations twice
@@ -118,7 +118,7 @@ class Choice:
     num_bytes: int
 
     def __str__(self) -> str:
-        """A line for people."""
+        """Say in a line for people what is trained, how much memory that takes, and whether layers compute twice."""
         twice = ", with activations that are computed twice" if self.checkpointed else ""
         return (
             f"{self.num_trained:,} parameters are trained ({WORDS_OF_TRAIN[self.train]}), which takes about "
@@ -275,11 +275,14 @@ def _match_vocabularies(
     tokens. `source` (the student) and `teacher` are folders or Hub ids. They are the keys of `configs` and of
     `tokenizers`, where `None` stands for a folder without a tokenizer. Changes nothing.
     """
+    # numbers of tokens, by folder or Hub id
     sizes = {
         name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()
     }
     tokens_were_removed = sizes[source] < sizes[teacher]
-    kept_tokens = _kept_tokens_of(source, teacher, sizes) if tokens_were_removed else None
+    kept_tokens = None
+    if tokens_were_removed:  # still None if the folders do not say which tokens stay
+        kept_tokens = _kept_tokens_of(source, teacher, sizes)
     agree = sizes[source] == sizes[teacher] or kept_tokens is not None
 
     students_tokenizer = tokenizers[source]
@@ -312,18 +315,20 @@ def _match_vocabularies(
 def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tensor | None:
     """The teacher's id of each token of a student (`source`) with fewer tokens; `None` if they do not fit together.
 
-    The student's folder has a file of the tokens that stay (`VOCABULARY_FILE`); the teacher's may have one, too.
-    `sizes` are the numbers of tokens by `source` and `teacher`, which are folders or Hub ids.
+    Returns int64 [student's tokens]. The student's folder has a file of the tokens that stay (`VOCABULARY_FILE`); the
+    teacher's may have one, too, because an earlier run may have removed tokens from it. `source` and `teacher` are
+    folders or Hub ids, whose files are downloaded into the Hub's cache. `sizes` are numbers of tokens by these names.
     """
     file = internals.cached_file_if_any(source, VOCABULARY_FILE, needs_hub=False)
     teachers_file = internals.cached_file_if_any(teacher, VOCABULARY_FILE, needs_hub=False)
     if file is None:
         return None
 
-    # The file is in a subfolder of the model's folder.
+    # The file is in a subfolder ("fista") of the model's folder.
     students_folder = Path(file).parents[1]
     teachers_folder = None if teachers_file is None else Path(teachers_file).parents[1]
-    tokens = kept_tokens(students_folder, teachers_folder)  # ids before tokens were removed
+    # Ids in the teacher. If the teacher has lost tokens itself, its file translates them.
+    tokens = kept_tokens(students_folder, teachers_folder)
     if tokens is None or len(tokens) != sizes[source]:
         return None
     teacher_lacks_some = int(tokens.max()) >= sizes[teacher]
@@ -331,12 +336,15 @@ def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tens
 
 
 def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]) -> int:
-    """Tokens in a sequence: `wanted` by the user, or a usual number; both models must take as many.
+    """Choose how many tokens a sequence has: as many as the user wants, or a usual number that both models take.
 
-    `configs` are the configurations of student and teacher, by folder or Hub id.
+    `wanted` is the number that the user wants, `None` if it was not said. `configs` are the configurations of student
+    and teacher, by folder or Hub id. A model that takes fewer tokens than `wanted` is refused. Changes nothing.
     """
     if wanted is None:
-        return min(_USUAL_LENGTH, *(usual_length(config) for config in configs.values()))
+        # of each model 2048, or its context if that is shorter
+        lengths = [usual_length(config) for config in configs.values()]
+        return min(_USUAL_LENGTH, *lengths)
 
     for name, config in configs.items():
         limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -349,10 +357,11 @@ def _sequence_length(wanted: int | None, configs: Mapping[str, PreTrainedConfig]
 
 
 def _passes_of_step(options: RecoveryOptions, length: int, processes: int) -> int:
-    """Passes in a step, of all processes together: a multiple of their number; `length` is that of a sequence.
+    """Choose how many passes a step has, of all processes together: a multiple of the number of `processes`.
 
-    `options.accumulate` is the number that the user wants. If the user does not say how many, there are about 256
-    steps, with at most 32 sequences each.
+    `options.accumulate` is the number that the user wants; one that the processes can't share is refused. If it is
+    `None`, the passes of a step are chosen so that there are about 256 steps, with at most 32 sequences each. `length`
+    is the number of tokens of a sequence.
     """
     if options.accumulate is not None:
         if options.accumulate % processes:
@@ -362,9 +371,11 @@ def _passes_of_step(options: RecoveryOptions, length: int, processes: int) -> in
             )
         return options.accumulate
 
-    sequences = min(_MOST_SEQUENCES, options.tokens // (_USUAL_STEPS * length))
-    passes = max(1, sequences // options.batch_size)
-    return processes * math.ceil(passes / processes)
+    sequences_of_step = options.tokens // (_USUAL_STEPS * length)  # if there are 256 steps
+    sequences_of_step = min(sequences_of_step, _MOST_SEQUENCES)
+    passes = max(1, sequences_of_step // options.batch_size)
+    passes_of_process = math.ceil(passes / processes)
+    return processes * passes_of_process
 
 
 @dataclass(frozen=True)
@@ -372,7 +383,7 @@ class _Sizes:
     """Numbers of a student from which the memory of its training follows."""
 
     parameters: int
-    inner_parameters: int  # without embeddings and head
+    inner_parameters: int  # parameters without embeddings and head
     vectors: int  # inner parameters that are no matrices: norms and biases
     layers: int
     hidden_size: int
@@ -384,7 +395,7 @@ class _Sizes:
     def of(cls, source: str) -> "_Sizes":
         """Count the numbers on a model without weights, which is made here; `source` is the student's folder.
 
-        "Inner" are all parameters but embeddings and head.
+        "Inner" are all parameters but embeddings and head. Only the configuration is read.
         """
         model = model_without_weights(read_config(source))
         config = model.config.get_text_config(decoder=True)
@@ -409,15 +420,16 @@ class _Sizes:
         )
 
     def trained(self, train: str) -> int:
-        """Parameters that a training of "all" or "norms" changes, zeros counted too."""
+        """Count the parameters that a training of "all" or "norms" changes, with those that are zero."""
         return self.inner_parameters if train == "all" else self.vectors
 
 
 def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     """Choose the first kind of training that fits into memory; activations are computed twice only if needed.
 
-    `free` are the bytes that each process has, `None` if it is not known. If nothing fits, the last kind is chosen.
-    Reads the configuration of the student, and changes nothing.
+    The kinds are, in order, the training of all kept weights, and of norms and biases alone, as far as the user allows
+    both (`plan.options.train`). `free` are the free bytes on the device of each process, `None` if they are not known.
+    If nothing fits, the last kind is chosen. Reads the configuration of the student, and changes nothing.
     """
     sizes = _Sizes.of(plan.source)
     limits = [num_bytes for num_bytes in free if num_bytes is not None]
@@ -427,14 +439,17 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         processes_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free)))
 
     kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
+    # whether activations are computed twice
     ways = [False, True] if sizes.can_checkpoint else [False]
+    limit_of_process = math.inf
+    if limits:
+        limit_of_process = _MARGIN * min(limits) / processes_sharing
     # After the loop, the variables are those of the first kind that fits, or of the last one.
     for train, checkpointed in itertools.product(kinds, ways):
         needed = _needed_bytes(
             plan, sizes, train, checkpointed=checkpointed, is_sharded=shards_weights()
         )
-        fits = not limits or needed <= _MARGIN * min(limits) / processes_sharing
-        if fits:
+        if needed <= limit_of_process:
             break
 
     zeros = 0
@@ -451,32 +466,40 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
 def _needed_bytes(
     plan: RecoveryPlan, sizes: _Sizes, train: str, *, checkpointed: bool, is_sharded: bool
 ) -> int:
-    """Estimate the bytes of a process that trains "all" or "norms".
+    """Estimate the bytes on the device of a process that trains "all" or "norms" (`train`); changes nothing.
 
-    `checkpointed`: activations are computed twice. `is_sharded`: processes share the weights (`shards_weights`), and
-    then the logits of a whole pass are in memory, not only those of one chunk. That another model can't be cut before
-    its head is not known before it has run.
+    Logits are counted for one chunk of positions: a model is cut before its head. Whether it really can be cut is known
+    only after it has run.
+
+    Args:
+        plan: The recovery: its length of sequences, batch size, dtype of products.
+        sizes: Numbers of the student.
+        train: What is trained.
+        checkpointed: Whether activations are computed twice, so that only those of one layer are in memory.
+        is_sharded: Whether processes share the weights (`shards_weights`). Such models are not cut, so the logits of a
+            whole pass are in memory.
     """
-    # float32: the weights, and of those that are trained a gradient and two moments
+    # In float32, 4 bytes each: the weights, and of those that are trained a gradient and two moments.
     student = 4 * sizes.parameters + 12 * sizes.trained(train)
     if plan.compute_dtype != torch.float32 and not is_sharded:
         # the copy of the head's weight that `round_head` makes
         student += plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
     masks = sizes.parameters if train == "all" else 0  # a byte a weight
-    teachers_parameters = sizes.parameters
+    teachers_parameters = sizes.parameters  # if it is not known how many more the teacher has
     if plan.report is not None and plan.report.first_model.num_parameters:
         teachers_parameters = plan.report.first_model.num_parameters
     teacher = teachers_parameters * plan.compute_dtype.itemsize
 
-    # of a token: the inputs and outputs of all operators
+    # Of a token: the inputs and outputs of all operators.
     activations = 8 * sizes.operator_width
-    if checkpointed:  # those of one layer at a time, and the hidden states that enter each layer
+    if checkpointed:
+        # those of one layer at a time, and the hidden states that enter each layer
         activations = activations // sizes.layers + 4 * sizes.layers * sizes.hidden_size
     # hidden states that enter both heads, and their gradient, each 4 bytes
     activations += 12 * sizes.hidden_size
 
     tokens = plan.options.batch_size * plan.length
-    # of both models, in two dtypes, with their gradient
+    # 20 bytes for a logit: those of both models, in two dtypes, with their gradient.
     logits = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
     if is_sharded:  # whole ones of both models, with the gradient of one
         logits += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
@@ -504,9 +527,9 @@ def load_student(source: str) -> PreTrainedModel:
 
 
 def mark_trained(model: PreTrainedModel, train: str) -> None:
-    """Turn on gradients for the parameters to train ("all" or "norms"), and off for all others.
+    """Turn on gradients for the parameters of `model` to train ("all" or "norms"), and off for all others.
 
-    "norms" are all vectors, so biases, too. Embeddings and head are never trained.
+    "norms" are all vectors, so biases, too. "all" are the matrices, too. Embeddings and head are never trained.
     """
     model.requires_grad_(False)
     for parameter in _inner_parameters(model):
@@ -524,19 +547,20 @@ def shards_weights() -> bool:
 
 
 def round_head(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round the weight of the head, which is not trained, to the dtype of the products.
+    """Give the head of `model`, which is not trained, a new weight: its own, rounded to the dtype of the products.
 
     Products are computed in `dtype` by autocast, which would round the weight again for each chunk of positions. With a
-    large vocabulary this would take longer than the product. A head that shares its weight with the embedding gets a
-    weight of its own. From then on the model runs inside autocast only.
+    large vocabulary this would take longer than the product. The old weight stays as it is: an embedding that shares it
+    keeps it. From then on the model runs inside autocast only, because its hidden states have another dtype.
     """
+    # Usually a linear layer. `None`, or a module of another kind, stays as it is.
     head = model.get_output_embeddings()
     if isinstance(head, nn.Linear):
         head.weight = nn.Parameter(head.weight.detach().to(dtype), requires_grad=False)
 
 
 def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
-    """Parameters but those of embeddings and head, which are large and are never pruned."""
+    """Return the parameters of a model without those of embeddings and head, which are large and are never pruned."""
     head = model.get_output_embeddings()
     outer_modules = {
         name
@@ -546,7 +570,7 @@ def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if name.rpartition(".")[0] not in outer_modules
+        if name.rpartition(".")[0] not in outer_modules  # the name of the parameter's module
     ]
 
 
@@ -555,6 +579,7 @@ def preview(plan: RecoveryPlan) -> str:
     """Say in a few lines what a recovery will do and need.
 
     If they fit into memory, both models are loaded to time one step. Nothing is written, and `plan` stays as it is.
+    During the call, numerical settings of PyTorch are those of a new process (`numerical_environment`).
     """
     free = available_bytes(plan.device)
     choice = choose(plan, [free])
@@ -570,9 +595,10 @@ def preview(plan: RecoveryPlan) -> str:
 
 
 def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: str) -> str:
-    """Write the plan of a recovery as a few lines, each with a name before it.
+    """Write the plan of a recovery as a few lines of text, each with a name before it. Changes nothing.
 
-    `free` are the free bytes of the device, `None` if they are not known, and `duration` says how long the run takes.
+    `free` are the free bytes of the device, `None` if they are not known. `duration` says how long the run takes, such
+    as "about 03:20, 1.5 seconds a step".
     """
     options = plan.options
     teacher = plan.teacher_name
@@ -601,10 +627,11 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
 def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     """Load both models, and time the forward and backward passes of one step, on any tokens.
 
-    One pass is timed, after another one that fills caches, and counts for all passes of the step. Both models are local
-    to this function, so their memory is free when it returns. `plan` and `choice` are only read.
+    Returns the seconds of a step, and the bytes that logits take more than `choice` says: 0 if models can be cut.
 
-    Returns the seconds, and the bytes that logits take more than `choice` says, if models can't be cut.
+    One pass is timed, after another one that fills caches. Its time, multiplied by the number of passes, is that of the
+    step. Both models are local to this function, so their memory is free when it returns. `plan` and `choice` are only
+    read: `choice.train` says what has gradients, `choice.checkpointed` whether activations are computed twice.
     """
     # The student as the training has it: weights in float32, gradients for those that are trained. The head is rounded
     # last, because it is not trained: it has the dtype of the products.

@@ -24,10 +24,11 @@ logger = logging.getLogger(__name__)
 def require_dense_model(plan: RecoveryPlan, report: PruningReport, unfinished: Path) -> None:
     """Refuse a teacher that is not the model from which the pruned one was made; warn if that can't be checked.
 
-    `report` is that of the pruned model. Reads all weights of the teacher once, one decoder layer at a time. Weights
-    that are quantized are dequantized into a folder in `unfinished`, the folder of the run, which is deleted again.
+    `plan` names the folders of both models, and `report` is that of the pruned model. Reads all weights of the teacher
+    once, one decoder layer at a time. Weights that are quantized are dequantized into a new folder in `unfinished`, the
+    folder of the run; the new folder is deleted again.
     """
-    dense = report.first_model
+    dense = report.first_model  # what the report says of the model with which the user began
     reason = _reason_not_to_compare(plan, report)
     if reason is not None:
         logger.warning(
@@ -52,7 +53,7 @@ def _reason_not_to_compare(plan: RecoveryPlan, report: PruningReport) -> str | N
 
     Reads the configuration of the teacher, and changes nothing.
     """
-    # There is none if the first run removed tokens, or was one of an older version.
+    # There is no digest if the first run removed tokens, or was one of an older version.
     if report.first_model.sha256 is None:
         return f"the report of {plan.source!r} has no SHA-256 of the dense model"
 
@@ -64,11 +65,12 @@ def _reason_not_to_compare(plan: RecoveryPlan, report: PruningReport) -> str | N
 
 
 def dense_sha256(folder: str, dtype: str, offload_folder: Path) -> str:
-    """SHA-256 of a dense model as a pruning run notes it; `dtype` is that of the run, such as "bfloat16".
+    """Compute the SHA-256 of a dense model as a pruning run notes it, in hexadecimal digits.
 
-    `folder` has the model's files. Weights that are not in safetensors files in this form are written to
-    `offload_folder`.
+    `folder` has the model's files. `dtype` is that of the pruning run, such as "bfloat16", or "auto": that of the
+    files. Weights that are not in safetensors files in this form are written to `offload_folder`.
     """
+    # The weights are read only when they are used, so that one decoder layer at a time is in memory.
     model = load_lazily(folder, offload_folder, device="cpu", dtype=dtype).model
     layers = find_decoder_layers(model)
     digests = [sha256_of(layer, layer.state_dict()) for _, layer in layers]

@@ -92,6 +92,8 @@ def masked_training(
     parameters = plain_parameters(model)
     parameters_of_model = {*parameters.values()}
     masks_by_name = find_masks(model, masks, fill_zeros=fill_zeros)
+    # The mask of each parameter that has zeros, by the parameter itself (tensors are hashed by identity). The others
+    # need no hook.
     mask_of: dict[Tensor, Tensor] = {
         parameters[name]: mask for name, mask in masks_by_name.items() if not mask.all()
     }
@@ -99,13 +101,13 @@ def masked_training(
     def clear(tensor: Tensor, parameter: Tensor) -> Tensor:
         """Set `tensor` (a parameter or its gradient) to zero in place where `parameter` is pruned.
 
-        `mask_of` has the mask of each parameter with zeros, which is moved to the parameter's device. Returns `tensor`,
-        or the part of it that is in this process.
+        `mask_of` of the outer function has the boolean mask of each parameter with zeros; it is moved there to the
+        parameter's device. Returns `tensor`, or the part of it that is in this process.
         """
         mask_of[parameter] = mask_of[parameter].to(parameter.device)  # the model may have moved
-        values = local(tensor)
-        # A product of integers, the bits of the numbers: NaN becomes zero, too, and this is 20 times as fast as
-        # `masked_fill_` on a CPU.
+        values = local(tensor)  # the same memory
+        # The bits of the numbers are taken as integers and multiplied by 0 or 1. So NaN becomes zero, too, and this is
+        # 20 times as fast as `masked_fill_` on a CPU.
         values.view(_INTEGERS_BY_SIZE[values.element_size()]).mul_(mask_of[parameter])
         return values
 
@@ -115,13 +117,14 @@ def masked_training(
             clear(parameter.data, parameter)
 
     def clear_gradient(parameter: Tensor) -> None:
-        """Hook of FSDP2's parameters: clear the gradient that was summed over the processes."""
+        """Clear the gradient of `parameter` that FSDP2 has summed over the processes; a hook of its parameters."""
         clear(cast(Tensor, parameter.grad), parameter)
 
     def after_step(optimizer: Optimizer, *_: Any) -> None:
-        """If an optimizer trains a parameter of this model, call `clear_weights`, and note the training.
+        """If an optimizer trains a parameter of this model, set its pruned weights to zero, and note the training.
 
-        A hook that PyTorch calls after each step of every optimizer. `parameters_of_model` are those of the model.
+        A hook that PyTorch calls after each step of every optimizer in the process. `parameters_of_model` are those of
+        `model`, of the outer function. `mark_retrained` changes the model's configuration.
         """
         for group in optimizer.param_groups:
             if not parameters_of_model.isdisjoint(group["params"]):
@@ -134,7 +137,7 @@ def masked_training(
             if not parameter.requires_grad:
                 continue
 
-            if isinstance(parameter, DTensor):  # FSDP2 calls these hooks and no others
+            if isinstance(parameter, DTensor):  # sharded; FSDP2 calls these hooks and no others
                 hook = parameter.register_post_accumulate_grad_hook(clear_gradient)
             else:
                 # The gradient is a tensor of autograd's, which may be used elsewhere, so a copy is cleared.
@@ -164,8 +167,10 @@ class MaskedTrainingCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, *_: Any, **given: Any) -> None:
         """Enter `masked_training` for the Trainer's model (`given["model"]`), with `self.masks` and `self.fill_zeros`.
 
-        `self._training` keeps the block open until `on_train_end`. Refuses the same models as `masked_training`, and
-        weights of DeepSpeed and FSDP1.
+        The Trainer calls it. The model gets the hooks of `masked_training`, and `self._training` (an ExitStack) keeps
+        that block open until `on_train_end`. Refuses the same models as `masked_training`, and weights of DeepSpeed and
+        FSDP1. `self.masks` says where the masks come from, and `self.fill_zeros` whether zeros without a mask are
+        trained.
         """
         model = given["model"]
         if args.deepspeed_plugin or isinstance(model, FullyShardedDataParallel):
@@ -180,7 +185,7 @@ class MaskedTrainingCallback(TrainerCallback):
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Leave `masked_training`: hooks are removed, and weights are masked once more.
 
-        They need it, because the Trainer may have loaded its best checkpoint.
+        The weights need it, because the Trainer may have loaded its best checkpoint.
         """
         self._training.close()
 
@@ -215,14 +220,15 @@ def save_masked(
             "get_model_state_dict with full_state_dict=True, load them into a model that is not sharded, and save that."
         )
 
-    # Files have the names of a model without wrappers.
+    # Files have the names of a model without the wrappers of Accelerate. They are back at the end of the block.
     with internals.without_checkpoint_wrappers(model):
         report, masks = find_record(model, source)
         if isinstance(source, FistaPruner):
-            tensors_of_source = source.sources[model]
+            tensors_of_source = source.sources[model]  # what the pruner noted of the model's files
         else:
             tensors_of_source = source_tensors(model, pruned_folder(source))
 
+        # The configuration may lack the summary, such as that of a new model with the weights of the pruned one.
         if getattr(model.config, CONFIG_KEY, None) is None:
             setattr(model.config, CONFIG_KEY, summary(report))
         mark_retrained(model)
@@ -261,8 +267,12 @@ def find_masks(
 def _found_masks(
     model: PreTrainedModel, source: MaskSource, *, fill_zeros: bool
 ) -> dict[str, Tensor]:
-    """Find the masks as `find_masks` does, in a model whose modules have no wrappers."""
-    earlier_patterns: list[str] = []  # of the runs before the last one
+    """Find the masks as `find_masks` does, in a model whose modules have no wrappers; changes nothing.
+
+    `source` says where the masks come from (`MaskSource`), and `fill_zeros` whether zeros without a mask are accepted.
+    Returns boolean masks, True = kept, by parameter name.
+    """
+    earlier_patterns: list[str] = []  # of the runs before the last one, such as "2:4"
     if source is None:
         masks = _masks_of_zeros(model)
     elif isinstance(source, Mapping):
@@ -286,9 +296,10 @@ def _found_masks(
 
 
 def _checked_mask(name: str, weight: Tensor, mask: Tensor) -> Tensor:
-    """Bring the mask of a parameter to its device, and refuse it if the parameter has other weights than zero outside.
+    """Return the mask of a parameter on its device; refuse it if the parameter has other weights than zero outside.
 
-    Returns the part of this process if the parameter `name`, which is `weight`, is sharded.
+    `weight` is the parameter, `name` its name in the model, and `mask` a mask of its shape, which should be boolean,
+    True = kept. If the parameter is sharded, the mask that is returned is the part of this process. Changes nothing.
     """
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
@@ -301,7 +312,7 @@ def _checked_mask(name: str, weight: Tensor, mask: Tensor) -> Tensor:
         )
 
     if isinstance(weight, DTensor):
-        # every process has the whole mask: none is sent
+        # Every process has the whole mask and takes its own part of it. Nothing is sent (`src_data_rank`).
         sharded = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None)
         mask = sharded.to_local()
     mask = mask.to(weight.device)
@@ -356,9 +367,10 @@ def pruned_folder(source: str | Path) -> Path:
 
 
 def _file_of(source: str | Path, file: str) -> Path:
-    """The path of a file of a pruned model, which is downloaded into the Hub's cache if need be.
+    """Return the path of a file of a pruned model, which is downloaded into the Hub's cache if need be.
 
-    `source` is a folder or Hub id, and `file` a path in it, such as "fista/report.json".
+    `source` is a folder or Hub id, and `file` a path in it, such as "fista/report.json". FileNotFoundError if there is
+    no such file.
     """
     try:
         return Path(str(cached_file(str(source), file)))
@@ -374,19 +386,20 @@ def _assemble(
     """Unpack the masks of operators into masks of parameters, by parameter name.
 
     An operator is one matrix; experts and fused operators share a parameter, so several operators fill one mask.
-    `report` and `packed` come from `find_record`. Changes neither of them.
+    `report` and `packed` come from `find_record`: masks of one bit a weight, by the names of the operators' weights.
+    Returns boolean masks on the CPU, True = kept; what belongs to no operator is kept. Changes nothing.
     """
     operators = operators_by_weight(model, report)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
 
     masks: dict[str, Tensor] = {}
-    for entry in report.masked:
+    for entry in report.masked:  # the reports of the operators that have a mask
         operator = operators[entry.name]
-        parameter = getattr(operator.owner, operator.tensor)
+        parameter = getattr(operator.owner, operator.tensor)  # of the module that holds the weight
         name = names[id(parameter)]
         if name not in masks:
             masks[name] = torch.ones(parameter.shape, dtype=torch.bool)
-        # a view, so the mask of the parameter gets the values
+        # `select` takes the operator's part of a tensor. It is a view, so the mask of the parameter gets the values.
         part_of_operator = operator.select(masks[name])
         part_of_operator.copy_(unpack_mask(packed[entry.name], tuple(part_of_operator.shape)))
     return masks
@@ -395,9 +408,8 @@ def _assemble(
 def _prunable_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield names and weights of the linear operators of the decoder layers, those of experts too.
 
-    Offloaded ones are left out.
-
-    They are the parameters themselves, by names such as "model.layers.3.mlp.down_proj.weight".
+    The weights are the parameters themselves, with names such as "model.layers.3.mlp.down_proj.weight". Offloaded ones
+    (on the meta device) are left out.
     """
     for layer_name, layer in find_decoder_layers(model):
         for name, module in layer.named_modules(prefix=layer_name):
@@ -405,15 +417,17 @@ def _prunable_weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
                 continue
             for key, weight in module.named_parameters(recurse=False):
                 is_bias = weight.ndim <= 1
-                if not is_bias and weight.device.type != "meta":
+                is_offloaded = weight.device.type == "meta"
+                if not is_bias and not is_offloaded:
                     yield f"{name}.{key}", weight
 
 
 def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Masks of the zeros that the linear operators of the decoder layers have now; a dense model is refused.
+    """Return masks of the zeros that the linear operators of the decoder layers have now; refuse a dense model.
 
     Masks are boolean, True = kept, by parameter name. A model that has lost whole parts and has no zeros gives no
-    masks. The configuration of the model has the number of zeros that the pruning run set.
+    masks. The configuration of the model (`fista_pruning`) has the number of zeros that the pruning run set: a model
+    with fewer zeros is refused. Changes nothing.
     """
     masks: dict[str, Tensor] = {}
     zeros = 0
@@ -430,11 +444,12 @@ def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
         if zeros_of_weight:  # a dense operator needs no hook
             masks[name] = mask
 
+    # The summary of the pruning run. A model that another program has pruned has none.
     record = getattr(model.config, CONFIG_KEY, None) or {}
     promised = int(record.get("num_zeros", 0))
     are_by_chance = zeros < _SHARE_BY_CHANCE * weights
     # A run that sets no zeros removes parts. An earlier run may have left zeros all the same.
-    has_lost_parts = record.get("num_zeros") == 0
+    has_lost_parts = record.get("num_zeros") == 0  # a missing entry is not 0
     if has_lost_parts:
         return {} if are_by_chance else masks
 
@@ -468,23 +483,28 @@ def require_dense(model: PreTrainedModel) -> None:
 def _require_no_other_zeros(
     model: PreTrainedModel, masks: Mapping[str, Tensor], earlier_patterns: list[str]
 ) -> None:
-    """Refuse to train a model that was pruned several times if it has zeros that no mask covers.
+    """Refuse to train a model that was pruned several times if it has zeros that no mask covers. Changes nothing.
 
-    The masks are those that `find_masks` found: of the last run, and of earlier runs if they were carried through it.
-    `earlier_patterns` are those of the runs before, such as `["2:4"]`. Training would fill the zeros of such a run, and
-    nothing would say so.
+    Training would fill the zeros of such a run, and nothing would say so. A few zeros are there by chance.
+
+    Args:
+        model: The pruned model.
+        masks: Those that `find_masks` found, by parameter name: of the last run, and of earlier runs if they were
+            carried through it. A mask of a sharded parameter is the part of this process.
+        earlier_patterns: The patterns of the runs before the last one, such as `["2:4"]`, for the message.
     """
     uncovered = 0
     weights = 0
     first_name = ""
     for name, weight in _prunable_weights(model):
-        is_zero = local(weight.detach()) == 0
+        is_uncovered_zero = local(weight.detach()) == 0
         if name in masks:
-            is_zero &= masks[name]
-        zeros_of_weight = int(is_zero.sum())
+            is_uncovered_zero &= masks[name]  # zeros of kept weights
+        zeros_of_weight = int(is_uncovered_zero.sum())
         uncovered += zeros_of_weight
-        weights += is_zero.numel()
-        if zeros_of_weight > _SHARE_BY_CHANCE * is_zero.numel() and not first_name:
+        weights += is_uncovered_zero.numel()
+        are_by_chance = zeros_of_weight <= _SHARE_BY_CHANCE * is_uncovered_zero.numel()
+        if not are_by_chance and not first_name:
             first_name = name
 
     if first_name and uncovered >= _SHARE_BY_CHANCE * weights:
