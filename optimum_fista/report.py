@@ -219,11 +219,11 @@ class PruningReport(RunRecord):
             return ""
         # Perplexities that can be compared: of the text of one token of the larger vocabulary, by both models.
         bytes_per_token = bits["num_bytes"] / bits["num_tokens"]
-        given = 2 ** (bits["dense"] * bytes_per_token)
+        given = _two_to(bits["dense"] * bytes_per_token)
         return verdict(
             # A verdict is about the first model. If that is not the given one, it was not measured on this text.
             dense=given if self.origin is None else None,
-            pruned=2 ** (bits["pruned"] * bytes_per_token),
+            pruned=_two_to(bits["pruned"] * bytes_per_token),
             num_tokens=bits["num_tokens"],
             text=bits["text"],
             vocabulary=self.model["vocabulary"]["before"],

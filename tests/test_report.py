@@ -38,6 +38,15 @@ def test_totals_are_sums_and_means():
     }
 
 
+def test_a_model_that_is_badly_broken_without_its_tokens_has_a_verdict():
+    bits = {"dense": 2.0, "pruned": 300.0, "num_bytes": 40_000, "num_tokens": 10_000, "text": "c4"}
+    model = TWO.model | {"vocabulary": {"before": 64_000, "kept": 1_000}}
+
+    broken = dataclasses.replace(TWO, model=model, bits_per_byte=bits)  # 1200 bits a token
+
+    assert broken.verdict_of_tokens == "broken: prune less"
+
+
 def test_a_report_without_operators_has_no_zeros():
     assert report().totals["sparsity"] == 0
 
