@@ -82,7 +82,8 @@ class FistaPruningConfig(PruningOptions):
     def _detach_from_caller(self) -> None:
         """Replace options that the caller may change later by copies: sequences by tuples, mappings by dictionaries.
 
-        A single text becomes a tuple of one. Values of wrong types stay as they are, for the check that follows.
+        A single text becomes a tuple of one. Values of wrong types stay as they are, for the check that follows. Fields
+        of a frozen dataclass are set by `object.__setattr__`.
         """
         for name in ("include", "exclude", "keep_tokens"):
             value = getattr(self, name)
@@ -172,8 +173,8 @@ class FistaPruningConfig(PruningOptions):
             # As published: FISTAPruner starts OPT from SparseGPT, Llama from Wanda.
             options["warm_start"] = "sparsegpt" if model_type == "opt" else "wanda"
         try:
-            method = create_method(self.method, **options)
-            message = wrong_field(method)
+            method = create_method(self.method, **options)  # the function of `solve.methods`
+            message = wrong_field(method)  # the options of a method are its fields
         except TypeError as error:  # the method compared text or None with a number
             raise ValueError(
                 f"method_options={options!r}: pass numbers where method {self.method!r} takes them ({error})."

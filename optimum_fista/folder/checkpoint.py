@@ -94,7 +94,7 @@ def read_recoveries(folder: Path) -> list[RecoveryReport]:
     if not file.exists():
         return []
     try:
-        content = spell_out_controls_in_json(read_json(file))
+        content = spell_out_controls_in_json(read_json(file))  # of other people, perhaps
         return [as_record(RecoveryReport, values) for values in content["recoveries"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -84,7 +84,7 @@ class Packing:
 
 
 def is_packed(folder: Path) -> bool:
-    """Tell whether a model folder is packed, by its configuration."""
+    """Tell whether a model folder is packed, by the entry `quantization_config` of its `config.json`."""
     file = folder / CONFIG_FILE
     if not file.exists():
         return False

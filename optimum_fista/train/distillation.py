@@ -129,7 +129,8 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Make a Trainer that moves `model` to its device, and try whether the models can be cut (`Predictor`).
 
-        Under FSDP2 the teacher is sharded here, and the student when the training begins.
+        Under FSDP2 the teacher is sharded here, and the student when the training begins. If a model can't be cut, a
+        warning that this takes more memory is logged, and kept in `self.warnings` for the report.
 
         Args:
             model: The student in float32; gradients are on for the parameters to train (`mark_trained`).

@@ -233,7 +233,8 @@ def _require_right_models(
 def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
     """Draw the text as token ids int64 [sequences, length]; the first `held_out` sequences are never trained on.
 
-    Text that the teacher writes is kept in `journal`, the folder of the run, where a later start reads it.
+    `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. Such text is kept in
+    `journal`, the folder of the run, where a later start reads it. `progress`: whether to show a bar.
     """
     held_out = plan.options.held_out
     try:
@@ -594,9 +595,10 @@ def _write(
 ) -> None:
     """Write all files of the recovered model into the subfolder `MODEL` of `unfinished`, which is emptied first.
 
-    `report` joins the pruning report of the source (`plan.report`), or the record of earlier trainings if the model was
-    never pruned (`plan.recoveries`). The configuration of `model` is changed as `write_checkpoint` or `write_dense`
-    does. `plan` stays as it is.
+    `model` is that of the source with the trained weights, and `report` that of this training. The report joins the
+    pruning report of the source (`plan.report`), or the record of earlier trainings if the model was never pruned
+    (`plan.recoveries`). The configuration of `model` is changed as `write_checkpoint` or `write_dense` does. `plan`
+    stays as it is.
     """
     # What is known of the files of the source: their dtypes, tensors to copy, and why others are not copied.
     tensors = source_tensors(model, Path(plan.source), quantized=False)
@@ -622,7 +624,14 @@ def _write(
         )
         if tensors.not_copied:
             pruning_report.model["lacks"] = dict(tensors.not_copied)
-        write_checkpoint(model, folder, pruning_report, masks, None, tensors)
+        write_checkpoint(
+            model=model,
+            folder=folder,
+            report=pruning_report,
+            masks=masks,
+            tokenizer=None,  # its files are copied from the source
+            stored_as=tensors,
+        )
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:

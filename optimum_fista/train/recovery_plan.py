@@ -608,9 +608,10 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
     if free:
         memory += f", {size_text(free)} are free"
 
-    parameters = _Sizes.of(plan.source).parameters
+    parameters = _Sizes.of(plan.source).parameters  # of the student, by its configuration
+    name_of_student = "pruned" if plan.report else "model"  # the report of a pruning run
     lines = {
-        "pruned" if plan.report else "model": f"{plan.source}, {parameters:,} parameters",
+        name_of_student: f"{plan.source}, {parameters:,} parameters",
         "teacher": teacher,
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
