@@ -319,6 +319,7 @@ class FistaPruningConfig(PruningOptions):
         from optimum_fista.model.correction import Correction
 
         config = self.resolved()
+        # `resolved` has put the method's own value there.
         assert config.error_correction is not None
         return Correction.parse(config.error_correction, config.residual_correction or 0.0)
 

@@ -184,7 +184,7 @@ class PruningReport(RunRecord):
         measured = self.perplexity
         assert measured is not None
         text = measured.get("text") or "text"  # for a text without a name
-        if text == OWN_TEXT:
+        if text == OWN_TEXT:  # the model wrote it
             text = "text of its own"
         tokens = f"{measured['num_tokens']:,} tokens of {text}"
         was_trained_before = any(step.retrained for step in self.steps[:-1])

@@ -379,7 +379,7 @@ class RunRecord:
             if operator.held_out_fit_error is not None:
                 held_out += operator.held_out_fit_error
                 fitted += operator.fit_error
-        return held_out / fitted if fitted else None
+        return held_out / fitted if fitted else None  # nor if all errors are 0
 
     def command(self) -> str:
         """Return the command line that prunes the given model in the same way, quoted for a shell.

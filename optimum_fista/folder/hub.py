@@ -74,7 +74,7 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility, whatever was asked.
         is_private = None if private is None else api.model_info(repo_id).private
-        if is_private == private:
+        if is_private == private:  # also if nothing was asked
             # The ref of a pull request exists already.
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
