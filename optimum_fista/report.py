@@ -307,7 +307,10 @@ class PruningReport(RunRecord):
 
     @property
     def experts_left(self) -> str:
-        """Say how many experts stayed, and how large their fit error is; empty if none was removed."""
+        """Say how many experts stayed, and how large their fit error is; empty if none was removed.
+
+        `self.mixtures` are reports of the mixtures that lost experts. REAP is the method that chooses the experts.
+        """
         if not self.mixtures:
             return ""
         # All mixtures lose as many experts. `saliency` has a number for each expert before the removal.

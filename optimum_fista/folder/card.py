@@ -128,7 +128,9 @@ def loading_class(model_class: str, model_type: str | None) -> LoadingClass:
     if hasattr(transformers, model_class):
         return LoadingClass(model_class, "text-generation")
     # Its code is in the folder.
-    return LoadingClass("AutoModelForCausalLM", "text-generation", ", trust_remote_code=True")
+    return LoadingClass(
+        "AutoModelForCausalLM", "text-generation", arguments=", trust_remote_code=True"
+    )
 
 
 def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> ModelCardData:

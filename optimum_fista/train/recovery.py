@@ -536,7 +536,7 @@ def _trainers_arguments(
         **{CHECKPOINTING: checkpointed_by_trainer},  # type: ignore[arg-type]
         eval_strategy="steps",
         eval_steps=steps_between,
-        eval_on_start=not resumed,
+        eval_on_start=not resumed,  # the loss before the training
         metric_for_best_model="eval_loss",
         load_best_model_at_end=True,
         save_strategy="best",  # a state after each step that is the best until then; `Watch` asks for others

@@ -273,7 +273,8 @@ def _match_vocabularies(
 
     Returns ids, int64 [student's tokens], if tokens were removed from the student, and `None` if both have the same
     tokens. `source` (the student) and `teacher` are folders or Hub ids. They are the keys of `configs` and of
-    `tokenizers`, where `None` stands for a folder without a tokenizer. Changes nothing.
+    `tokenizers`, where `None` stands for a folder without a tokenizer. A small file of a model of the Hub may be
+    downloaded into its cache; nothing else changes.
     """
     # numbers of tokens, by folder or Hub id
     sizes = {
