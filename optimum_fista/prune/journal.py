@@ -135,6 +135,7 @@ class Journal:
             record: What its report says.
             streams: Hidden states that the next layer needs, by name, a batch each; empty if it needs none.
         """
+        # The file of the masks; that of the record has the same name, with the ending .json.
         layer = self._file("layer", index)
         if streams:
             # By stream and batch, such as "pruned.12".
@@ -149,6 +150,7 @@ class Journal:
         shard_sha256 = None
         if shard is not None:
             shard_name, shard_sha256 = shard
+        # `None` if there is no such file.
         sha256 = {
             "shard": shard_sha256,
             "before": self._states_sha256.get(index),
@@ -156,7 +158,6 @@ class Journal:
             "budgets": self._budgets_sha256,
         }
         kept = KeptLayer(record, shard_name, sha256)
-        # The masks go to the file `layer`, beside the record.
         write_record(layer.with_suffix(".json"), dataclasses.asdict(kept), masks)
         # Only now: they are needed until the record is written.
         self._file("states", index).unlink(missing_ok=True)

@@ -194,6 +194,7 @@ def _stack(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]
         whole = torch.cat([getattr(problem, key) for problem in problems])
         for problem, part in zip(problems, whole.split(rows), strict=True):
             setattr(problem, key, part)
+        # In place, so the parts are scaled, too.
         setattr(stacked, key, whole.mul_(scales))
 
     squares = scales[:, 0].double().square()

@@ -155,9 +155,12 @@ def refit_columns(
     def solve(ridge: float) -> tuple[Tensor, str]:
         """Solve `problem` with this r: `W_K = C_K (G_KK)^-1` in coordinates of unit diagonal; K are `kept_inputs`.
 
-        Returns new weights [out, in], and the message of the factorisation ("" if it needed no help).
+        `ridge` is r, in units of the diagonal of the Gram matrix. `problem` is that of the outer function, which has
+        found `kept_inputs`, int64 [p]. Returns new weights [out, in], and the message of the factorisation ("" if it
+        needed no help).
         """
         gram, target, scale = problem.with_ridge(problem.statistics.diagonal * ridge)
+        # Of the rows and columns of the inputs that stay: G_KK, made anew for each attempt.
         factor, message = damped_cholesky(
             lambda: gram.index_select(0, kept_inputs).index_select(1, kept_inputs)
         )
