@@ -359,7 +359,7 @@ def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
     if folder is None:  # for example, the model was made from a configuration
         return SourceTensors()
     try:
-        with reading(str(folder)):
+        with reading(str(folder)):  # errors on damaged files name the folder
             return source_tensors(
                 model,
                 folder,

@@ -359,7 +359,7 @@ class FileSink(Sink):
             raise RankError(
                 "decoder layers that other ranks finished are not here: pass a folder that all nodes share"
             )
-        # All that `report.add` adds to.
+        # These are all fields that `report.add` adds to.
         report.operators = []
         report.layers = []
         report.left_dense = {}

@@ -212,7 +212,7 @@ def _read_model(
 
     files_dtypes = dtype == "auto"  # the result keeps the dtypes of the files
     removal = plan_removal(prunable_layers(model), config)
-    with reading(str(files)):
+    with reading(str(files)):  # errors on damaged files name the folder
         source = source_tensors(
             model,
             files,

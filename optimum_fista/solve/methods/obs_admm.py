@@ -156,36 +156,54 @@ class ObsAdmm(PruningMethod):
         num_steps = self._refit_by_rows(states, patterns, surgeon, gram)
         iterations = self.stages * self.iterations + num_steps
 
-        pruned = []
-        for problem, pattern, state in zip(problems, patterns, states, strict=True):
-            assert state.mask is not None
-            message_of_refit = ""
-            # Zero iterations turn off all refits, also that of whole columns, which takes none.
-            refits = self.refit_iterations > 0
-            if pattern.whole_columns and refits:
-                # step 4 of whole columns, in the problem's own coordinates; all rows of the mask are equal
-                columns_kept = state.mask[0]
-                weight, message_of_refit = refit_columns(problem, columns_kept, self.ridge)
-            else:
-                # W = W' B^T S; `state.point` is overwritten, because it is not needed any more
-                sparse = state.point.mul_(state.mask)
-                weight = surgeon.times_blocks(sparse, transposed=True).mul_(surgeon.scale)
-
-            # Both factorisations may have needed help, and say the same.
-            messages = [message] if message else []
-            if message_of_refit and message_of_refit != message:
-                messages.append(message_of_refit)
-            pruned.append(
-                PrunedOperator(
-                    weight=weight,
-                    mask=state.mask,
-                    fit_error=problem.fit_error(weight),
-                    iterations=iterations,
-                    converged=not messages,
-                    message="; ".join(messages),
-                )
+        return [
+            self._pruned_operator(
+                problem, pattern, state, surgeon, iterations=iterations, message=message
             )
-        return pruned
+            for problem, pattern, state in zip(problems, patterns, states, strict=True)
+        ]
+
+    def _pruned_operator(
+        self,
+        problem: LayerProblem,
+        pattern: SparsityPattern,
+        state: SplitState,
+        surgeon: _Surgeon,
+        *,
+        iterations: int,
+        message: str,
+    ) -> PrunedOperator:
+        """Bring the weights of an operator back to the coordinates of its problem; whole columns are refitted there.
+
+        `state` has the mask and, without whole columns, the refitted weights in the coordinates of `surgeon`; its point
+        is overwritten. `iterations` are those of ADMM and of the refit, and `message` is that of the factorisation, or
+        empty. `self.refit_iterations` of 0 turns off all refits, and `self.ridge` is the user's ridge, or `None`.
+        """
+        assert state.mask is not None
+        message_of_refit = ""
+        # Also the refit of whole columns, which takes no iterations.
+        refits = self.refit_iterations > 0
+        if pattern.whole_columns and refits:
+            # Step 4 of whole columns. All rows of the mask are equal.
+            columns_kept = state.mask[0]
+            weight, message_of_refit = refit_columns(problem, columns_kept, self.ridge)
+        else:
+            # W = W' B^T S
+            sparse = state.point.mul_(state.mask)
+            weight = surgeon.times_blocks(sparse, transposed=True).mul_(surgeon.scale)
+
+        # Both factorisations may have needed help, and say the same.
+        messages = [message] if message else []
+        if message_of_refit and message_of_refit != message:
+            messages.append(message_of_refit)
+        return PrunedOperator(
+            weight=weight,
+            mask=state.mask,
+            fit_error=problem.fit_error(weight),
+            iterations=iterations,
+            converged=not messages,
+            message="; ".join(messages),
+        )
 
     def _ridge_of(self, statistics: InputStatistics) -> float:
         """`r` of step 1: the option `ridge`, or a number that falls with the tokens of `statistics` per input."""
@@ -309,6 +327,7 @@ class _Surgeon:
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
         if self.blocks is None:
             return copy
+        # With the symmetric X = S G_r S, this is (X B)^T B = B^T X B.
         return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
     def scaled_target(self, problem: LayerProblem, rows: slice) -> Tensor:
