@@ -312,8 +312,9 @@ class FinishedParts:
         its `LayerTrace`: by the name of an operator, the part that returns its output unchanged.
         """
         self._activations = activations
+        # what finished parts return, by part, as soon as it is kept
         self._outputs: dict[nn.Module, _PartOutputs] = {}
-        # of the operators that end parts, until the outputs of the part are kept
+        # by part, the inputs of the operator that ends it, until the outputs of the part are kept
         self._inputs: dict[nn.Module, ActivationStore] = {}
         # by part, the number of the last group that has operators in it
         self._last_group: dict[nn.Module, int] = {}
@@ -325,7 +326,8 @@ class FinishedParts:
             if part in operator_modules:
                 continue
             inside = set(part.modules())
-            # owners, because an expert's module is none of the layer's
+            # Groups with an operator in this part. The owner of its weight counts: the module that this package makes
+            # for an expert is none of the layer's.
             numbers = [
                 number
                 for number, group in enumerate(groups)

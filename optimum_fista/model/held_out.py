@@ -88,7 +88,8 @@ class HeldOut:
     def resume(self, saved: Mapping[str, Sequence[Tensor]]) -> bool:
         """Resume with the tensors that `to_save` returned after a decoder layer; `False` if they are missing.
 
-        Sets `self.losses` if they were saved, and the hidden states that enter the next layer (`self._streams`).
+        `saved` has them by name: "losses" after the last layer, otherwise "held_out_dense" and "held_out_pruned". Sets
+        `self.losses` if they were saved, and the hidden states that enter the next layer (`self._streams`).
         """
         device = execution_device(self._sweep.layers.model.get_input_embeddings())
         if "losses" in saved:  # one tensor [2]: dense, pruned

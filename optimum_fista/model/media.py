@@ -227,10 +227,11 @@ def targets_of(ids: Tensor, config: PreTrainedConfig) -> Tensor:
 
     `ids` are int64 of any shape, and `config` is that of the model. If no token marks media, `ids` itself is returned.
     """
-    marks = [token for _, token in _placeholders(config)]
+    marks = [token for _, token in _placeholders(config)]  # ids of tokens that mark media
     if not marks:
         return ids
-    return ids.masked_fill(torch.isin(ids, torch.tensor(marks, device=ids.device)), -100)
+    is_mark = torch.isin(ids, torch.tensor(marks, device=ids.device))
+    return ids.masked_fill(is_mark, -100)
 
 
 def _placeholders(config: PreTrainedConfig) -> list[tuple[str, int]]:

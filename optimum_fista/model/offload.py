@@ -194,7 +194,7 @@ def settle_ties(model: PreTrainedModel) -> None:
     to. A weight that is stored only under another weight's name is also found under its own name: the index of
     Accelerate gets an entry. Transformers does this for weights in memory, but not for weights on disk.
     """
-    # such as "lm_head.weight": "model.embed_tokens.weight"
+    # names such as "lm_head.weight", which is tied to "model.embed_tokens.weight"
     for target, source in list(model.all_tied_weights_keys.items()):
         path, _, leaf = target.rpartition(".")
         owner = model.get_submodule(path)

@@ -159,13 +159,16 @@ class Predictor:
 
         `self._output_class` is the class of what the base model returns. During the call, the forward pass of the base
         model is replaced: it returns `hidden`, so that the model runs its head alone. Of a model that can't be cut
-        (`self._output_class` is `None`), `hidden` are the logits already.
+        (`self._output_class` is `None`), `hidden` are the logits already. Columns of tokens that the student does not
+        have are left out (`_of_kept`).
         """
         if self._output_class is None:
             return self._of_kept(hidden)
         # [positions, hidden] -> [1, positions, hidden], a batch of one sequence
         output = self._output_class(last_hidden_state=hidden[None])
-        any_ids = torch.zeros(1, len(hidden)).long().to(hidden.device)
+        any_ids = (
+            torch.zeros(1, len(hidden)).long().to(hidden.device)
+        )  # the base model does not read them
         with replaced_forwards([self._model.get_decoder()], [lambda *_, **__: output]):
             logits = self._model.forward(input_ids=any_ids, use_cache=False).logits[0]
         return self._of_kept(logits)
