@@ -102,7 +102,10 @@ class _Tracer:
     """Sees the calls of operators, and the ends of parts, in one forward pass."""
 
     def __init__(self, operators: Mapping[str, LinearOperator]) -> None:
-        """Begin before any hook of the trace is on the modules of the `operators`, which are by name."""
+        """Begin with empty notes, before any hook of the trace is on the modules of the `operators`.
+
+        These are by their full names, such as "model.layers.3.mlp.down_proj".
+        """
         self.by_module = {operator.module: operator for operator in operators.values()}
         # Modules whose output is compared with W x + b. A hook makes a module doubtful, so they are found before the
         # tracer's own hooks are there.

@@ -271,7 +271,7 @@ def _require_own_memory(model: PreTrainedModel, layers_name: str) -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.device.type != "meta" and parameter.numel()
     ]
-    # Sorted by device and first byte, spans that overlap follow each other.
+    # Sorted by device and first byte, each span is compared with the next one.
     for (device, _, end, name), (next_device, next_start, _, next_name) in pairwise(sorted(spans)):
         overlap = device == next_device and next_start < end
         are_tied = {name, next_name} <= tied_names

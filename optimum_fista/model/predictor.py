@@ -166,9 +166,8 @@ class Predictor:
             return self._of_kept(hidden)
         # [positions, hidden] -> [1, positions, hidden], a batch of one sequence
         output = self._output_class(last_hidden_state=hidden[None])
-        any_ids = (
-            torch.zeros(1, len(hidden)).long().to(hidden.device)
-        )  # the base model does not read them
+        # any ids: nothing reads them
+        any_ids = torch.zeros(1, len(hidden)).long().to(hidden.device)
         with replaced_forwards([self._model.get_decoder()], [lambda *_, **__: output]):
             logits = self._model.forward(input_ids=any_ids, use_cache=False).logits[0]
         return self._of_kept(logits)
