@@ -194,7 +194,7 @@ def unpack(packed: PackedTensor, name: str = "weight") -> Tensor:
     device = packed.values.device
     dense = torch.zeros(rows, columns, dtype=packed.values.dtype, device=device)
 
-    start = 0  # of the values of a chunk
+    start = 0  # where the values of the chunk begin
     for chunk in _chunks(rows, columns):
         bits = unpack_bits(packed.mask[chunk].to(device), columns)
         stop = start + int(torch.count_nonzero(bits))

@@ -249,6 +249,7 @@ def _reorder(masks: dict[str, Tensor], reorderings: Iterable[Reordering]) -> Non
     for reordering in reorderings:
         for name in reordering.part.tensors:
             if name in masks:
+                # `shrink` returns the channels that it is given, in their order: here all of them.
                 masks[name] = reordering.part.shrink(name, masks[name], list(reordering.order))
 
 

@@ -76,6 +76,7 @@ class SmallerMixture:
         self._residuals: list[Tensor] = []
         # || Y ||^2 of tokens to fit (False), and of those held out (True)
         self._energies = {False: 0.0, True: 0.0}
+        # Residuals wait where the layer's hidden states do, or on the device if these are in files.
         keeps_in_file = isinstance(activations.storage, Path)
         place = activations.device if keeps_in_file else activations.storage
 

@@ -225,7 +225,10 @@ class RemovedParts:
     kept: int
 
     def __str__(self) -> str:
-        """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`."""
+        """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`.
+
+        There `self.number` is 3, `self.kept` is 2, and `self.share` is what was asked for: 0.34 of the heads.
+        """
         if self.share.kind == "layers":
             kind = "decoder layers"
             place = ""  # they are no parts of a decoder layer

@@ -207,7 +207,8 @@ class Removal:
     def part_of(self, name: str) -> Part | None:
         """The part that becomes smaller and to which the tensor `name` belongs; `None` if the tensor stays as it is.
 
-        `name` is that of a parameter of the model, or of a tensor in its files that stands in the place of one.
+        `name` is that of a parameter of the model, or of a tensor in its files that stands in the place of one. Here,
+        no part becomes smaller.
         """
         return None
 
