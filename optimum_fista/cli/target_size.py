@@ -121,7 +121,9 @@ def _chosen(
 ) -> Candidate:
     """Choose the cheapest candidate that keeps to `--protect`, and print all candidates on standard error.
 
-    Without texts, or if the memory is too small to measure them, it is the first one, and a line says why.
+    The cheapest one has the least mean of its costs on the texts (`Costs.of`). Trials write into a temporary folder
+    beside the output, and delete it. Without texts, or if the memory is too small to measure them, it is the first one,
+    and a line says why.
 
     Args:
         candidates: Those that are possible, the one with the fewest tokens left first.
@@ -146,10 +148,10 @@ def _chosen(
     if costs is None:
         chosen = candidates[0]
     else:
-        cheap_enough = [other for other in candidates if costs.keep_to_limits(costs.of(other))]
-        if not cheap_enough:
+        within_limits = [other for other in candidates if costs.keep_to_limits(costs.of(other))]
+        if not within_limits:
             raise ValueError(_refusal(candidates, costs))
-        chosen = min(cheap_enough, key=lambda other: fmean(costs.of(other)))
+        chosen = min(within_limits, key=lambda other: fmean(costs.of(other)))
 
     for candidate in candidates:
         mark = "->" if candidate is chosen else "  "

@@ -224,16 +224,19 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         if ".experts." not in f"{module}."
     }
     parts |= _running_layer(run, names, groups_of_all_tokens)
-    if run.config.correction.carry == "none" or run.config.held_out:
+    all_groups_together = run.config.correction.carry == "none"  # none needs the others' results
+    if all_groups_together or run.config.held_out:
         # All groups of a decoder layer are summed in one pass over the tokens.
         parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
 
-    # Features of the dense network that are kept: outputs of a group, or its inputs if they are fewer.
+    # Features of a token in the dense network that are kept, if operators are fitted to it: outputs of a group, or its
+    # inputs if they are fewer.
     recorded = 0
     if run.config.correction.needs_dense:
         for (_, columns), outputs in groups_of_all_tokens.items():
             recorded += min(sum(outputs), columns)
     for (_, columns), outputs in groups.items():
+        # Of each token wait the recorded features, the inputs of the group, and some hidden states.
         features = recorded + columns + (run.num_streams + 2) * run.hidden
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         yield Moment({**parts, **_solving(run, outputs, columns)}, waiting)
@@ -244,7 +247,8 @@ def _running_layer(
 ) -> dict[str, float]:
     """Count the bytes, by part, of running a decoder layer on one batch.
 
-    `names` are those of the operators to prune in the layer. `groups` (`_groups`) are those that all tokens reach.
+    `names` are those of the operators to prune in the layer. `groups` are those that all tokens reach: for each module
+    and number of inputs, the numbers of outputs of its operators (`_groups`).
     """
     parts: dict[str, float] = {}
     batch_tokens = run.batch_size * run.length

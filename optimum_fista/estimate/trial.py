@@ -118,13 +118,13 @@ def _require_quick_trial(
 ) -> None:
     """Refuse to try the decoder layers with the numbers `firsts` if that takes long, or more memory than is free.
 
-    Times a product of matrices on `device`, with random numbers of PyTorch. What else the machine does must not decide:
-    on a CPU, the time of this thread counts, and not that of the clock. `memory` has the bytes that the run holds at
-    most, by place ("device" and "host") and by part.
+    Times a product of random matrices on `device`; the random state of PyTorch moves on. What else the machine does
+    must not decide: on a CPU, the time of this thread counts, and not that of the clock. `memory` has the bytes that
+    the run holds at most, by place ("device" and "host") and by part.
     """
     square = torch.randn(1024, 1024, device=device)
-    timed: dict[str, Any] = {"timer": time.thread_time} if run.on_cpu else {}
-    timer = Timer("square @ square", globals={"square": square}, **timed)
+    clock: dict[str, Any] = {"timer": time.thread_time} if run.on_cpu else {}  # or the default
+    timer = Timer("square @ square", globals={"square": square}, **clock)
     seconds_of_product = timer.timeit(5).median
     # A bound on the work, in multiplications: a hundred products of weights [out, in] with a matrix [in, in].
     work = 0
