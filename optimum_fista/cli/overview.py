@@ -133,7 +133,7 @@ def overview_of(estimate: Estimate) -> list[str]:
     is_default = config.method == type(config).method  # the default of the dataclass
     default = " (the default)" if is_default else ""
     pattern = config.pattern
-    if pattern == "unstructured":
+    if pattern == "unstructured":  # says nothing without the share of zeros
         pattern = str(config.sparsity)
     encoders = ", and what the encoders of images need" if has_images else ""
     memory = ", ".join(

@@ -113,7 +113,7 @@ def _interpolated(measured: Mapping[int, Sequence[float]], number: float, index:
     `measured` has the costs on all texts, by such numbers. For more than the largest of these, the cost is that of the
     largest.
     """
-    numbers = sorted(measured)
+    numbers = sorted(measured)  # `interp` needs them in rising order
     costs = [measured[other][index] for other in numbers]
     return float(np.interp(number, numbers, costs))
 

@@ -271,7 +271,7 @@ def _verify_operator(operator: OperatorReport, weight: Tensor, packed_mask: Tens
     # Patterns count along the inputs, so they need [out, in].
     mask_by_rows = mask.T if operator.stored_transposed else mask
     if operator.groups_kept is not None:
-        # Groups of columns were removed. The pattern says how many of all columns, so they are put back as zeros.
+        # Groups of columns were removed. The pattern says how many of all columns go, so they are put back as zeros.
         mask_by_rows = _mask_before_removal(operator, pattern, mask_by_rows)
     violation = pattern.violation(mask_by_rows)  # in words; None if the mask keeps the pattern
     if violation:
