@@ -102,9 +102,10 @@ class Naming:
 
         `own` is the name that the tensor would have in the model (`names_of`), such as
         "model.layers.61.eh_proj.weight". If the model has 61 decoder layers, the result is "model.layers.61". If the
-        model has all modules in the name, the tensor's own name is returned, with the prefix of the base model.
+        model has all modules in the name, the tensor's own name is returned, with the prefix of the base model
+        (`self._prefix`, such as "model"). `self._names_of_modules` are those that the model has.
         """
-        # The files may store the tensor without the prefix of the base model ("layers.61.eh_proj.weight").
+        # The files may store the tensor without this prefix ("layers.61.eh_proj.weight").
         first_word = own.partition(".")[0]
         lacks_prefix = f"{self._prefix}.{first_word}" in self._names_of_modules
         full_name = f"{self._prefix}.{own}" if lacks_prefix else own

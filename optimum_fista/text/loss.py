@@ -138,7 +138,7 @@ def require_measurable(
         if not text.strip():
             raise ValueError(f"measure: the text {public!r} is empty.")
         stretches = _enough_stretches(text, public, tokenizer)
-        measured.append(MeasuredText(public, tuple(stretches), protect.get(name)))
+        measured.append(MeasuredText(public, tuple(stretches), at_most=protect.get(name)))
     return measured
 
 
