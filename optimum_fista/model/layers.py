@@ -11,7 +11,6 @@ embedding and of the head.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
@@ -271,17 +270,23 @@ def _require_own_memory(model: PreTrainedModel, layers_name: str) -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.device.type != "meta" and parameter.numel()
     ]
-    # Sorted by device and first byte, each span is compared with the next one.
-    for (device, _, end, name), (next_device, next_start, _, next_name) in pairwise(sorted(spans)):
-        overlap = device == next_device and next_start < end
-        are_tied = {name, next_name} <= tied_names
-        is_in_layers = any(n.startswith(f"{layers_name}.") for n in (name, next_name))
-        if overlap and is_in_layers and not are_tied:
-            raise UnsupportedArchitectureError(
-                f"{next_name} and {name} share memory, and {type(model).__name__} does not declare them tied, so "
-                "they could not be saved: give each a tensor of its own (nn.Parameter(weight.clone())), or name both "
-                "in _tied_weights_keys of the class, which counts if config.tie_word_embeddings is True."
-            )
+    overlapped: list[
+        tuple[str, int, int, str]
+    ] = []  # the spans before that reach into the next one
+    # Sorted by device and first byte, a span begins no later than those after it.
+    for span in sorted(spans):
+        device, start, _, name = span
+        overlapped = [other for other in overlapped if other[0] == device and other[2] > start]
+        for *_, other_name in overlapped:
+            are_tied = {name, other_name} <= tied_names
+            is_in_layers = any(n.startswith(f"{layers_name}.") for n in (name, other_name))
+            if is_in_layers and not are_tied:
+                raise UnsupportedArchitectureError(
+                    f"{name} and {other_name} share memory, and {type(model).__name__} does not declare them tied, so "
+                    "they could not be saved: give each a tensor of its own (nn.Parameter(weight.clone())), or name "
+                    "both in _tied_weights_keys of the class, which counts if config.tie_word_embeddings is True."
+                )
+        overlapped.append(span)
 
 
 def _span_of(tensor: Tensor) -> tuple[str, int, int]:

@@ -106,7 +106,14 @@ def overlap(model):
     model.model.layers[1].mlp.gate_proj.weight = nn.Parameter(both[32:])
 
 
-@pytest.mark.parametrize("change", [tie, tie_to_embedding, overlap])
+def overlap_beyond_a_tied_part(model):
+    """In memory, the head is a part of the embedding, and ends before the weight of a layer begins."""
+    both = model.model.embed_tokens.weight.detach()
+    model.lm_head.weight = nn.Parameter(both[2:12])
+    model.model.layers[1].self_attn.q_proj.weight = nn.Parameter(both[20:52])
+
+
+@pytest.mark.parametrize("change", [tie, tie_to_embedding, overlap, overlap_beyond_a_tied_part])
 def test_weights_that_share_memory(change):
     model = tiny_llama(tie_word_embeddings=True)
 
