@@ -41,7 +41,6 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.packed_folder import is_packed, packed_operators, packed_outlines
 from optimum_fista.folder.writing import summary
 from optimum_fista.model.layers import token_limits
-from optimum_fista.packed.format import PackedFormatError
 from optimum_fista.records import MixtureReport, OperatorReport
 from optimum_fista.removal.experts import experts_to_keep
 from optimum_fista.removal.parts import count_router_groups
@@ -158,7 +157,9 @@ def _errors_of_damaged_files() -> Iterator[None]:
         raise VerificationError(
             f"{REPORT_FILE} lacks a field, or has one too many: {error}."
         ) from error
-    except PackedFormatError as error:
+    except VerificationError:
+        raise
+    except ValueError as error:  # a damaged file, or a packed tensor of another form
         raise VerificationError(str(error)) from error
     except SafetensorError as error:
         raise VerificationError(f"a safetensors file is damaged or incomplete: {error}.") from error

@@ -1,7 +1,7 @@
 """The files of a model's folder as any program reads them: configuration, weight files and their index.
 
 Nothing here needs Transformers or a model, so that a command reads a folder quickly, even if the model is too large to
-load. A damaged JSON file gives a ValueError that names the file. A model is named by a Hub id, such as "owner/name", or
+load. A damaged file gives a ValueError that names it. A model is named by a Hub id, such as "owner/name", or
 by the path of its folder. Only `write_index` writes.
 """
 
@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from optimum_fista.atomic import write_file
@@ -110,8 +110,7 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
 
     Raises:
         FileNotFoundError: If the folder holds no such weights.
-        ValueError: If the index of the files is damaged.
-        SafetensorError: If a single file is damaged.
+        ValueError: If the single file, or the index of several files, is damaged.
     """
     single = folder / f"{stem}.safetensors"
     index = folder / f"{stem}.safetensors.index.json"
@@ -141,9 +140,14 @@ def checkpoint_files(folder: Path, stem: str = "model") -> dict[str, Path]:
 
 
 def names_in(file: Path) -> list[str]:
-    """Return the names of the tensors in a safetensors file."""
-    with safe_open(file, "pt") as opened:
-        return list(opened.keys())
+    """Return the names of the tensors in a safetensors file, whose header is read; ValueError if it is damaged."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return list(opened.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r} is damaged, or a pointer of Git LFS ({error}): download it again (git lfs pull)."
+        ) from error
 
 
 def write_index(

@@ -146,7 +146,6 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: If two files hold different values of one name, or a file is damaged.
-        SafetensorError: If the only file is damaged.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(weight_files(source)):

@@ -3,6 +3,7 @@
 This module loads neither torch nor transformers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,7 +71,7 @@ class RecoveryOptions:
         wrong = wrong_field(self)  # a whole sentence, or nothing
         if wrong:
             raise ValueError(wrong)
-        if self.relative_step is not None and not self.relative_step > 0:
+        if self.relative_step is not None and not 0 < self.relative_step < math.inf:
             raise ValueError(
                 f"relative_step={self.relative_step}: pass a positive share of the weights' root mean square, such as "
                 "0.001."

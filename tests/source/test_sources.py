@@ -443,6 +443,16 @@ def test_one_name_in_two_files_with_different_values_is_refused(tmp_path):
     require_refusal(tmp_path / "source", f"holds {name} twice")
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b"\x02\0"])
+def test_a_file_that_is_no_safetensors_file_is_named(tmp_path, content):
+    save_tiny_folder(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+
+    with pytest.raises(ValueError, match=f"'{file}' is damaged, or a pointer of Git LFS"):
+        read_stored(tmp_path)
+
+
 def test_a_scale_in_two_files_with_different_values_is_refused(tmp_path):
     source = fp8_deepseek(tmp_path / "source")
     tensors = load_file(source / "model.safetensors")

@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import random
 import re
@@ -604,6 +605,7 @@ def test_wrapped_layers_change_nothing(run, tmp_path, monkeypatch):
         ({"tokens": 10**6}, "tokens=1000000 and held_out=4 ask for this text: text 'sea.txt' has"),
         ({"train": "some"}, "train='some': pass 'auto', 'all' or 'norms'"),
         ({"relative_step": 0.0}, r"relative_step=0\.0: pass a positive share of the weights'"),
+        ({"relative_step": math.inf}, r"relative_step=inf: pass a positive share of the weights'"),
         ({"teacher": None}, "teacher is missing: the report of .* calls the dense model"),
     ],
 )
