@@ -344,6 +344,35 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     assert trained["recovery"]["options"]["label_share"] == 1
 
 
+def test_humaneval_is_added_to_a_row_of_a_version_that_did_not_know_recoveries(
+    benchmark, model_with_chat, tmp_path, monkeypatch
+):
+    folder, _ = model_with_chat
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("web", "wikitext2", "python"):
+        (texts / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
+    (texts / "texts.json").write_text("{}")
+    script = benchmark("known_models")
+    output = tmp_path / "rows.json"
+    words = [folder, "--text-folder", texts, "--work", tmp_path, "--output", output]
+    words += ["--sequence-length", "32", "--max-windows", "1", "--rows", "dense"]
+    run(script, monkeypatch, *words)
+    record = json.loads(output.read_text())
+    del record["rows"][0]["recovered"]
+    output.write_text(json.dumps(record))
+
+    def score(command, check):
+        measured = {"model": command[2].rpartition("/")[2], "pass_at_1": 100.0}
+        (tmp_path / "humaneval.json").write_text(json.dumps({"rows": [measured]}))
+
+    monkeypatch.setattr(script.subprocess, "run", score)
+    run(script, monkeypatch, *words, "--humaneval", "dense")
+
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["humaneval"] == {"model": "model", "pass_at_1": 100.0}
+
+
 def test_texts_to_measure_on_are_not_calibrated_on(benchmark, tmp_path, monkeypatch):
     script = benchmark("known_texts")
     documents = [f"Document {number} says nothing new." for number in range(200)]
