@@ -141,6 +141,7 @@ def _rate(device: torch.device, dtype: torch.dtype) -> float:
             globals={"square": square},
             num_threads=torch.get_num_threads(),
         )
+        # One measurement, after a warm-up: the mean time of five products. `Timer` waits for the device.
         seconds = timer.timeit(5).median
         if seconds > 1e-3:  # otherwise the product is too small to tell the rate
             break

@@ -110,7 +110,8 @@ def read_origin(config: Any) -> OriginReport | None:
 
     Args:
         config: Configuration of the model that a run is given. `config.fista_pruning` was written by the run that made
-            the model, or came with the model from other people; what can't be read in it is "not known".
+            the model, or came with the model from other people. If its origin can't be read, only the patterns of the
+            runs are known.
     """
     # The summary of the latest run (`folder.writing.summary`). Every summary has a pattern.
     entry = getattr(config, "fista_pruning", None)

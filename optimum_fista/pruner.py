@@ -194,10 +194,11 @@ class FistaPruner:
         """Prune a loaded model (`_prune_loaded`), and measure it before and after on the texts that the user named.
 
         The arguments are those of `prune`: `calib_dataloader` are the batches of the calibration, `source_name` is the
-        name of their text, `measure` are held-out texts by name, and `protect` says how much each may lose. The model
-        is changed in place, and this pruner keeps its report and masks. The losses go into the report, and into the
-        summary in `model.config`. If they can't be measured after the run, the report says so. The tokenizer is that of
-        the folder from which the model was loaded; ValueError if there is none.
+        name of their text, `measure` has held-out texts by name, such as `{"code.txt": text}`, and `protect`, by names
+        of `measure`, how many times the bits per byte before the run those after it may be. The model is changed in
+        place, and this pruner keeps its report and masks. The losses go into the report, and into the summary in
+        `model.config`. If they can't be measured after the run, the report says so. The tokenizer is that of the folder
+        from which the model was loaded; ValueError if there is none.
         """
         if not measure and not protect:
             return self._prune_loaded(model, calib_dataloader, source_name)

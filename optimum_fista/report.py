@@ -96,10 +96,11 @@ class PruningReport(RunRecord):
     def verdict_on(self, text: TextReport) -> str:
         """Say how much worse the result is than the first model on a text of `self.texts`, in the words of `verdict`.
 
-        The text has bits per byte of both models, and how many bytes and tokens were measured.
+        The text has bits per byte, how many bytes and tokens were measured, and `text.vocabulary`, the number of tokens
+        that the given model knows: there is no verdict if the first model hardly does better than a guess among these.
         """
         first = self.first_bits_per_byte(text)
-        # Perplexities that can be compared: of the text of one token of the given model, by both models.
+        # Bits per byte become perplexities per token of the given model, for both models, so these can be compared.
         bytes_per_token = text.num_bytes / text.num_tokens
         return verdict(
             dense=None if first is None else _two_to(first * bytes_per_token),

@@ -10,7 +10,7 @@ pruned linear map; its *mask* says which weights are kept. A *mixture* is a laye
 A run begins its report before the first decoder layer (`PruningReport(...)`), adds a `LayerRecord` after each layer
 (`add`), and completes `model` and `perplexity` at the end. The dictionary `model` describes both models: the given one
 (`name`, `dtype`, `sha256`, `dense_num_parameters`), and the result (`class`, `num_parameters`; `vocabulary` if it lost
-tokens). Everything else is a property: it is computed from the fields, changes nothing, and is the same each time.
+tokens). Everything else is computed from the fields when it is asked for, and changes nothing.
 """
 
 from __future__ import annotations
@@ -329,9 +329,8 @@ class RunRecord:
     def totals(self) -> dict[str, Any]:
         """Sums and means over the pruned operators, by the names that they have in `fista/report.json`.
 
-        Errors of a kind that no operator has are `None`. Only the fit error is 0.0 then: every operator has one, so
-        there are no operators. `self.model` must have the number of parameters of the result, which is known at the end
-        of a run.
+        Errors of a kind that no operator has are `None`. Every operator has a fit error; without operators it counts as
+        0.0. `self.model` must have the number of parameters of the result, which is known at the end of a run.
         """
         num_parameters = self.model["num_parameters"]
         num_weights = sum(math.prod(o.shape) for o in self.operators)
@@ -363,6 +362,7 @@ class RunRecord:
             "num_removed": num_removed,
             "share_removed": num_removed / self.num_parameters_given,
             **errors,
+            # the sum of the held-out fit errors, divided by that of the fit errors; more than 1 is overfitting
             "held_out_ratio": self._held_out_ratio(),
             "solve_seconds": solve_seconds,
             "num_not_converged": sum(not o.converged for o in self.operators),
@@ -410,10 +410,11 @@ class RunRecord:
             _, rows, _ = self.environment["batches"][0]  # number of batches, rows, tokens of a row
             words += ["--batch-size", str(rows), "--device", self.environment["device"]]
             dtype = self.environment["dtype"]  # of the model in memory, such as "torch.bfloat16"
-            # `written` is the same dtype, or a text that says that the dtypes of the files were kept. That is the
-            # default, so then no flag is needed. A report of an older version has no such entry.
-            keeps_dtypes_of_files = self.environment.get("written", dtype) != dtype
-            if not keeps_dtypes_of_files:
+            # The dtype of the files that the run wrote; a report of an older version has no such entry.
+            written = self.environment.get("written", dtype)
+            # Otherwise it is a sentence: each tensor kept its dtype. That is the default, without a flag.
+            is_one_dtype = written == dtype
+            if is_one_dtype:
                 words += ["--dtype", dtype.removeprefix("torch.")]
         return shlex.join(words)
 

@@ -156,7 +156,8 @@ def _request_for_channels(arguments: argparse.Namespace, channels: PartShare) ->
 def _without_needless_tokens(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Leave out candidates that remove the same channels as a later one, and more tokens.
 
-    Channels go in steps, so a few tokens may not spare any channel.
+    The first of `candidates` removes most tokens, the last one fewest. Channels go in steps, so a few tokens may not
+    spare any channel.
     """
     needed = list[Candidate]()
     for index, candidate in enumerate(candidates):

@@ -129,8 +129,8 @@ def _compare_loaded(
         progress: Called with the name of each tensor.
     """
     linear_operators = operators_by_weight(pruned_model, report)
-    # The report names operators as the files do. Here they are needed by the names of their weights in the model, so
-    # both names of each are looked up: `stored` has the names in the files, by those in the model.
+    # The report calls an operator as its weight is called in the files; here it is needed by the weight's name in the
+    # model. `stored` has the names in the files by those in the model, `names_in_model` is the reverse.
     stored = stored_names(pruned_model, linear_operators.values(), all_of_them=False)
     names_in_model = {stored_name.name: name for name, stored_name in stored.items()}
     operators = {names_in_model[operator.name]: operator for operator in report.operators}
@@ -154,7 +154,7 @@ def _compare_loaded(
         pruned = stored_tensor(pruned_model, name)
         if _lost_tokens(pruned.shape, expected.shape, tokens):
             assert tokens is not None
-            # New rows, of tokens that the dense model lacks, have no row to be compared with.
+            # If the dense model lacks a token, it has no row for it. Then there are too few rows: an error below.
             rows_in_dense = tokens[tokens < len(expected)]
             expected = expected[rows_in_dense]
         if pruned.shape != expected.shape:
@@ -269,7 +269,9 @@ def _copied_tensors(
     # Tensors that are still quantized are copied only if the result is quantized, too.
     is_quantized = dequantizer_of(folder) is not None
     source = source_tensors(dense_model, dense_folder, quantized=is_quantized)
-    source = replace(source, not_copied=report.model.get("lacks", {}))
+    # modules of these tensors, such as "mtp", that the run did not copy, each with the reason
+    lacks: dict[str, str] = report.model.get("lacks", {})
+    source = replace(source, not_copied=lacks)
     num_layers = len(find_decoder_layers(dense_model))
     # Tensors of a decoder layer have the new number of the layer in their names.
     layers_kept = report.model.get("layers_kept", range(num_layers))
@@ -299,7 +301,7 @@ def _compare_copied(
         copied = stored.get(name)
         if copied is not None and _lost_tokens(copied.shape, tensor.shape, tokens):
             assert tokens is not None
-            # New rows, of tokens that the dense model lacks, have no row to be compared with.
+            # If the dense model lacks a token, it has no row for it. Then there are too few rows: an error below.
             rows_in_dense = tokens[tokens < tensor.shape[0]]
             tensor = tensor.selected(0, rows_in_dense)
         if copied is None or not tensor.equals(copied):

@@ -88,13 +88,15 @@ def read_report(folder: Path) -> PruningReport:
 def read_recoveries(folder: Path) -> list[RecoveryReport]:
     """Return the trainings of a model that was never pruned, in their order; none if its folder has no record of them.
 
-    ValueError if the record is damaged. The file is only read.
+    Such a model is trained to compare a pruned one with; those of a pruned model are in its report. ValueError if the
+    record is damaged. The file is only read.
     """
     file = folder / RECOVERY_FILE
     if not file.exists():
         return []
     try:
-        content = spell_out_controls_in_json(read_json(file))  # of other people, perhaps
+        # The file may come from other people: control characters in its texts would reach a terminal.
+        content = spell_out_controls_in_json(read_json(file))
         return [as_record(RecoveryReport, values) for values in content["recoveries"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

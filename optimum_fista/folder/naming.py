@@ -98,7 +98,7 @@ def as_stored(
     return renamed_reports, renamed_masks
 
 
-def report_as_stored(
+def renamed_report(
     report: PruningReport, masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
 ) -> tuple[PruningReport, dict[str, Tensor]]:
     """Return a copy of a run's report in which operators have other names, and the masks under these names.
@@ -159,7 +159,8 @@ def as_in_model(
                 f"{entry.name} of shape {entry.shape} has a mask, but {type(model).__name__} has it in shape "
                 f"{stored_operator.shape}: pass the folder or Hub id that this model was loaded from."
             )
+        # A report calls an operator by the name of its weight. This is its place in the model, not in a file.
         in_model[entry.name] = StoredName(
             f"{stored_operator.name}.weight", stored_operator.transposed
         )
-    return report_as_stored(report, masks, in_model)
+    return renamed_report(report, masks, in_model)

@@ -33,7 +33,7 @@ from optimum_fista.folder.checkpoint import (
     require_files,
 )
 from optimum_fista.folder.output import FILES_FILE, all_names, new_output, require_output
-from optimum_fista.folder.writing import write_form
+from optimum_fista.folder.writing import write_masks_card_and_config
 from optimum_fista.installing import NAME
 from optimum_fista.packed.format import (
     SUFFIXES,
@@ -59,7 +59,7 @@ from optimum_fista.source.model_folder import (
 )
 from optimum_fista.source.names import split_index
 
-_REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_form`
+_REWRITTEN = {CONFIG_FILE, CARD_FILE, MASKS_FILE}  # by `write_masks_card_and_config`
 _EXPERT = re.compile(r"\.experts\.\d+\.(?=[^.]+\.[^.]+$)")
 """The number of an expert in a name such as `layers.1.mlp.experts.3.w1.weight`."""
 
@@ -437,7 +437,7 @@ def _convert_folder(
             weights_name = write_index(partial, new_stem, weight_map, metadata)
         card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in others else None
         settings = None if packed is None else packed_settings(weights_name, packed)
-        write_form(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
+        write_masks_card_and_config(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
 
 
 def _other_files(folder: Path, excluded: set[str]) -> list[str]:

@@ -34,7 +34,7 @@ from optimum_fista.folder.checkpoint import (
     VOCABULARY_FILE,
     write_recoveries,
 )
-from optimum_fista.folder.naming import operators_by_weight, report_as_stored
+from optimum_fista.folder.naming import operators_by_weight, renamed_report
 from optimum_fista.model.offload import describe_ties, stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.recovery_report import RecoveryReport
@@ -134,7 +134,7 @@ def write_checkpoint(
         _require_zeros(operator, masks[f"{operator.name}.weight"])
 
     names = stored_names(model, operators)  # in the files, by the names in the model
-    stored_report, stored_masks = report_as_stored(report, masks, names)
+    stored_report, stored_masks = renamed_report(report, masks, names)
     # The summary in the configuration knows of a training after the run (`checkpoint.mark_retrained`).
     earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
     was_retrained = report.retrained or bool(earlier_summary.get("retrained"))
@@ -166,7 +166,7 @@ def write_dense(
     write_recoveries(folder, recoveries)
     if tokenizer is not None and not any(folder.glob("tokenizer*")):
         tokenizer.save_pretrained(folder)
-    content = _describe(model, folder, local_source(model))
+    content = _complete_config(model, folder, local_source(model))
     write_file(folder / CONFIG_FILE, json.dumps(content, indent=2) + "\n")
 
 
@@ -302,24 +302,27 @@ def write_all_but_weights(
     (folder / "fista").mkdir(exist_ok=True)
     write_file(folder / REPORT_FILE, report.to_json())
     source = local_source(model)  # the folder that the model was loaded from
-    if source is not None and not leads_out(source / VOCABULARY_FILE, source):
-        # An earlier run has removed tokens, and the file has those that are left.
-        shutil.copyfile(source / VOCABULARY_FILE, folder / VOCABULARY_FILE)
+    if source is not None:
+        # If an earlier run has removed tokens, this file has those that are left.
+        vocabulary = source / VOCABULARY_FILE
+        has_vocabulary = not leads_out(vocabulary, source)  # also False if there is no such file
+        if has_vocabulary:
+            shutil.copyfile(vocabulary, folder / VOCABULARY_FILE)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _forget_further_tokens(model, report)
     model.config.fista_pruning = summary(report)  # stays if whoever loads the model saves it again
-    content = _describe(model, folder, source)
+    content = _complete_config(model, folder, source)
 
     dense_name = internals.loaded_from(model.config)  # folder or Hub id, whose own card is read
     card = model_card(report, dense_name)
-    write_form(folder, content, card, masks, packed, quantized)
+    write_masks_card_and_config(folder, content, card, masks, packed, quantized)
 
 
-def _describe(model: PreTrainedModel, folder: Path, source: Path | None) -> dict[str, Any]:
-    """Write `generation_config.json` into `folder` if it has none, and return the content of `config.json`.
+def _complete_config(model: PreTrainedModel, folder: Path, source: Path | None) -> dict[str, Any]:
+    """Complete `model.config`, write `generation_config.json` if it is missing; return the content of `config.json`.
 
-    Changes `model.config`: the names of the class and the dtype, and tied weights. `source` is the folder that the
+    Changes in `model.config` the names of the class and the dtype, and tied weights. `source` is the folder that the
     model was loaded from, `None` if there is none; its `config.json` says in which form keys are written.
     """
     if model.can_generate() and not (folder / _GENERATION_FILE).exists():
@@ -360,7 +363,7 @@ def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> Non
             setattr(settings, word, 0)
 
 
-def write_form(
+def write_masks_card_and_config(
     folder: Path,
     config: Mapping[str, Any],
     card: str | None,

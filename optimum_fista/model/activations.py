@@ -188,8 +188,8 @@ class _Staging:
         self.count = len(kept)  # number of tensors, those that are still copied included
         self._kept = kept
         self._device = device
-        self._module = torch.get_device_module(device)
-        self._stream = self._module.Stream(device) if has_streams else None
+        self._device_module = torch.get_device_module(device)
+        self._stream = self._device_module.Stream(device) if has_streams else None
         self._thread = ThreadPoolExecutor(1, "activations")
         self._buffers: list[Tensor] = [torch.empty(0, dtype=torch.uint8) for _ in range(2)]
         self._writes: list[Future[None]] = []  # that may not be done yet: at most two
@@ -217,8 +217,8 @@ class _Staging:
         copied = None  # an event, which comes when the copy to the buffer is done
         if self._stream is not None:
             # The copy must not begin before the tensor is computed.
-            self._stream.wait_stream(self._module.current_stream(self._device))
-        with self._module.stream(self._stream):
+            self._stream.wait_stream(self._device_module.current_stream(self._device))
+        with self._device_module.stream(self._stream):
             buffer.copy_(tensor, non_blocking=True)
             if self._stream is not None:
                 # The tensor's memory is not used for another one before it was read.
@@ -244,7 +244,7 @@ class _Staging:
         tensor, copied = loading.result()
         if copied is not None:
             # The work that the caller starts next must wait for the copy, which ran in another stream.
-            current = self._module.current_stream(self._device)
+            current = self._device_module.current_stream(self._device)
             current.wait_event(copied)
             tensor.record_stream(current)
 
@@ -278,11 +278,12 @@ class _Staging:
     def _load(self, index: int) -> tuple[Tensor, Any]:
         """Copy the tensor with the number `index` to the device; runs in the thread, and overwrites a buffer.
 
-        `self._kept` has the tensors, in CPU memory or in a file. Returns the tensor with an event, which comes when the
-        copy is done, or with `None` if the device has no streams (`self._stream` is `None`).
+        `self._kept` has the tensors, in CPU memory or in a file; `self._device_module` is `torch.cuda` or its like.
+        Returns the tensor with an event, which comes when the copy is done, or with `None` if the device has no streams
+        (`self._stream` is `None`, and its context does nothing).
         """
         stored = self._kept[index]
-        with self._module.stream(self._stream):
+        with self._device_module.stream(self._stream):
             buffer = self._buffer(index, stored)
             if self._stream is not None:
                 self._stream.synchronize()  # until the buffer's earlier content has reached the device

@@ -34,7 +34,7 @@ from optimum_fista.model.hooks import operator_input, watching
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.precision import quick_products
-from optimum_fista.solve.problem import LayerProblem, relative
+from optimum_fista.solve.problem import LayerProblem, relative_norm
 
 Carry = Literal["none", "intra", "full"]
 
@@ -104,7 +104,7 @@ class LastOperator:
     rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
     dense: ActivationStore  # W X in the dense network, [tokens, out]
 
-    @cached_property  # for the errors first, then for the layer's outputs: no batch runs twice
+    @cached_property  # two callers: one reads the errors, then one the layer's outputs
     def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
         """Squared errors of its pruned outputs, and the hidden states after the layer; `None` if these are not needed.
 
@@ -120,14 +120,14 @@ class LastOperator:
         }
         layer_outputs = None if self.rest is None else self.activations.store()
         for batch, inputs in enumerate(self.inputs):
-            with quick_products():
+            with quick_products():  # in the precision that the run has chosen
                 output = self.operator.module(inputs)
             if layer_outputs is not None and self.rest is not None:
                 rest = self.rest[batch]
                 layer_outputs.append(rest + output.view(rest.shape))
-            product = self.operator.outputs_without_bias(  # W* X*
-                self.activations.rows(output, batch, self.operator)
-            )
+            # without padding; an error that names the operator if there is not a row for every token
+            output = self.activations.rows(output, batch, self.operator)
+            product = self.operator.outputs_without_bias(output)  # W* X*
             difference = product - self.dense[batch].to(product.device).float()
             held_out = self.activations.held_out[batch]
             squares[held_out] += difference.square().sum(1).double().sum()
@@ -161,7 +161,7 @@ class GroupProblems:
         squares, _ = self.last.results  # by held out or not
         energy = self.last.energies[held_out].sum()
         square_of_error, square_of_output = torch.stack([squares[held_out], energy]).tolist()
-        return relative(square_of_error, square_of_output)
+        return relative_norm(square_of_error, square_of_output)
 
 
 class LayerTargets:

@@ -406,14 +406,17 @@ class _Pass:
     ) -> None:
         """Begin with outputs that are kept, and with the operators that end parts; both by part, and only read.
 
-        The caller then fills `waiting` and `new_outputs`, before the layer runs.
+        `outputs` has the first tensor of every batch, and the rest. `ends` has the operator whose output the part
+        returns, and the rest beside it. The caller then fills `waiting` and `new_outputs`, before the layer runs; `run`
+        fills `rests`.
         """
         self._outputs = outputs
         self._ends = ends
         # what is kept of a finished part, batch after batch: its outputs, or the inputs of the operator that ends it
         self.waiting: dict[nn.Module, Iterator[Tensor]] = {}
-        # outputs that are to be kept in this pass, and what the parts return besides
+        # outputs that are to be kept in this pass, by part
         self.new_outputs: dict[nn.Module, ActivationStore] = {}
+        # what the parts with new outputs returned besides, in the latest batch
         self.rests: dict[nn.Module, Rest] = {}
 
     def run(

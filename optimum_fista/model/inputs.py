@@ -137,16 +137,18 @@ def record_inputs(
                 hidden_states.append(recorder.first)
                 mask = batch.attention_mask
                 token_masks.append(None if mask is None else mask.to(device))
-    except _HandsOnMore:
+    except _HandsOnMore:  # from `recorder.forward`, when a layer gets such an argument
         # Only a recording without the layers, which is cheap, shows whether a model needs them to run.
         return record_inputs(layers, batches, storage, runs_layers=True, progress=progress)
+    # What the one run of the first layer returned after its hidden states; without a tuple, there is no such thing.
+    returned_besides = recorder.returned_besides if recorder.is_tuple else None
     return RecordedInputs(
         hidden_states=hidden_states,
         calls=recorder.calls,
         token_masks=token_masks,
         held_out=[batch.held_out for batch in batches],
         layers_pass_more=runs_layers,
-        returned_besides=recorder.returned_besides if recorder.is_tuple else None,
+        returned_besides=returned_besides,
     )
 
 

@@ -123,6 +123,7 @@ def measure_sensitivities(
     outside = loss.layers.outside(with_media=has_media)  # embeddings, norms and encoders of images
     head = model.get_output_embeddings()
     longest = max((sequence.num_tokens for sequence in sequences), default=0)
+    # `quick_products`: in the precision that the run has chosen
     with onloaded([*outside, head], writable=False), quick_products():
         needs_no_cut = longest <= positions_per_chunk(model)
         predictor = Predictor(model, whole=needs_no_cut)
@@ -177,7 +178,10 @@ def _sensitivities_of(
     `num_tokens` is the number of tokens in all sequences. The sums of all watchers are read on `device`. Changes
     nothing.
     """
-    sums = [watcher.gradients.sum(dtype=torch.float64).to(device) for watcher in watchers.values()]
+    sums = [
+        watcher.gradient_squares.sum(dtype=torch.float64).to(device)
+        for watcher in watchers.values()
+    ]
     totals = torch.stack(sums).tolist()  # one transfer for all operators
     sensitivities = {}
     for (name, watcher), total in zip(watchers.items(), totals, strict=True):
@@ -260,10 +264,10 @@ class _Watcher:
         self.columns = operator.read().square().sum(0)
         device = self.columns.device
         out, columns = operator.shape
-        self.gradients = torch.zeros(out, device=device)  # sum_t e_t g_ti^2 [out], float32
-        self.inputs = torch.zeros(columns, device=device)  # sum_t x_tj^2 [in], float32
+        self.gradient_squares = torch.zeros(out, device=device)  # sum_t e_t g_ti^2 [out], float32
+        self.input_squares = torch.zeros(columns, device=device)  # sum_t x_tj^2 [in], float32
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
-        self.num_tokens = 0  # that reached the operator
+        self.num_tokens_seen = 0  # that reached the operator
         self.calls = 0  # of the operator in this sequence
 
     def see(
@@ -271,7 +275,7 @@ class _Watcher:
     ) -> None:
         """Add the squares of the inputs, and request the gradient if the output is a product with one matrix.
 
-        This is a forward hook of the operator's module, which has returned `output`. It changes `self.inputs`,
+        This is a forward hook of the operator's module, which has returned `output`. It changes `self.input_squares`,
         `self.energy` and the counts of this object, and puts a hook on the output, by which the backward pass calls
         `_add_gradient`. `self.columns` [in] are the squared norms of the columns of `W`.
         """
@@ -284,9 +288,9 @@ class _Watcher:
         if energies.numel():  # an expert may get no token
             # Limited to `_TYPICAL` medians: a few tokens with huge activations must not outweigh all others.
             energies.clamp_(max=_TYPICAL * energies.median())
-            self.inputs += squares.sum(0)
+            self.input_squares += squares.sum(0)
             self.energy += energies.double().sum()
-            self.num_tokens += squares.shape[0]
+            self.num_tokens_seen += squares.shape[0]
         if not isinstance(output, Tensor):
             return
         num_outputs = self.operator.shape[0]
@@ -295,7 +299,7 @@ class _Watcher:
             output.register_hook(partial(self._add_gradient, energies))
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
-        """Add the squares of a gradient by the outputs to `self.gradients`, weighted by the energies of the tokens.
+        """Add the squares of a gradient by the outputs to `self.gradient_squares`, weighted by the tokens' energies.
 
         A hook of the outputs of one call, for which `see` has computed the `energies` [tokens]. The `gradient`
         [..., out] itself stays as it is. `self.calls` counts the operator's calls in this sequence.
@@ -303,20 +307,21 @@ class _Watcher:
         # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).float().square()
-            self.gradients += in_few_sizes(energies) @ in_few_sizes(squares)
+            self.gradient_squares += in_few_sizes(energies) @ in_few_sizes(squares)
 
     def sensitivity(self, num_tokens: int, *, has_gradient: bool) -> Sensitivity:
         """Compute the sensitivity of the operator from the sums.
 
-        `num_tokens` is the number of tokens in all sequences, and `has_gradient` says whether `self.gradients` holds
-        anything but zeros. Changes nothing.
+        `num_tokens` is the number of tokens in all sequences; those that reached the operator, fewer for an expert, are
+        `self.num_tokens_seen`. `self.input_squares` [in] and `self.gradient_squares` [out] are the sums of squares, the
+        latter weighted by energies. `has_gradient` says whether the latter are not all zero. Changes nothing.
         """
-        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): the numbers of tokens cancel. No energy gives 0, not NaN.
-        outputs = self.gradients * (0.5 / self.energy.clamp_min(1e-30))
+        # 1/2 (sum_t e_t g_ti^2) / (sum_t e_t): a weighted mean over tokens. No energy gives 0, not NaN.
+        outputs = self.gradient_squares * (0.5 / self.energy.clamp_min(1e-30))
         return Sensitivity(
             outputs=outputs,
-            inputs=self.inputs / num_tokens,
-            num_tokens=self.num_tokens,
+            inputs=self.input_squares / num_tokens,
+            num_tokens=self.num_tokens_seen,
             has_gradient=has_gradient,
         )
 

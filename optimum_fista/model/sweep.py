@@ -84,7 +84,7 @@ class Sweep:
         stream.move(storage, device)
         leaving = ActivationStore(storage, device)
         for hidden_states, call in zip(stream, calls, strict=True):
-            with quick_products():
+            with quick_products():  # in the precision that the run has chosen
                 leaving.append(call.run(layer, hidden_states))
         return leaving
 
@@ -160,6 +160,7 @@ class Sweep:
 
         place = execution_device(model.get_input_embeddings())
         forwards = [return_output] * len(self.layers)
+        # `quick_products`: in the precision that the run has chosen
         with replaced_forwards(self.layers.modules, forwards), quick_products():
             logits: Tensor = model(input_ids=input_ids.to(place), **settings).logits
         return logits

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from optimum_fista.folder.naming import report_as_stored
+from optimum_fista.folder.naming import renamed_report
 from optimum_fista.folder.output import install
 from optimum_fista.folder.packed_folder import packed_settings
 from optimum_fista.folder.writing import write_all_but_weights
@@ -329,7 +329,7 @@ class FileSink(Sink):
             masks |= self._journal.masks(index)
         # Stored names: of the operators that this run pruned, and of those whose masks an earlier run left.
         stored_names = self._shards.names | plan.removal.names_of_carried(report)
-        stored_report, stored_masks = report_as_stored(
+        stored_report, stored_masks = renamed_report(
             report, plan.removal.renamed(masks), stored_names
         )
         copy_source(self._source.folder, folder)  # before our own files, which replace some of them

@@ -402,14 +402,15 @@ def _report_of_carried(
 
 
 def _keeps_pattern(entry: OperatorReport, mask: Tensor) -> bool:
-    """Tell whether a mask [out, in] still keeps the pattern that an earlier run gave it.
+    """Tell whether a mask [out, in] that has changed since an earlier run still keeps the pattern of that run.
 
-    `entry` reports the operator, with the text of the pattern (such as "2:4") and the present shape.
+    The operator had another shape then, or kept another number of weights. `entry` reports the operator, with the text
+    of the pattern (such as "2:4") and the present shape.
     """
     try:
         pattern = parse_pattern(entry.pattern)
         pattern.require_shape(entry.shape)
     except ValueError:  # the shape no longer fits
         return False
-    # `span` is the m of n:m; other patterns count weights in a row or matrix, which has another size now
+    # `span` is the m of n:m, and `None` for other patterns: they count the zeros of a row or matrix, now others.
     return pattern.span is not None and pattern.violation(mask) is None

@@ -102,11 +102,12 @@ def _first_removable(recorded: RecordedInputs) -> int:
 def _cheapest_layer(
     outline: ModelOutline, remaining: Sequence[int], losses: Mapping[int, float]
 ) -> int:
-    """Find the layer without which the loss is smallest, among those without which a configuration describes the model.
+    """Find the layer without which the loss is smallest, among those that can be removed.
 
-    Returns its number; ValueError if there is none. `remaining` are the numbers of the layers that the model still has.
-    `losses` are those of the model without one of them, by the number of the layer; layers that can't be removed have
-    no loss. Nothing is removed here; the outline keeps what it finds out.
+    A configuration must be able to describe the model without the layer. Returns its number; ValueError if there is
+    none. `remaining` are the numbers of the layers that the model still has. `losses` are those of the model without
+    one of them, by the number of the layer; layers that can't be removed have no loss. Nothing is removed here; the
+    outline keeps what it finds out.
     """
     if not losses:
         raise ValueError(

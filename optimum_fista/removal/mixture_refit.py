@@ -23,7 +23,7 @@ from optimum_fista.model.correction import sum_of_experts
 from optimum_fista.model.experts import AssignedTokens, FusedExperts
 from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.inputs import LayerActivations
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative
+from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative_norm
 from optimum_fista.solve.refit import refit_columns
 
 ROUNDS = 3  # of refits of every expert, with the others as they are then; each round gains less
@@ -90,7 +90,8 @@ class SmallerMixture:
             num_tokens = target.shape[:2].numel()
             output = sum_of_experts(experts.outputs(assigned), num_tokens).view(target.shape)
             self._residuals.append((target - output).to(place))
-            self._energies[activations.held_out[batch]] += self._energy(batch, target)
+            held_out = activations.held_out[batch]
+            self._energies[held_out] += self._energy_without_padding(batch, target)
 
         # inputs of the mixture, and which experts get which tokens
         self._batches = activations.assigned_tokens(experts, hidden_states, add_batch)
@@ -98,17 +99,17 @@ class SmallerMixture:
     def errors(self) -> MixtureErrors:
         """Measure how far the outputs of the mixture are from their targets now, on all batches.
 
-        `self._residuals` has `Y - E*` of each batch, and `self._energies` the squared norms of `Y`, by whether the
-        tokens are held out. Nothing runs.
+        An error is `|| Y - E* || / || Y ||`, with `E*` the sum of the experts that stay. `self._residuals` has `Y - E*`
+        of each batch, and `self._energies` the squared norms of `Y`, by whether the tokens are held out. Nothing runs.
         """
         squares = {False: 0.0, True: 0.0}  # || Y - E* ||^2, by whether the tokens are held out
         for batch, residual in enumerate(self._residuals):
             is_held_out = self._activations.held_out[batch]
-            squares[is_held_out] += self._energy(batch, residual)
-        fitted = relative(squares[False], self._energies[False])
+            squares[is_held_out] += self._energy_without_padding(batch, residual)
+        fitted = relative_norm(squares[False], self._energies[False])
         held_out = None
         if any(self._activations.held_out):
-            held_out = relative(squares[True], self._energies[True])
+            held_out = relative_norm(squares[True], self._energies[True])
         return MixtureErrors(fitted, held_out)
 
     def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
@@ -251,7 +252,7 @@ class SmallerMixture:
             inputs = inputs * assigned.weights[part].float()
         return inputs, assigned.tokens[part]
 
-    def _energy(self, batch: int, values: Tensor) -> float:
+    def _energy_without_padding(self, batch: int, values: Tensor) -> float:
         """Compute the squared norm of `values` [batch, sequence, out] of the batch with a number, without padding."""
         of_real_tokens = self._activations.rows(values.to(self._activations.device), batch)
         return float(torch.linalg.vector_norm(of_real_tokens.float()).double().square())

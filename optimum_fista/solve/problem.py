@@ -287,7 +287,7 @@ class LayerProblem:
         """Return the error `|| W* X* - Y ||_F / || Y ||_F` of weights `W*` [out, in], with 0/0 = 0."""
         sums = torch.stack([self._squared_error(weight), self.output_energies.sum()])
         error, energy = sums.tolist()  # one transfer
-        return relative(max(error, 0.0), energy)
+        return relative_norm(max(error, 0.0), energy)
 
     def output_error(self, weight: Tensor) -> float | None:
         """Return the error against the dense network's outputs, `|| W* X* - W X ||_F / || W X ||_F`.
@@ -337,7 +337,7 @@ class LayerProblem:
         # The other sum is || W X ||^2.
         sums = torch.stack([error, self.dense.energies.sum()])
         squares, energy = sums.tolist()  # one wait for the device
-        return relative(max(squares, 0.0), energy)
+        return relative_norm(max(squares, 0.0), energy)
 
     def seminorm(self, difference: Tensor) -> float:
         """Return `|| D X* ||_F` of a difference `D` of weights [out, in]."""
@@ -359,7 +359,7 @@ def inner(left: Tensor, right: Tensor) -> float:
     return float(inner_by_rows(left, right).sum())
 
 
-def relative(squared_error: float, energy: float) -> float:
+def relative_norm(squared_error: float, energy: float) -> float:
     """`sqrt(squared_error / energy)`, with 0/0 = 0."""
     if energy <= 0:
         return 0.0 if squared_error <= 0 else math.inf

@@ -45,8 +45,9 @@ def refit(
         mask: Boolean [out, in], True = kept.
         max_iterations: Steps at most.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
-        singular: Whether `gram` may be singular. A row is then at rest once its residual is as small as its rounding
-            errors: these point along directions in which no token has an input, where weights would grow without bound.
+        singular: Whether `gram` may be singular. Then a row is at rest once its residual is as small as its rounding
+            errors. Rounding errors also point along directions in which no token has an input, and a step there would
+            have no bound.
         in_place: Whether `target` and `start` may be overwritten: then the result is in the memory of `start`, and two
             matrices of their shape are made; otherwise four.
 
@@ -63,23 +64,24 @@ def refit(
     residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None)
     residual.mul_(mask)
     direction = residual * scale
-    energy = _energies(residual, direction, noise)
+    energy = _energies(residual, direction, noise)  # [out], 0 for rows at rest
 
     stop = tolerance**2 * energy.sum().double()  # energies are squares
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
-    # Asking makes the host wait for a device; steps after the last one change nothing.
+    # To learn whether all rows have converged, the host must wait for the device, so it rarely asks. Steps after
+    # convergence change nothing.
     steps_between_questions = 1 if gram.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
-        at_rest = energy.sum() <= stop
-        if iteration % steps_between_questions == 0 and bool(at_rest):
+        has_converged = energy.sum() <= stop  # all rows together
+        if iteration % steps_between_questions == 0 and bool(has_converged):
             break
-        steps += ~at_rest  # one more, unless all rows are at rest
+        steps += ~has_converged  # adds 1 or 0
 
         # The step of each row to the minimum along its direction D: energy / <D G, D>. There is none along directions
         # that no token has, nor after the end.
         torch.mm(direction, gram, out=product).mul_(mask)
         curvature = inner_by_rows(direction, product).to(residual.dtype)
-        length = _divide_where((curvature > 0) & ~at_rest, energy, curvature)
+        length = _divide_where((curvature > 0) & ~has_converged, energy, curvature)
         weight.addcmul_(length[:, None], direction)
         residual.addcmul_(length[:, None], product, value=-1)
 

@@ -83,9 +83,10 @@ def calibration_tokens_by_name(
 ) -> Tensor:
     """Make tokens for a model given by name: int64 [num_samples, sequence_length], as `calibration_tokens` does.
 
-    `name` is a folder or a Hub id, `source` "self" or one of `load_text`. Only if `source` is "self", the model is
-    loaded, on `device` in `dtype`, and its text is written into the folder `keep_in`, which is made if it is missing. A
-    run that is started again on the same files with the same settings reads the text there.
+    `name` is a folder or a Hub id, `source` "self" or one of `load_text`. The first `held_out` of the `num_samples`
+    sequences are to measure on, not to calibrate on, and are the same for every `num_samples`. Only if `source` is
+    "self", the model is loaded, on `device` in `dtype`, and its text is written into the folder `keep_in`, which is
+    made if it is missing. A run that is started again on the same files with the same settings reads the text there.
     """
     if source != "self":
         tokenizer = require_tokenizer(name)

@@ -262,7 +262,7 @@ def _symbols(token: str, model: dict[str, Any]) -> list[str]:
 def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
     """Return the ids of special and added tokens and of the alphabet.
 
-    The alphabet is single characters, or the 256 bytes if the tokenizer writes characters that are no token in bytes.
+    The alphabet is all single characters; or only the 256 bytes, if the tokenizer writes as bytes what is no token.
     `content` is that of a `tokenizer.json`, and stays as it is; `pieces` has the ids of the model's pieces, by their
     texts.
     """
@@ -287,7 +287,8 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
     has_all_bytes = pieces.keys() >= _BYTES
     decodes_bytes = '"ByteFallback"' in decoder
     if model.get("byte_fallback") and has_all_bytes and decodes_bytes:
-        # The decoder replaces characters ("▁" by a space), which it would not find in their bytes.
+        # The decoder replaces characters ("▁" by a space), which it would not find in their bytes. All characters of
+        # its JSON are kept if they are tokens: a few needless ones, such as "{", cost little.
         characters_of_decoder = set(decoder) & pieces.keys()
         return required | {pieces[token] for token in _BYTES | characters_of_decoder}
     for token, index in pieces.items():

@@ -9,7 +9,7 @@ from optimum_fista.solve.problem import (
     LayerProblem,
     inner,
     largest_eigenvalue,
-    relative,
+    relative_norm,
 )
 
 
@@ -108,9 +108,9 @@ def test_inner_product_sums_rows_in_float64():
 
 
 def test_relative_error_of_outputs_that_vanish():
-    assert relative(0.0, 0.0) == 0
-    assert relative(1.0, 0.0) == math.inf
-    assert relative(1.0, 4.0) == 0.5
+    assert relative_norm(0.0, 0.0) == 0
+    assert relative_norm(1.0, 0.0) == math.inf
+    assert relative_norm(1.0, 4.0) == 0.5
 
 
 def gram_of(spectrum: torch.Tensor) -> torch.Tensor:

@@ -87,6 +87,7 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     assert settings is not None, "the model is quantized"
     method = settings["quant_method"]
     name = internals.loaded_from(config)  # of the model: a Hub id, or a folder
+    # Formats that are not in `FORMATS` need no package. Those that Transformers can't dequantize are refused below.
     FORMATS.get(method, QuantizedFormat).require_package(name)
     # Transformers dequantizes a format by conversions if the class of its settings has an option for it.
     class_of_settings = auto.AUTO_QUANTIZATION_CONFIG_MAPPING.get(method)
@@ -163,6 +164,7 @@ class Dequantizer(HfQuantizer):
         source_config.dequantize = True  # also on a device that computes with the quantized weights
         self.inner = auto.AutoHfQuantizer.from_config(source_config, pre_quantized=True)
         self.inner.validate_environment()
+        # Formats that are not in `FORMATS` need nothing beyond what `QuantizedFormat` does.
         format_class = FORMATS.get(source_settings["quant_method"], QuantizedFormat)
         self.format = format_class(source_settings)
         self.is_lazy = False
