@@ -192,6 +192,7 @@ def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
     files = packed_files(folder)  # by the names of all stored tensors
     names = set(packed_names(files))  # of the weights that are stored packed
     masks = {}
+    # `groupby`, because a tensor may hold several operators (experts), one after the other: it is read once for all.
     for name, operators_of_tensor in groupby(operators, key=_tensor_of):
         if name not in names:
             continue

@@ -119,7 +119,8 @@ class ActivationStore(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         """Return the tensor with the number `index` from 0, on `self.device`; a copy if it is kept elsewhere.
 
-        Buffers (`self.staging`) also begin to read the tensor that is expected next.
+        `self._kept` has the tensors that were appended. `self.staging` are buffers, `None` if no copy would make the
+        device wait; they also begin to read the tensor that is expected next.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)

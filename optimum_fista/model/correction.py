@@ -224,12 +224,12 @@ class LayerTargets:
         self._outputs: ActivationStore | None = None
 
         # whether the sum of all experts gets a residual correction
-        self.adds_experts = False
+        self.corrects_experts = False
         # Asked for a group after all others: the rest of the layer's output differs in the two networks.
         has_rest = not correction.sees_dense_inputs(len(groups))
         if experts is not None and correction.residual_share > 0 and has_rest:
             hidden = entering.to_prune_on[0]
-            self.adds_experts = is_added_to_output(activations, experts, hidden)
+            self.corrects_experts = is_added_to_output(activations, experts, hidden)
 
         if entering.dense is not None:
             self._outputs = self._run_dense(entering.dense)
@@ -336,7 +336,7 @@ class LayerTargets:
 
             Y = a E(X) + (1 - a) E(X*) - b (D* - D),
 
-        with `D` and `D*` the rest of the layer's output; b = 0 unless `self.adds_experts`. `a` and `b` are the
+        with `D` and `D*` the rest of the layer's output; b = 0 unless `self.corrects_experts`. `a` and `b` are the
         `dense_share` and the `residual_share` of the correction.
 
         `self._experts` is the mixture; a hook is on it until the iterator ends. The dense pass has kept
@@ -365,11 +365,11 @@ class LayerTargets:
                     )
                 same = sums.pop()  # E(X*)
                 target = same
-                if correction.needs_dense:
+                if correction.needs_dense:  # otherwise a = b = 0, and the target is E(X*)
                     dense = self._expert_outputs[batch].float()  # E(X)
                     # (1 - a) E(X*) + a E(X), a new tensor
                     target = torch.lerp(same, dense, correction.dense_share)
-                    if self.adds_experts:
+                    if self.corrects_experts:
                         assert self._outputs is not None
                         both = output - self._outputs[batch].to(output.device)
                         both = both.reshape(same.shape).float()  # (D* + E(X*)) - (D + E(X))

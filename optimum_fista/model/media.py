@@ -302,7 +302,8 @@ def _split(
     num_patches = patch_bounds[-1]
     # whether each argument has a row for every image, or for every patch
     have_rows = all(len(value) in (num_images, num_patches) for value in values.values())
-    # of each sequence, its first image and the first one after it; None if they can't be told
+    # Of each sequence, its first image and the first one after it; `None` if they can't be told. If an image with twice
+    # as many patches has twice as many placeholder tokens (`_tokens_follow_patches`), the numbers of both tell it.
     images_of_sequences = _images_of_sequences(
         counts, patches, tokens_follow_patches=_tokens_follow_patches(values)
     )

@@ -278,7 +278,7 @@ def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     grid = OperatorGrid(o for o in report.operators if o.groups_kept is not None)
     rows = []
     for kind, operators in grid.kinds.items():
-        # All decoder layers lose as many.
+        # All decoder layers lose as many, and the shape is that without the lost columns.
         operator = operators[0]
         num_left = operator.shape[1]
         num_before = round(num_left / (1 - operator.target_sparsity))

@@ -91,6 +91,7 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
         # Compared as text, because the order of overrides counts, too. What is deleted may also be the rest of a run
         # that was only half discarded.
         if begun != json.dumps(fingerprint):
+            # Text that a model has written for the calibration stays: this run may have written it just before.
             discard(folder, keep_texts=True)
         return fingerprint
 
@@ -103,8 +104,8 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
                 "options and calibration text."
             )
 
-    of_rank_0 = ranks.first(begin)
-    ranks.each(join)
+    of_rank_0 = ranks.first(begin)  # run in rank 0, and returned in all
+    ranks.each(join)  # run in all; if one fails, all raise an error
 
 
 def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:

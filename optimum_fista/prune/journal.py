@@ -233,7 +233,7 @@ class Journal:
             without_gradient=values["without_gradient"],
             # JSON has lists in place of tuples.
             removed_layers=[(index, loss) for index, loss in values["removed_layers"]],
-            # Runs that began before this was kept have no such entry.
+            # Logits that did not fit the estimate of memory. Runs that began before this was kept have no such entry.
             num_bytes_not_estimated=values.get("num_bytes_not_estimated", 0),
         )
 

@@ -106,7 +106,8 @@ def remove_experts(
         solve_seconds=time.perf_counter() - started,
         message=message,
         held_out_fit_error=errors.held_out,
-        residual_corrected=targets.adds_experts,
+        # whether the targets make up for the error in the rest of the layer
+        residual_corrected=targets.corrects_experts,
     )
     return smaller_layer, report
 

@@ -86,7 +86,7 @@ class PartsRemoval(Removal):
         assert pattern is not None
         outline = ModelOutline(layers)
         removed = removed_parts(outline, pattern)
-        num_kept_by_kind = kept_by_kind(removed)
+        num_kept_by_kind = kept_by_kind(removed)  # groups of a part, in every decoder layer
         # Plans of the smaller model, and of the same model with all experts.
         smaller, columns = plan_shrinkings(outline, num_kept_by_kind)
         mixtures = [part for part in smaller.parts.values() if part.is_mixture]
@@ -118,6 +118,7 @@ class PartsRemoval(Removal):
             num_kept_by_kind=num_kept_by_kind,
             smaller_plan=smaller,
             columns_plan=columns,
+            # for the experts, which are removed after the columns
             experts_plan=_plan_fewer_experts(outline, num_kept_by_kind, otherwise=columns),
             earlier_masks=EarlierMasks.find(layers),
         )

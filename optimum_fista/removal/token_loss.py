@@ -163,8 +163,8 @@ def measure_plans(
     def losses_of(variant: str) -> list[TextLoss]:
         """Return the losses on all texts in the tokens of one tokenizer, such as "dense" or "plan 0".
 
-        `variants` has the texts in its tokens, `bits` their bits per byte, and `vocabulary` is the number of tokens
-        that the dense model knows.
+        From the outer function: `variants` has all texts in its tokens, `bits` the bits per byte by tokenizer and
+        number of the text, such as "plan 0/2", and `vocabulary` is the number of tokens that the dense model knows.
         """
         losses = []
         for index, text in enumerate(variants[variant]):

@@ -288,6 +288,7 @@ def _modules_not_described(
     num_tensors = Counter(not_loaded.values())
     reasons: dict[str, str] = {}
     for name, module in not_loaded.items():
+        # `state` has the parameters and buffers of the larger model, by name.
         larger_model_has_it = naming.names_of(name).place in naming.state
         if larger_model_has_it:
             reasons[module] = (

@@ -212,6 +212,7 @@ class SourceTensors:
         if is_shared_by_all_groups:
             return tensor
 
+        # How many rows or columns share one value: the smallest possible number that the quantization settings name.
         block_size = self._block_size(whole_size, size)
         divides_into_groups = size % (part.groups * repeats) == 0
         has_equal_blocks = block_size * size == whole_size

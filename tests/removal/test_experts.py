@@ -112,7 +112,7 @@ def test_targets_bring_the_layer_to_the_dense_output():
         HiddenStates(dense, pruned),
         experts=experts.module,
     )
-    assert targets.adds_experts
+    assert targets.corrects_experts
     for batch, wanted in enumerate(list(targets.expert_targets())):
         handle = experts.module.register_forward_hook(
             lambda _, __, output, y=wanted: y.view(output.shape)
