@@ -27,6 +27,8 @@ from optimum_fista.versions import device_name, library_versions
 
 _SAME_ZEROS = 0.99  # rounding moves a few weights over the threshold
 _SAME_WEIGHTS = 0.05  # relative distance that rounding makes
+# What to do with a device that computes otherwise, for the end of an error.
+_DO_NOT_USE = "do not prune on this device, pass --device cpu, or update its driver and PyTorch"
 _GIB = 2**30
 
 
@@ -170,11 +172,14 @@ def _try_pruning(device: torch.device, expected: list[Tensor]) -> str:
     is_alike = (pruned == 0) == (pruned_by_cpu == 0)  # of each weight: zero on both, or on none
     same_zeros = float(is_alike.float().mean())
     if same_zeros < _SAME_ZEROS:
-        raise ValueError(f"only {same_zeros:.1%} of the weights are zero or kept as on the CPU")
+        raise ValueError(
+            f"only {same_zeros:.1%} of the pruned weights are zero or kept as on the CPU: {_DO_NOT_USE}"
+        )
     distance = float((pruned - pruned_by_cpu).norm() / pruned_by_cpu.norm())
     if not distance <= _SAME_WEIGHTS:  # NaN included
         raise ValueError(
-            f"relative distance {distance:.2g} from the CPU's, but rounding makes at most {_SAME_WEIGHTS}"
+            f"the pruned weights have a relative distance of {distance:.2g} from the CPU's, and rounding makes at most "
+            f"{_SAME_WEIGHTS}: {_DO_NOT_USE}"
         )
 
     error = report.totals["mean_fit_error"]

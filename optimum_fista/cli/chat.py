@@ -232,7 +232,7 @@ class _Speaker:
                 }
                 return turns[start:], prompt
         raise ValueError(
-            f"the question has {count} tokens: it takes at least 1, and fewer than {self.room}."
+            f"the question has {count} tokens: ask one of 1 to {self.room - 1} tokens."
         )
 
     def _tokens(self, turns: list[dict[str, str]]) -> Any:

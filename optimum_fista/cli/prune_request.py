@@ -136,7 +136,9 @@ class PruneRequest:
         self.require_sizes()
         self.require_one_source()
         if self.private and not self.push_to_hub:
-            raise ValueError("--private makes sense with --push-to-hub REPO only.")
+            raise ValueError(
+                "--private makes sense with --push-to-hub REPO only: pass both, or none."
+            )
 
         from optimum_fista.folder.output import require_output
         from optimum_fista.text.sources import require_source

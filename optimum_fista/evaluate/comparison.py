@@ -57,7 +57,9 @@ def compare_with_dense(
         progress: Called with the name of each tensor that was compared.
     """
     if report.retrained:
-        raise ValueError(f"dense={dense!r}: {str(folder)!r} was trained, so it can't be compared.")
+        raise ValueError(
+            f"dense={dense!r}: {str(folder)!r} was trained, so it can't be compared: leave dense out."
+        )
     if is_packed(folder):
         raise ValueError(
             f"dense={dense!r}: {str(folder)!r} is packed, so it can't be compared: unpack it first."

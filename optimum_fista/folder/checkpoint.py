@@ -82,7 +82,9 @@ def read_report(folder: Path) -> PruningReport:
             raise KeyError(*sorted(missing))
         return report
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} is no report of optimum-fista ({error}).") from error
+        raise ValueError(
+            f"{str(file)!r} is no report of optimum-fista ({error}): pass a folder that it wrote."
+        ) from error
 
 
 def read_recoveries(folder: Path) -> list[RecoveryReport]:
@@ -158,7 +160,7 @@ def _require_token_ids(file: Path, kept: Any, num_tokens: Any) -> None:
     are_ids = are_numbers and min(kept) >= 0 and max(kept) < num_tokens
     if not are_ids or len(set(kept)) != len(kept):
         raise ValueError(
-            f"{str(file)!r} is damaged: it does not list different ids below num_tokens."
+            f"{str(file)!r} is damaged: it does not list different ids below num_tokens. Copy the folder again."
         )
 
 

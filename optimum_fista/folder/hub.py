@@ -147,15 +147,16 @@ def require_push(repo_id: str, token: str | None = None) -> None:
     if "/" in repo_id:
         namespace = repo_id.partition("/")[0]
     if namespace not in namespaces:
-        possible = ", ".join(f"{name}/..." for name in namespaces)
+        possible = " or ".join(f"'{name}/'" for name in namespaces)
         raise ValueError(
-            f"repo_id={repo_id!r}: {user['name']}, whose token this is, can't write to {namespace!r}: pass one of "
-            f"{possible}"
+            f"repo_id={repo_id!r}: {user['name']}, whose token this is, can't write to {namespace!r}: pass a "
+            f"repository name that starts with {possible}"
         )
     role = user.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":  # tokens of other roles may write, or write to some repositories
         raise ValueError(
-            f"repo_id={repo_id!r}: the token can only read: pass one that can write (https://hf.co/settings/tokens)"
+            f"repo_id={repo_id!r}: the token can only read: make one that can write (https://hf.co/settings/tokens), "
+            "and run `hf auth login` with it, or set HF_TOKEN to it"
         )
 
 

@@ -158,7 +158,9 @@ def read_batches(
             "calib_dataloader gave no batch: pass at least one batch; a generator can be read only once."
         )
     if not any(batch.num_tokens for batch in batches):
-        raise ValueError("calib_dataloader holds no real token: every attention_mask is zero.")
+        raise ValueError(
+            "calib_dataloader holds no real token: every attention_mask is zero, and 1 marks a token that counts."
+        )
     if reader.ignored_keys:
         names = " and ".join(map(repr, sorted(reader.ignored_keys)))
         warn(f"calib_dataloader holds {names}, which are not read: the model runs without them.")
@@ -219,7 +221,8 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
     for held_out, name in ((False, "other"), (True, "held-out")):
         if not any(batch.num_tokens for batch in marked if batch.held_out == held_out):
             raise ValueError(
-                f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero."
+                f"held_out={num_sequences}: the {name} sequences hold no real token, every attention_mask is zero: 1 "
+                "marks a token that counts."
             )
     return marked
 

@@ -361,7 +361,8 @@ class LayerTargets:
                 if len(sums) != 1:
                     raise UnsupportedArchitectureError(
                         f"a {type(self._experts).__name__} is called {len(sums)} times in a forward pass of its "
-                        "decoder layer, so its experts can't be removed: use another pattern."
+                        "decoder layer, so its experts can't be removed: use a pattern that removes no experts, "
+                        "such as '2:4'."
                     )
                 same = sums.pop()  # E(X*)
                 target = same

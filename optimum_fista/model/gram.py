@@ -115,7 +115,7 @@ class GroupSums:
         if not bool(torch.isfinite(extremes).all()):
             raise ValueError(
                 f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
-                "damaged there, or overflows its dtype; try float32 or bfloat16."
+                "damaged there, or overflows its dtype: load it in float32 or bfloat16 (--dtype float32)."
             )
         row = 0  # of the first output of the operator, among the outputs of the group
         for operator, weight in zip(group, weights, strict=True):

@@ -132,7 +132,7 @@ def record_inputs(
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
                     raise ValueError(
                         "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are "
-                        "damaged."
+                        "damaged. Load or download the model again."
                     )
                 hidden_states.append(recorder.first)
                 mask = batch.attention_mask
@@ -364,7 +364,8 @@ class _Recorder:
         if index != self.next:
             raise UnsupportedArchitectureError(
                 f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}: only models "
-                "that run every decoder layer once, in order, on the output of the one before, can be pruned."
+                "that run every decoder layer once, in order, on the output of the one before, can be pruned: pass "
+                "another model."
             )
         expected = self.expected
         if expected is None:
@@ -380,7 +381,7 @@ class _Recorder:
         if self.runs_layers or not has_form:
             raise UnsupportedArchitectureError(
                 f"the model changes the hidden states in front of decoder layer {name}: only models that run every "
-                "decoder layer once, in order, on the output of the one before, can be pruned."
+                "decoder layer once, in order, on the output of the one before, can be pruned: pass another model."
             )
         self.changes[index] = (expected, hidden_states)
 

@@ -54,7 +54,8 @@ def stored_tensor(module: nn.Module, name: str) -> Tensor:
     hook = offload_hook(owner)
     if hook is None:
         raise ValueError(
-            f"{name} of a {type(module).__name__} is on the meta device and kept nowhere: load the model."
+            f"{name} of a {type(module).__name__} is on the meta device, and Accelerate keeps it nowhere: load the "
+            "model with its weights (from_pretrained)."
         )
     return hook.weights_map[leaf]
 

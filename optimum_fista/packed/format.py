@@ -34,6 +34,8 @@ VERSION = [2, 0, 0]
 
 MAX_DIMENSIONS = 8
 
+_COPY_AGAIN = "Copy or download the file again, or pack the model again."
+
 
 class PackedFormatError(ValueError):
     """Tensors that do not have the form described in docs/formats.md."""
@@ -178,7 +180,7 @@ def check(packed: PackedTensor, name: str = "weight", *, checksum: bool = True) 
         )
     if checksum and layout[3] != _checksum(packed):  # last, because it reads every value
         raise PackedFormatError(
-            f"{name} has another checksum than its layout says: the file is damaged."
+            f"{name} has another checksum than its layout says: the file is damaged. {_COPY_AGAIN}"
         )
 
 
@@ -236,11 +238,11 @@ def packed_names(names: Iterable[str]) -> list[str]:
             continue  # one part alone is another tensor, such as `attention_mask`
         if missing:
             raise PackedFormatError(
-                f"{stem} is packed, but {missing[0]} is missing: the file is incomplete."
+                f"{stem} is packed, but {missing[0]} is missing: the file is incomplete. {_COPY_AGAIN}"
             )
         if stem in stored:
             raise PackedFormatError(
-                f"{stem} is there both packed and dense: the file is malformed."
+                f"{stem} is there both packed and dense: the file is malformed. {_COPY_AGAIN}"
             )
         packed.append(stem)
     return packed
@@ -263,7 +265,7 @@ def _check_layout(layout: Tensor, name: str) -> None:
         )
     if min(shape) < 1:
         raise PackedFormatError(
-            f"{name}_layout says shape {tuple(shape)}: every dimension must be positive."
+            f"{name}_layout says shape {tuple(shape)}: every dimension must be positive. {_COPY_AGAIN}"
         )
 
 

@@ -55,7 +55,8 @@ def read_pruned_report(folder: Path) -> PruningReport:
         return report
     if report.removed:
         raise ValueError(
-            f"{file!r} names no pruned operator: only decoder layers were removed, the model card says which."
+            f"{file!r} names no pruned operator: only decoder layers were removed, so a page has nothing to show. The "
+            "model card, README.md in this folder, says which layers."
         )
     raise ValueError(f"{file!r} names no pruned operator: pass another folder.")
 

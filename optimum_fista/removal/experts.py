@@ -169,8 +169,8 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
             expert_targets.append(target)
     if not bool(torch.isfinite(norms).all()):
         raise ValueError(
-            f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or overflows its dtype; try "
-            "float32 or bfloat16."
+            f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or overflows its dtype: load "
+            "it in float32 or bfloat16 (--dtype float32)."
         )
     saliency = norms / num_tokens.clamp_min(1)  # 0 for an expert without tokens
     return ExpertScores(num_tokens.cpu(), saliency.cpu(), expert_targets)

@@ -46,7 +46,7 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
     if recorded.layers_pass_more:
         raise UnsupportedArchitectureError(
             f"the decoder layers of {type(layers.model).__name__} pass more than hidden states to the next one, so "
-            "none can be removed: use another pattern."
+            "none can be removed: use a pattern that removes no layers, such as '2:4'."
         )
     first = _first_removable(recorded)
 
@@ -73,7 +73,8 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
             loss_of_all = losses.pop(None)
             if not math.isfinite(loss_of_all):
                 raise ValueError(
-                    "the loss of the model on the calibration tokens is NaN or Inf: the model is damaged."
+                    "the loss of the model on the calibration tokens is NaN or Inf: the model is damaged, or "
+                    "overflows its dtype. Load or download it again, or load it in float32 (--dtype float32)."
                 )
             index = _cheapest_layer(outline, remaining, losses)  # type: ignore[arg-type]
             remaining.remove(index)

@@ -175,7 +175,9 @@ class SmallerMixture:
         all_columns = torch.ones_like(first.weight[0], dtype=torch.bool)
         weight, message = refit_columns(problem, all_columns)
         if not bool(torch.isfinite(weight).all()):
-            raise RuntimeError(f"the refit of {operator.name} failed: weights hold NaN or Inf.")
+            raise RuntimeError(
+                f"the refit of {operator.name} failed: weights hold NaN or Inf. Pass expert_refit=False."
+            )
         operator.write(weight)
         rounded_weight = operator.read()  # in the dtype of the operator
         self._update_residuals(expert, rounded_weight - first.weight)

@@ -159,7 +159,7 @@ def plan_shrinking(
     raise ValueError(
         f"no configuration describes {type(outline.model).__name__} with "
         f"{', '.join([*numbers, f'{len(remaining)} decoder layers'])}: {'; or '.join(dict.fromkeys(reasons))}. "
-        "Pass other numbers, or use another pattern."
+        "Pass other numbers, or use a pattern that leaves zeros, such as '2:4'."
     )
 
 

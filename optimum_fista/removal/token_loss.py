@@ -94,7 +94,7 @@ def measure_bits_per_byte(
     dense = _tokenized(beginnings, dense_tokenizer, old_ids=None, bos=bos)
     pruned = _tokenized(beginnings, smaller_tokenizer, old_ids=kept.tolist(), bos=bos)
     if not dense.sequences or not pruned.sequences:
-        raise ValueError("the held-out text has no sequence of two tokens")
+        raise ValueError("the held-out text has no sequence of two tokens: pass a longer text")
 
     main_device = execution_device(model.get_input_embeddings())
     with products_as(choose_products(compute_dtype, main_device, model.dtype)):

@@ -304,7 +304,7 @@ def unpack_mask(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     if packed.dtype != torch.uint8 or packed.numel() != num_bytes:
         raise ValueError(
             f"packed has {packed.numel()} values of {packed.dtype}: a mask of shape {tuple(shape)} needs {num_bytes} "
-            "of torch.uint8."
+            "values of torch.uint8, as pack_mask returns them."
         )
     bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
     return torch.from_numpy(bits.astype(bool)).view(shape)

@@ -33,10 +33,13 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_bytes())
     except ValueError as error:  # of JSON, or of UTF-8
-        raise ValueError(f"{str(file)!r} is damaged: it is not JSON ({error}).") from error
+        raise ValueError(
+            f"{str(file)!r} is damaged: it is not JSON ({error}). Download or copy it again."
+        ) from error
     if not isinstance(values, dict):
         raise ValueError(
-            f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object."
+            f"{str(file)!r} is damaged: it holds a JSON {type(values).__name__}, not an object. Download or copy it "
+            "again."
         )
     return values
 

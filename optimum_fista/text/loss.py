@@ -415,5 +415,8 @@ def bits_per_byte(
                 # nats per token -> nats -> bits -> bits per byte
                 bits[key] = loss * num_predicted / math.log(2) / text.num_bytes
     if not all(map(math.isfinite, bits.values())):
-        raise ValueError("the loss of the model on the held-out text is NaN or Inf")
+        raise ValueError(
+            "the loss of the model on the held-out text is NaN or Inf: look for NaN in its weights, or load it in "
+            "float32 (--dtype float32)."
+        )
     return bits

@@ -405,7 +405,8 @@ def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, A
         token = vocabulary.tokens[old]
         if loaded.get(token) != new:
             raise ValueError(
-                f"tokenizer: the library loads its token {token!r} with the id {loaded.get(token)} instead of {new}, "
-                "because added tokens have the ids of others: pass a tokenizer in which every token has its own id."
+                f"tokenizer: the library tokenizers loads its token {token!r} with the id {loaded.get(token)} instead "
+                f"of {new}, because an added token and another one have the same id. Give one of them a new id in "
+                "tokenizer.json."
             )
     return content

@@ -118,7 +118,7 @@ def test_a_question_that_is_too_long_ends_nothing(chatted, tiny_folder):
     assert code == 1
     assert printed.out.splitlines() == [answer, "", answer]
     assert (
-        f"error: {tiny_folder} can't answer: the question has 80 tokens: it takes at least 1, and fewer than 64"
+        f"error: {tiny_folder} can't answer: the question has 80 tokens: ask one of 1 to 63 tokens"
         in printed.err
     )
 

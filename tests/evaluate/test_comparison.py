@@ -152,7 +152,7 @@ def test_packed_and_trained_folders_are_refused(tmp_path):
     of_trained = error_of(tmp_path / "trained", dense)
 
     assert of_packed.endswith("is packed, so it can't be compared: unpack it first.")
-    assert of_trained.endswith("was trained, so it can't be compared.")
+    assert of_trained.endswith("was trained, so it can't be compared: leave dense out.")
 
 
 @pytest.fixture(scope="module")

@@ -195,7 +195,7 @@ def test_a_token_that_can_only_read_is_known_before(hub, monkeypatch):
     connect(hub, monkeypatch)
     hub.role = "read"
 
-    message = rf"repo_id='{REPO_ID}': the token can only read: pass one that can write"
+    message = rf"repo_id='{REPO_ID}': the token can only read: make one that can write .*HF_TOKEN"
     with pytest.raises(ValueError, match=message):
         require_push(REPO_ID)
 

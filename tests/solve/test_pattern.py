@@ -220,6 +220,6 @@ def test_layout_is_row_major_with_the_lowest_bit_first():
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.uint8), (4, torch.uint8), (3, torch.int64)])
 def test_number_of_bytes_must_fit_the_shape(size, dtype):
     with pytest.raises(
-        ValueError, match=rf"packed has {size} values of {dtype}: .* needs 3 of torch.uint8"
+        ValueError, match=rf"packed has {size} values of {dtype}: .* needs 3 values of torch.uint8"
     ):
         unpack_mask(torch.zeros(size, dtype=dtype), (3, 8))
