@@ -180,7 +180,8 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
     """Write a model without the tokens that `plan` removes, and print the result; returns the exit code.
 
     This is the whole run of a `--target-size` that removes tokens only. If `is_dry_run`, only the output is checked.
-    `request` has the output folder and the held-out texts, which are measured afterwards.
+    `request` has the output folder, the model's name, and the held-out texts that the user named. The loss of both
+    models on these is measured afterwards, and written into the report of the output.
     """
     from optimum_fista.folder.output import require_output
     from optimum_fista.prune.measuring import measure_folder, require_texts
@@ -252,7 +253,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     """
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first
-    from optimum_fista.folder.output import FOLDER, locked_output
+    from optimum_fista.folder.output import JOURNAL, locked_output
     from optimum_fista.prune.measuring import (
         MeasuringInterrupted,
         measure_folder,
@@ -289,9 +290,9 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
             else:
                 request_so_far = request
                 # Rank 0 draws the text, and the other processes get the same batches. Text that the model writes is
-                # kept in the run's journal (FOLDER), which has what a run needs to resume.
+                # kept in the run's journal, which has what a run needs to resume.
                 request, batches = ranks.first(
-                    lambda: _prepare(request_so_far, ranks.device, unfinished / FOLDER)
+                    lambda: _prepare(request_so_far, ranks.device, unfinished / JOURNAL)
                 )
                 source_name = str(request.source)
             pruner = FistaPruner(request.config, storage_device=request.storage_device)

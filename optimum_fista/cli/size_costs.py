@@ -20,7 +20,7 @@ from optimum_fista.cli.calibration_batches import calibration_batches
 from optimum_fista.cli.overview import estimate_of, require_disk
 from optimum_fista.cli.prune_request import PruneRequest
 from optimum_fista.cli.size_candidates import Candidate
-from optimum_fista.folder.output import FOLDER, locked_output
+from optimum_fista.folder.output import JOURNAL, locked_output
 from optimum_fista.memory import size_text
 from optimum_fista.pruner import FistaPruner
 from optimum_fista.removal.token_loss import measure_plans
@@ -204,12 +204,12 @@ def _bits_of_trial(request: PruneRequest, texts: Sequence[MeasuredText]) -> list
     """Prune the model as a request says, but into a temporary folder, and measure the result: bits per byte of texts.
 
     The folder is in the unfinished folder of the output, in the part where a run keeps what it needs to resume
-    (FOLDER). There the next run deletes it if this process is killed. Otherwise it is deleted at the end. No other
+    (JOURNAL). There the next run deletes it if this process is killed. Otherwise it is deleted at the end. No other
     process can write to the output meanwhile.
     """
     with (
         locked_output(request.output) as unfinished,
-        tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / FOLDER) as folder,
+        tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / JOURNAL) as folder,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # the real run gives its own

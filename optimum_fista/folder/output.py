@@ -28,9 +28,10 @@ from filelock import FileLock, Timeout
 
 from optimum_fista.atomic import digest_of, flush, write_file
 
-FOLDER = "journal"
+# Folders in an unfinished folder.
+JOURNAL = "journal"
 MODEL = "model"
-RUN_FILE = f"{FOLDER}/fingerprint.json"
+RUN_FILE = f"{JOURNAL}/fingerprint.json"
 """In an unfinished folder: says that it holds a run that can be resumed, and which."""
 
 FILES_FILE = "fista/files.json"
@@ -38,7 +39,7 @@ SAMPLED_TEXTS = "calibration-*.safetensors"
 """In the journal: tokens that a model wrote, a file for each way to sample them."""
 
 _ABOUT = ("README.md", "fista/report.html")  # files that commands write into a finished folder
-_MARK = f"{FOLDER}/optimum-fista"  # says that an unfinished folder is of this package
+_MARK = f"{JOURNAL}/optimum-fista"  # says that an unfinished folder is of this package
 _REPLACED = "replaced"
 _OFFLOADED = "offload-*"  # in the journal: weights that a process reads again and again in a run
 
@@ -238,7 +239,7 @@ def locked_output(output_dir: Path) -> Iterator[Path]:
 
         at_the_end.callback(_tidy, folder, output)  # runs first, while the lock is still held
         _tidy(folder, output)  # after a process that was killed
-        (folder / FOLDER).mkdir(parents=True, exist_ok=True)
+        (folder / JOURNAL).mkdir(parents=True, exist_ok=True)
         (folder / _MARK).touch()
         yield folder
 
@@ -322,7 +323,7 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     `folder` is as `locked_output` yields it. `keep_texts` keeps the tokens that models wrote, too: the new run may have
     written them just before. What the run has offloaded are weights that it reads again and again.
     """
-    journal = folder / FOLDER
+    journal = folder / JOURNAL
     # First: if the process is killed here, what is left is no run that can be resumed.
     (folder / RUN_FILE).unlink(missing_ok=True)
 
@@ -393,7 +394,7 @@ def _tidy(folder: Path, output: Path) -> None:
         can_be_resumed = (folder / RUN_FILE).exists()
         if not can_be_resumed:
             discard(folder, keep_texts=True)
-        for path in [replaced, *(folder / FOLDER).glob(_OFFLOADED)]:
+        for path in [replaced, *(folder / JOURNAL).glob(_OFFLOADED)]:
             if path.exists():
                 shutil.rmtree(path)
         if folder.exists() and set(all_names(folder)) <= {_MARK}:

@@ -22,7 +22,7 @@ from optimum_fista.atomic import (
     write_tensors,
 )
 from optimum_fista.bars import tqdm
-from optimum_fista.folder.output import FOLDER, MODEL, RUN_FILE
+from optimum_fista.folder.output import JOURNAL, MODEL, RUN_FILE
 from optimum_fista.model.activations import Storage
 from optimum_fista.options import as_record
 from optimum_fista.prune.plan import Budgets
@@ -67,12 +67,12 @@ class Journal:
         """Open the journal in an unfinished folder; makes the folder of the model in it if that is missing.
 
         `folder` is beside the output, and locked by this run. `fingerprint` is all that the result of the run depends
-        on (`identity.run_fingerprint`). Nothing is read yet.
+        on (`identity.run_fingerprint`). Its folder `journal` was made when it was locked. Nothing is read yet.
         """
         self.folder = folder
         self.model = folder / MODEL
         self._fingerprint = fingerprint
-        self._budgets = folder / FOLDER / "budgets.json"
+        self._budgets = folder / JOURNAL / "budgets.json"
         # Digest of the file of budgets; None until `budgets` has read it.
         self._budgets_sha256: str | None = None
         # Digests of files of hidden states, by the number of the layer that these enter.

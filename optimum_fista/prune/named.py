@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import storage_place, usable_device
-from optimum_fista.folder.output import FOLDER, locked_output, require_output
+from optimum_fista.folder.output import JOURNAL, locked_output, require_output
 from optimum_fista.folder.packed_folder import require_packable
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import execution_device
@@ -119,13 +119,13 @@ def prune_named(
             its arguments.
             """
             # Rank 0 has made this folder; another rank may run on another machine.
-            if not (unfinished / FOLDER).exists():
+            if not (unfinished / JOURNAL).exists():
                 raise ValueError(
                     f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
                 )
             require_independent_layers(config, ranks.count)
             offload_folder = offloaded.enter_context(
-                tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / FOLDER)
+                tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / JOURNAL)
             )
             return _read_model(
                 name,
@@ -134,8 +134,8 @@ def prune_named(
                 device=ranks.device,
                 dtype=dtype,
                 packed=packed,
-                storage=unfinished / FOLDER if storage_device == "disk" else storage,
-                disk=unfinished / FOLDER,
+                storage=unfinished / JOURNAL if storage_device == "disk" else storage,
+                disk=unfinished / JOURNAL,
                 progress=progress and ranks.index == 0,
                 callbacks=callbacks,
             )

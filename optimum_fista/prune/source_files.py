@@ -11,11 +11,11 @@ from typing import Any
 
 from optimum_fista.atomic import digest_of, read_record
 from optimum_fista.bars import tqdm
-from optimum_fista.folder.output import FOLDER
+from optimum_fista.folder.output import JOURNAL
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.source.model_folder import CONFIG_FILE
 
-WEIGHTS_FILE = f"{FOLDER}/weights.json"
+WEIGHTS_FILE = f"{JOURNAL}/weights.json"
 """Hashes of the files that are read (`SourceFiles.hashes`), in an unfinished folder."""
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", ".bin", ".bin.index.json")
 _READERS = 4  # files that are hashed at a time

@@ -35,7 +35,7 @@ from optimum_fista.atomic import write_file
 from optimum_fista.bars import tqdm
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import checkpoint
-from optimum_fista.folder.output import FOLDER, locked_output, new_output
+from optimum_fista.folder.output import JOURNAL, locked_output, new_output
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.removal.earlier_masks import unchanged_masks
 from optimum_fista.removal.token_ids import (
@@ -130,7 +130,7 @@ def write_plan(
     # `unfinished` is a folder beside `output_dir`.
     with locked_output(output_dir) as unfinished:
         # if this process is killed, the next run on `output_dir` deletes the temporary files in this folder
-        _measure_held_out(plan, unfinished / FOLDER, device, progress)
+        _measure_held_out(plan, unfinished / JOURNAL, device, progress)
         # `folder` is in `unfinished`. It becomes `output_dir` at the end, if nothing fails.
         with new_output(output_dir, overwrite, plan.source) as folder:
             _write_model(plan, folder, started, progress)
@@ -215,12 +215,14 @@ def _write_tokenizer(plan: TokensPlan, folder: Path) -> None:
     `tokenizer_config.json` gets new ids, too. `config.json` is written later. The old tokenizer's other files, such as
     vocab.json and merges.txt, are deleted. `folder` is the unfinished folder, which has copies of the dense model's
     files. `plan.tokenizer` is the content of the new tokenizer.json, and `plan.new_ids` has a new id for each row of
-    the embedding that stays.
+    the embedding that stays. Which numbers of a configuration are ids is known by
+    their names, such as "eos_token_id".
 
     Transformers then loads the new tokenizer from these files. If it gives other ids, this is a ValueError, and
     `new_output` deletes the whole unfinished folder.
     """
     for file in list(folder.iterdir()):
+        # neither tokenizer.json, which is replaced below, nor tokenizer_config.json
         if _OLD_TOKENIZER.fullmatch(file.name):
             file.unlink()
     for name, values in configuration_files(folder).items():

@@ -35,7 +35,7 @@ from optimum_fista.atomic import digest_of, read_record, write_record
 from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import MASKS_FILE, mark_retrained
 from optimum_fista.folder.output import (
-    FOLDER,
+    JOURNAL,
     MODEL,
     RUN_FILE,
     install,
@@ -169,7 +169,7 @@ def recover(
         teachers_files = shared_files(Path(plan.teacher), unfinished, ranks, progress)
         ranks.first(lambda: _require_right_models(plan, teachers_files, unfinished))
         # token ids [sequences, length]
-        windows = ranks.first(lambda: _draw_text(plan, unfinished / FOLDER, progress))
+        windows = ranks.first(lambda: _draw_text(plan, unfinished / JOURNAL, progress))
 
         # A run in `unfinished` with another fingerprint is refused, or deleted if `overwrite`.
         fingerprint = _fingerprint(plan, students_files, teachers_files, windows, ranks.count)
@@ -183,7 +183,7 @@ def recover(
                 plan=plan,
                 windows=windows,
                 fingerprint=fingerprint,
-                journal=unfinished / FOLDER,
+                journal=unfinished / JOURNAL,
                 ranks=ranks,
                 progress=progress,
             )
@@ -233,7 +233,8 @@ def _require_right_models(
 def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
     """Draw the text as token ids int64 [sequences, length]; the first `held_out` sequences are never trained on.
 
-    `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. Such text is kept in
+    `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. `plan.text_model` is
+    the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
     `journal`, the folder of the run, where a later start reads it. `progress`: whether to show a bar.
     """
     held_out = plan.options.held_out

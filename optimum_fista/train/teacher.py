@@ -11,7 +11,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from optimum_fista.folder.output import FOLDER
+from optimum_fista.folder.output import JOURNAL
 from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.report import PruningReport
@@ -38,7 +38,7 @@ def require_dense_model(plan: RecoveryPlan, report: PruningReport, unfinished: P
         )
         return
 
-    with tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / FOLDER) as offload_folder:
+    with tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / JOURNAL) as offload_folder:
         digest = dense_sha256(plan.teacher, dense.dtype or "auto", Path(offload_folder))
     if digest != dense.sha256:
         raise ValueError(
