@@ -96,11 +96,13 @@ class PruningReport(RunRecord):
     def verdict_on(self, text: TextReport) -> str:
         """Say how much worse the result is than the first model on a text of `self.texts`, in the words of `verdict`.
 
-        The text has bits per byte, how many bytes and tokens were measured, and `text.vocabulary`, the number of tokens
-        that the given model knows: there is no verdict if the first model hardly does better than a guess among these.
+        `text.pruned` are the bits per byte of the result, `text.num_bytes` and `text.num_tokens` say how much was
+        measured, in tokens of the given model, and `text.vocabulary` is the number of tokens that this model knows: a
+        first model that is hardly better than a guess among them gets no verdict.
         """
         first = self.first_bits_per_byte(text)
-        # Bits per byte become perplexities per token of the given model, for both models, so these can be compared.
+        # Perplexities of models with different tokens can't be compared. So both are computed for the same stretch of
+        # text: that of an average token of the given model.
         bytes_per_token = text.num_bytes / text.num_tokens
         return verdict(
             dense=None if first is None else _two_to(first * bytes_per_token),
@@ -218,7 +220,8 @@ class PruningReport(RunRecord):
         bits = self.bits_per_byte
         if bits is None:
             return ""
-        # Perplexities that can be compared: of the text of one token of the larger vocabulary, by both models.
+        # Perplexities of models with different tokens can't be compared. So both are computed for the same stretch of
+        # text: that of an average token of the larger vocabulary.
         bytes_per_token = bits["num_bytes"] / bits["num_tokens"]
         given = _two_to(bits["dense"] * bytes_per_token)
         return verdict(

@@ -105,6 +105,7 @@ def verify_checkpoint(
     with _errors_of_damaged_files():
         of_this_run, in_all = _verify_operators(folder, report, progress)
         num_parameters = _verify_model(folder, report)
+        # As they stand in the file: `report.totals` are computed anew from the operators.
         promised = read_json(folder / REPORT_FILE)["totals"]
         _verify_totals(
             report,
@@ -118,7 +119,7 @@ def verify_checkpoint(
     if dense is not None:
         num_equal = compare_with_dense(folder, report, str(dense), progress)
     return Verification(
-        num_operators=len(report.masked),
+        num_operators=len(report.masked),  # pruned by this run or carried, each once
         num_weights=in_all.num_weights,
         num_zeros=in_all.num_zeros,
         num_parameters=num_parameters,

@@ -111,8 +111,9 @@ def measure_sensitivities(
     Returns the sensitivities, and the bytes of logits that were in memory beyond the estimate: 0, unless the model
     can't be cut before its head and the longest sequence had all its logits at once.
 
-    While the model runs, forward passes of decoder layers are replaced, no weight requires a gradient, operators have
-    hooks, and offloaded weights are on their device while they are needed; all are as before at the end.
+    While the model runs, operators have hooks, and offloaded weights are on their device while they are needed.
+    `_recomputed_layers` replaces the forward passes of decoder layers, and moves `requires_grad` from the weights to
+    the outputs of the embedding. All is as before at the end.
     """
     model = loss.layers.model
     sequences = loss.sequences()

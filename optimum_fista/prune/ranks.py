@@ -141,7 +141,7 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
 
     What is yielded is a `Ranks`, with the number of this process. `device` is where the user wants to compute, such as
     "cpu" or "cuda"; `None`: where Accelerate says. With several processes, Accelerate starts PyTorch's process group,
-    and this adds one to wait in; at the end both are destroyed.
+    and this adds a group to wait in. At the end only the added one is destroyed: Accelerate and its group stay.
     """
     count = launched_processes()
     if count == 1:
@@ -151,7 +151,8 @@ def joined_ranks(device: str | None) -> Iterator[Ranks]:
     # Accelerate can't start processes on an accelerator without a PyTorch backend; gloo works on any machine.
     has_backend = kind in dist.Backend.default_device_backend_map
     computes_on_cpu = kind == "cpu"
-    # This starts the process group.
+    # This starts the process group, with gloo if `cpu`. An accelerator without a backend still computes if the user
+    # named it (`device`): then only what the processes say to each other goes through the CPU.
     state = PartialState(cpu=computes_on_cpu or not has_backend)
     if state.num_processes != count:
         raise ValueError(

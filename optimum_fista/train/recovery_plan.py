@@ -472,11 +472,12 @@ def _needed_bytes(
     """Estimate the bytes on the device of a process that trains "all" or "norms" (`train`); changes nothing.
 
     Logits are counted for one chunk of positions: a model is cut before its head. Whether it really can be cut is known
-    only after it has run.
+    only after it has run. Weights are counted whole even if processes share them, so the estimate is too high then.
 
     Args:
         plan: The recovery: its length of sequences, batch size, dtype of products.
-        sizes: Numbers of the student.
+        sizes: Numbers of the whole student; `operator_width` sums the inputs and outputs of all linear operators of all
+            decoder layers.
         train: What is trained.
         checkpointed: Whether activations are computed twice, so that only those of one layer are in memory.
         is_sharded: Whether processes share the weights (`shards_weights`). Such models are not cut, so the logits of a
@@ -493,7 +494,7 @@ def _needed_bytes(
         teachers_parameters = plan.report.first_model.num_parameters
     teacher = teachers_parameters * plan.compute_dtype.itemsize
 
-    # Of a token: the inputs and outputs of all operators.
+    # Of a token: the inputs and outputs of all operators, with 8 bytes for each number.
     activations = 8 * sizes.operator_width
     if checkpointed:
         # those of one layer at a time, and the hidden states that enter each layer

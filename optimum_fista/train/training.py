@@ -426,8 +426,8 @@ def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return masks of the zeros that the linear operators of the decoder layers have now; refuse a dense model.
 
     Masks are boolean, True = kept, by parameter name. A model that has lost whole parts and has no zeros gives no
-    masks. The configuration of the model (`fista_pruning`) has the number of zeros that the pruning run set: a model
-    with fewer zeros is refused. Changes nothing.
+    masks. The configuration of the model (`fista_pruning`) has the number of zeros of all masks that the pruning run
+    left: a model with fewer zeros is refused. Changes nothing.
     """
     masks: dict[str, Tensor] = {}
     zeros = 0
@@ -448,9 +448,10 @@ def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
     record = getattr(model.config, CONFIG_KEY, None) or {}
     promised = int(record.get("num_zeros", 0))
     are_by_chance = zeros < _SHARE_BY_CHANCE * weights
-    # A run that sets no zeros removes parts. An earlier run may have left zeros all the same.
-    has_lost_parts = record.get("num_zeros") == 0  # a missing entry is not 0
-    if has_lost_parts:
+    # The number counts the zeros of all masks. It is 0 (and not missing) if the run only removed whole parts.
+    only_lost_parts = record.get("num_zeros") == 0
+    if only_lost_parts:
+        # No zeros are promised. If there are more than by chance, an earlier run left them, without masks.
         return {} if are_by_chance else masks
 
     if are_by_chance or zeros < promised:
@@ -485,17 +486,19 @@ def _require_no_other_zeros(
 ) -> None:
     """Refuse to train a model that was pruned several times if it has zeros that no mask covers. Changes nothing.
 
-    Training would fill the zeros of such a run, and nothing would say so. A few zeros are there by chance.
+    Training would fill the zeros of such a run, and nothing would say so. A few zeros are there by chance, so two
+    shares must be larger than chance explains: that of some operator, which the message names, and that of all weights.
 
     Args:
         model: The pruned model.
         masks: Those that `find_masks` found, by parameter name: of the last run, and of earlier runs if they were
-            carried through it. A mask of a sharded parameter is the part of this process.
+            carried through it. A mask of a sharded parameter is the part of this process: each process judges
+            its own parts.
         earlier_patterns: The patterns of the runs before the last one, such as `["2:4"]`, for the message.
     """
     uncovered = 0
     weights = 0
-    first_name = ""
+    first_name = ""  # of an operator with more zeros than by chance
     for name, weight in _prunable_weights(model):
         is_uncovered_zero = local(weight.detach()) == 0
         if name in masks:
@@ -507,7 +510,8 @@ def _require_no_other_zeros(
         if not are_by_chance and not first_name:
             first_name = name
 
-    if first_name and uncovered >= _SHARE_BY_CHANCE * weights:
+    all_are_by_chance = uncovered < _SHARE_BY_CHANCE * weights
+    if first_name and not all_are_by_chance:
         raise ValueError(
             f"{type(model).__name__} has {uncovered:,} zeros that no mask covers, such as those of {first_name}: an "
             f"earlier run ({', '.join(earlier_patterns)}) set them, and its masks for them are lost. Training would "
