@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
     Questions are lines of the standard input. `arguments` are the flags that `add_arguments` declares. The code is 1 if
     a question could not be answered, otherwise 0.
     """
-    require_seed(arguments.seed)
+    require_seed(arguments.seed)  # only a check: each answer sets it
     in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
     names = [arguments.model]
     if arguments.beside:

@@ -177,7 +177,11 @@ def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list
     num_rows = vocabulary["before"]
 
     def plan(removal: TokensRemoval) -> TokensPlan:
-        """Plan a removal for the model of `counted`, with the other options of `unused`."""
+        """Plan a removal of tokens, such as "vocab:0.5", with the other options of `unused`; changes nothing.
+
+        From the outer function: `counted` is the dense model with the counts of its tokens in a text, and `unused` the
+        plan that removes all tokens that this text does not use.
+        """
         config = FistaPruningConfig(
             pattern=str(removal),
             keep_tokens=tuple(unused.report.config["keep_tokens"]),

@@ -186,11 +186,15 @@ def _allocating(run: RunSizes) -> Moment:
     # Logits and their gradient, and four float32 copies of some.
     logits = positions * run.vocabulary * 2 * run.value_bytes
     logits += positions_in_float32 * run.vocabulary * 4 * _FLOAT32
-    # Activations of a decoder layer that is recomputed, of which two are squared in float32.
+    # Activations of one decoder layer, which the backward pass computes again. For each token it holds about 12 vectors
+    # of the width of hidden states, and 6 of the width of the widest operator.
     activations = run.length * run.value_bytes * (12 * run.hidden + 6 * widest)
+    # Inputs of an operator in float32, and their squares, or its gradients and theirs.
     activations += run.length * 2 * _FLOAT32 * widest
-    # The graph of a decoder layer keeps float32 copies of its weights, and that of the head keeps none.
-    widened = max(*layer_sizes, min(WEIGHTS_WIDENED_TOGETHER, run.vocabulary * run.hidden))
+    # Weights with float32 copies at the same time: all of a decoder layer, because its graph keeps the copies, or a
+    # piece of the head, whose copies are not kept.
+    piece_of_head = min(WEIGHTS_WIDENED_TOGETHER, run.vocabulary * run.hidden)
+    widened = max(*layer_sizes, piece_of_head)
     parts = {
         "embedding and head": _embedding_and_head(run),
         "logits, gradients": logits,

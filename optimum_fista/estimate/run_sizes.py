@@ -267,7 +267,8 @@ def _operators_to_solve(removal: Removal) -> dict[str, tuple[int, int]]:
     """Return the shapes [out, in] of the operators to solve for, by name.
 
     They get zeros, lose inputs, or are the last of their decoder layer, which compensates for the errors of the others.
-    `removal` is what the run takes from the model.
+    `removal` is what the run takes from the model: it has the operators of each decoder layer, in the order in which
+    they run, and the pattern of each by its name. Changes nothing.
     """
     operators: dict[str, tuple[int, int]] = {}
     for operators_of_layer in removal.operators.values():

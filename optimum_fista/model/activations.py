@@ -47,8 +47,9 @@ class ActivationStore(Sequence[Tensor]):
     def _stage(self) -> None:
         """Set `self.staging` to new buffers if the device would wait for copies without them, otherwise to `None`.
 
-        `self._storage` is the device where tensors are kept, the CPU if they are in a file. `self._kept` are the
-        tensors kept so far, a list or a file, which the buffers are for.
+        `self._is_staged` asks for buffers even if nothing would wait, as tests do. `self._storage` is the device where
+        tensors are kept, the CPU if they are in a file. `self._kept` are the tensors kept so far, a list or a file,
+        which the buffers are for.
         """
         has_streams = False
         if self.device.type not in ("cpu", "meta"):
@@ -234,6 +235,8 @@ class _Staging:
 
         Waits for tensors that are still written. `self._next` is the task that reads a tensor ahead, with the number of
         this tensor; it is replaced. `self._last` is the number of the tensor that was read or written before.
+        `self._thread` runs `_load`, which gives the tensor and an event, `copied`, that comes when its copy is done
+        (`None`: it is).
         """
         self.finish()
         ahead = self._next

@@ -238,7 +238,8 @@ class LayerTargets:
         """Run the dense layer on every batch, and return its output hidden states.
 
         One pass serves all groups: hooks fill the record of each (`self._records`), and `self._expert_outputs` if
-        experts will be removed (`self._experts` is their module then). The hooks are removed at the end.
+        experts will be removed (`self._experts` is their module then). The hooks are removed at the end. The order in
+        which they are set does not matter: each sees only its own module.
 
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer.
         """
@@ -250,6 +251,7 @@ class LayerTargets:
 
             `num_tokens` of the outer function is the number of tokens in the batch that runs.
             """
+            # Llama-4 returns one output for each expert, [experts * tokens, out]: the number tells them apart.
             self._expert_outputs.append(sum_of_experts(output, num_tokens))
 
         with ExitStack() as hooks:
@@ -689,7 +691,11 @@ class _DenseRecord:
 
 
 def sum_of_experts(output: Tensor, num_tokens: int) -> Tensor:
-    """Sum the outputs of the experts for each token, [tokens, out]; Llama-4 returns one output for each expert."""
+    """Sum the outputs of the experts for each token: a new tensor [tokens, out].
+
+    `output` is what a mixture returns for `num_tokens` tokens: their sum, or in Llama-4 one output for each expert,
+    [experts * tokens, out].
+    """
     return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
 
 

@@ -143,9 +143,11 @@ class ExpertOperator(LinearOperator):
     def inputs(self, batch: AssignedTokens, device: torch.device) -> Tensor:
         """Compute the operator's inputs in a batch, [tokens, in], on `device`, which is that of its weight.
 
-        Row i belongs to the token `batch.tokens_of(self.expert)[i]`. For a down projection the gate and up projections
-        of the expert run, with the weights that they have now. Changes nothing.
+        Row i belongs to the token `batch.tokens_of(self.expert)[i]`. Gate and up projections have the hidden states of
+        these tokens as their inputs. For a down projection (`self.kind`), `self.experts.middle` runs the gate and up
+        projections of the expert, with the weights that they have now. Changes nothing.
         """
+        # the place of the expert in `batch.rows`, which has rows of `batch.hidden_states`, and in `batch.tokens`
         part = batch.part(self.expert)
         hidden_states = batch.hidden_states[batch.rows[part]].to(device)
         if self.kind != "down_proj":

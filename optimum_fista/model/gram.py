@@ -52,13 +52,14 @@ class GroupSums:
         accordingly "inputs", "outputs" or "targets", a key of `self.cross`. Both arguments are in any floating-point
         dtype, and are not changed.
 
-        Changes `self.num_tokens`, the upper half of the Gram matrix (`self._gram`), the sums of inputs (`self._total`),
-        the cross-Gram matrix of this kind in `self.cross`, and for targets `self.energies`.
+        Changes `self.num_tokens`, the upper half of the Gram matrix (`self._gram`), the sums of inputs (`self._total`
+        [in]), the cross-Gram matrix of this kind in `self.cross`, and for targets `self.energies`.
         """
         if self._gram is None:
             self._gram = self._total.new_zeros(len(self._total), len(self._total))
         self.num_tokens += inputs.shape[0]
-        # float32, rounded as the run multiplies; rows of zeros may be appended, which add nothing
+        # Rounded as the run multiplies, for instance to bfloat16, and float32 again. Rows of zeros may be appended so
+        # that oneDNN sees few shapes; they add nothing.
         inputs = in_few_sizes(as_multiplied(inputs))
         _add_upper(self._gram, inputs)
         self._total += inputs.sum(0)

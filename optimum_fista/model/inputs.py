@@ -128,6 +128,7 @@ def record_inputs(
             for batch in tqdm(
                 batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress
             ):
+                # Adds to `recorder.calls`; `recorder.first` is then what enters the first layer on this batch.
                 recorder.record(partial(batch.run, layers.model))
                 if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
                     raise ValueError(
@@ -137,8 +138,9 @@ def record_inputs(
                 hidden_states.append(recorder.first)
                 mask = batch.attention_mask
                 token_masks.append(None if mask is None else mask.to(device))
-    except _HandsOnMore:  # from `recorder.forward`, when a layer gets such an argument
-        # Only a recording without the layers, which is cheap, shows whether a model needs them to run.
+    except _HandsOnMore:
+        # A later layer gets more than hidden states of the first one. Only a recording without the layers, which is
+        # cheap, shows whether a model needs them to run.
         return record_inputs(layers, batches, storage, runs_layers=True, progress=progress)
     # What the one run of the first layer returned after its hidden states; without a tuple, there is no such thing.
     returned_besides = recorder.returned_besides if recorder.is_tuple else None

@@ -354,12 +354,14 @@ def _patches_of_images(values: Mapping[str, Tensor]) -> list[int]:
 def _tokens_follow_patches(values: Mapping[str, Tensor]) -> bool:
     """Tell whether an image with twice as many patches has twice as many placeholder tokens.
 
-    It has if there is a grid of patches, or if all images are alike: whatever describes them is the same for all.
-    `values` are the arguments of one kind of media, as `_split` gets them.
+    It has if there is a grid of patches (the numbers of patches of each image), or if all images are alike: whatever
+    describes them is the same for all. `values` are the arguments of one kind of media by name, such as `pixel_values`.
+    Without a grid, each is [images, ...]. Changes nothing.
     """
     if _grid_of(values) is not None:
         return True
-    # Images themselves are floating point; in one tensor they have one size. Other arguments describe them.
+    # Images themselves are floating point, and have one size because they are in one tensor: they may differ. Integers
+    # and booleans describe images: here each must be equal to the first one's.
     return all(
         value.is_floating_point() or bool((value == value[:1]).all()) for value in values.values()
     )

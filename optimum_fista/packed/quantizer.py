@@ -186,7 +186,11 @@ class FistaPackedQuantizer(HfQuantizer):
     quantization_config: FistaPackedConfig
 
     def __init__(self, quantization_config: FistaPackedConfig, **keywords: Any) -> None:
-        """Keep the settings; ValueError if the weights are not packed yet. Transformers calls this."""
+        """Keep the settings; ValueError if the weights are not packed yet. Transformers calls this.
+
+        `keywords` are those of Transformers. By `pre_quantized`, the base class notes in `self.pre_quantized` whether
+        the weights in the files are packed.
+        """
         super().__init__(quantization_config, **keywords)
         if not self.pre_quantized:
             raise ValueError(

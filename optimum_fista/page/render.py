@@ -158,7 +158,7 @@ def coloured(
         """Return the text of a number and the index of its colour, `None` if it has none.
 
         From the outer function: `text_of` writes a number, and `low` and `width` are the scale, the lowest number and
-        the highest one minus the lowest.
+        the highest one minus the lowest (1 if both are equal).
         """
         if number is None:
             return "", None

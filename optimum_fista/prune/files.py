@@ -109,7 +109,8 @@ class FileSink(Sink):
 
         The model is `self._model`. Errors of files (OSError) and of other processes (RankError) get a sentence that
         says how many decoder layers are kept. `products` is "float32", "tf32", "bfloat16" or "widened". At the end,
-        modes and settings are as before, but weights in memory are not put back: the model is not used after the run.
+        modes and settings are as before. What the run inside has done to weights in memory stays: nobody uses the model
+        afterwards.
         """
         try:
             with evaluation_mode(self._model), torch.no_grad(), products_as(products):

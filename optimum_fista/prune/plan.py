@@ -221,6 +221,7 @@ def plan_run(
         callbacks=callbacks,
     )
 
+    # as_stored: tensors are copied from the files, perhaps quantized, because the run only removes parts of them.
     if plan.as_stored:
         # The tensors are described only to refuse what can't be cut: a scale that belongs to several groups. Which
         # groups will stay is not known yet, so the first ones stand for them.
@@ -228,6 +229,7 @@ def plan_run(
         for name, _ in removal.layers:
             plan.stored(name, kept)
         if removal.num_removed_layers:
+            # The others get new numbers: refuses quantization settings with patterns that name layers by number.
             plan.source.require_no_numbers()
 
     if loaded:

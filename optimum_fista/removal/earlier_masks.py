@@ -376,8 +376,9 @@ def _report_of_carried(
 ) -> OperatorReport:
     """Report an operator with a carried mask: errors and method of the `earlier` run, counts of the mask as it is now.
 
-    `operator` is that of the smaller layer, and `mask`, bool, is laid out as its weight. If the mask no longer keeps
-    its pattern, because columns are gone, it is called unstructured.
+    `operator` is that of the smaller layer, and `mask`, bool, is laid out as its weight: [in, out] if that is stored
+    transposed. Shapes in reports are always (out, in). If the mask no longer keeps its pattern, because columns are
+    gone, it is called unstructured.
     """
     num_kept = int(mask.sum())
     sparsity = 1 - num_kept / mask.numel()

@@ -242,7 +242,7 @@ class SmallerMixture:
             by_token[tokens] = changed.to(by_token.dtype)
 
     def _weighted_inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:
-        """Compute `p_e z_e` [tokens, in], float32: inputs of an expert's down projection times the router's weights.
+        """Compute `p_e z_e` [tokens, in], float32: router's weights `p_e`, inputs `z_e` of an expert's down projection.
 
         Returns also the numbers in the batch of the tokens that reach the expert, int64. `self._batches` has what the
         router has assigned in each batch. Nothing is changed.

@@ -179,6 +179,8 @@ class Removal:
         new_masks = {operator.name: sink.masks[operator.name] for operator in record.operators}
         carried = self.earlier_masks.carried(record.report.name, layer, new_masks, reorderings)
         sink.masks.update(carried.masks)
+        # Earlier zeros of operators that have a new mask: `filled` ones have a value now, and `uncovered` ones are
+        # zero, although the new mask lets a training fill them.
         zeros = carried.zeros_of_pruned_again
         return replace(
             record,

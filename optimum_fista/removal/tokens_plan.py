@@ -242,7 +242,8 @@ def _smaller_vocabulary(
         if request.share is not None:
             num_kept = request.num_kept(num_rows)
         else:
-            # the tokens that the text uses, and as many of the others as make a multiple of `step`, which is rounded up
+            # The tokens that the text uses, and so many others that the number of rows that stay is a multiple of
+            # `step`, a size for which kernels are fast.
             used = reduce_vocabulary(content, counts, None, keep).kept
             step = request.step(num_rows)
             num_kept = step * math.ceil((len(used) + num_spare) / step)

@@ -141,8 +141,8 @@ class StoredTensor:
 def read_stored(source: Path) -> dict[str, StoredTensor]:
     """Describe all tensors in the weight files of a model folder, by name; a folder with a GGUF file has none.
 
-    `source` is the folder of a model, or a packed folder. Only headers are read, and all values of a name that stands
-    in two files.
+    `source` is the folder of a model, or a packed folder. Only headers are read. If two files have a tensor of one
+    name, the values of both are read, too, to compare them.
 
     Raises:
         ValueError: If two files hold different values of one name, or a file is damaged.

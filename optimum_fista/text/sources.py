@@ -325,7 +325,10 @@ def _offline_without_hub(repository: str) -> Iterator[None]:
 
 
 def _hub_answers(repository: str) -> bool:
-    """Ask the Hub once for the data set `repository`, such as "allenai/c4"; an error of the Hub is an answer too."""
+    """Ask the Hub once for the data set `repository`, such as "allenai/c4"; an error of the Hub is an answer too.
+
+    Waits `_HUB_TIMEOUT` seconds at most. Nothing is downloaded.
+    """
     try:
         HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
     except HfHubHTTPError:

@@ -81,8 +81,9 @@ class HeldOutText:
     def counted(self, documents: Iterable[str]) -> Iterator[str]:
         """Yield the text that is not held out: parts of the documents, and pieces that were held out for a time only.
 
-        Meanwhile, fills `self.pieces` with the text that is held out, and counts the characters of all text. A text of
-        which less than one piece could be held out is yielded whole.
+        Meanwhile, `_counted_of` fills `self.pieces` with the text that is held out, and counts the characters of all
+        text (`self.num_characters`). If less than a usual piece of `_PIECE_CHARACTERS` characters was held out at the
+        end, that is yielded, too, and `self.pieces` is empty.
         """
         for document in documents:
             for part in _parts(document):

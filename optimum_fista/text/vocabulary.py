@@ -304,8 +304,9 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
 def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, int]]:
     """Return the ids of the two tokens of the last merge that makes each token, by the token's id.
 
-    Only a BPE model has merges. `model` is that of a `tokenizer.json`; `pieces` has the ids of its pieces, by their
-    texts. Both stay as they are.
+    Only a BPE model has merges. `model` is that of a `tokenizer.json`, as the tokenizers library writes it: each merge
+    is a pair of texts. `pieces` has the ids of its pieces, by their texts. Both stay as they are. A token for
+    which several merges are listed, none of which the tokenizer comes to, is not in the result.
     """
     prefix_length = len(model.get("continuing_subword_prefix") or "")
     # The place of each merge in the list: the tokenizer does the lowest first.
@@ -321,7 +322,7 @@ def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int
         if len(pairs) > 1:
             # Only one of these pairs is what the tokenizer merges.
             last_pair = _last_merge(_symbols(token, model), ranks, prefix_length)
-        if last_pair is not None:
+        if last_pair is not None:  # None: the tokenizer never makes this token of its symbols
             left, right = last_pair
             parts[pieces[token]] = (pieces[left], pieces[right])
     return parts

@@ -327,7 +327,7 @@ class _Surgeon:
         copy = copy.mul_(self.scale).mul_(self.scale[:, None])
         if self.blocks is None:
             return copy
-        # With the symmetric X = S G_r S, this is (X B)^T B = B^T X B.
+        # `times_blocks` multiplies by B from the right. With the symmetric X = S G_r S, this is (X B)^T B = B^T X B.
         return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
     def scaled_target(self, problem: LayerProblem, rows: slice) -> Tensor:
