@@ -37,7 +37,7 @@ class PruningReport(RunRecord):
 
     @property
     def earlier_zeros(self) -> str:
-        """Say what became of zeros of earlier runs; empty if there were none, or all are zeros of this run, too.
+        """Say what became of zeros of earlier runs; empty if there were none, or if the new masks cover all of them.
 
         `self.carried` are reports of operators whose masks were kept, `self.lost_masks` names of weights in which this
         run overwrote zeros. The zeros in operators that this run pruned again are counted: `self.zeros_filled` have

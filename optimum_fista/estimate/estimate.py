@@ -64,6 +64,9 @@ class Estimate(RunSizes):
     ) -> None:
         """Plan the run on a model without weights, and choose the text and the batch size.
 
+        The base class sets `self.place`, the device that the user named or `None`, and `self.device`, the kind of
+        device where the run computes, such as "cuda". `_choose_calibration` sets the text.
+
         Reads the model's configuration, which the Hub's client may download, and the headers of the files of a model
         folder. Arguments are the flags of `optimum-fista prune`, such as `storage_device`, where activations wait.
         `None` as `calibration` (the source of text) or `batch_size`: it is chosen here; as another one: the usual

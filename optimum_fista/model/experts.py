@@ -104,7 +104,8 @@ class ExpertOperator(LinearOperator):
         """Name one matrix of an expert, which is a part of a parameter of its mixture. Nothing is copied.
 
         Args:
-            experts: The mixture.
+            experts: The mixture: its module in the model and the name of that, and whether it stores matrices as
+                [in, out] (`transposed`).
             kind: "gate_proj", "up_proj" or "down_proj".
             expert: The number of the expert.
             tensor: Name of the parameter, such as "gate_up_proj", with the matrices of all experts [experts, ...].

@@ -74,6 +74,7 @@ def share_budgets(
     if sharing:
         sensitivities, num_bytes_not_estimated = _measured(plan, loss, sharing)
 
+    # A pool is an operator, or all experts' matrices of a kind in a decoder layer, which get one sparsity together.
     # Operators of a pool without any gradient keep the average sparsity: nothing is known of them.
     sharing_pools: dict[str, list[str]] = {}
     without_gradient: list[str] = []

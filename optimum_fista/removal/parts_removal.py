@@ -491,7 +491,7 @@ class PartsRemoval(Removal):
             ]
 
     def _renamed_layers(self, layers: Sequence[LayerReport]) -> list[LayerReport]:
-        """Copy the reports of the decoder layers that stay, with their names in the smaller model."""
+        """Copy the reports of the decoder layers that stay, with their names in the smaller model (`self.new_name`)."""
         renamed = list[LayerReport]()
         for layer in layers:
             new_name = self.new_name(layer.name)

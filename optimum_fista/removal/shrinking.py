@@ -168,7 +168,9 @@ def plan_shrinkings(
 ) -> tuple[Shrinking, Shrinking]:
     """Plan a smaller model as `plan_shrinking` does, and plan the same model with all experts.
 
-    The arguments are those of `plan_shrinking`. Both plans are the same one if no experts are removed.
+    `counts` says how many groups every decoder layer keeps, by kind, such as `{"experts": 6}`. `layers` are the numbers
+    of the decoder layers that stay (`None`: all). `outline` keeps what is found out. Both plans are the same one if no
+    experts are removed.
     """
     smaller = plan_shrinking(outline, counts, layers=layers)
     if "experts" not in counts:

@@ -208,6 +208,7 @@ class DistillationTrainer(Trainer):
             if parameter.requires_grad:
                 size = self._sizes[name]
                 relative_step = self.args.learning_rate  # a share of the root mean square
+                # Larger weights have smaller gradients, so Adam's constant beside them becomes smaller, too.
                 groups.append(
                     {"params": [parameter], "lr": relative_step * size, "eps": _EPSILON / size}
                 )

@@ -42,7 +42,9 @@ class Flap(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.
 
-        The problem's target is ignored: FLAP's target is `W X*`. Symbols are those of the module.
+        The problem's target is ignored: FLAP's target is `W X*`. Symbols are those of the module. `problem.statistics`
+        has the means of the inputs over the calibration tokens (`mean`), and the sums of their squares (`diagonal`).
+        Inputs with hardly any energy are nearly dead, the others `live`.
         """
         statistics = problem.statistics
         mean = statistics.mean  # mu, [in]

@@ -110,6 +110,8 @@ class SparseGPT(PruningMethod):
             if is_first_of_contest:
                 contest = slice(j, j + columns_in_contest)
                 scores = block[:, contest].square().div_(squares[contest])  # w_j^2 / U_jj^2
+                # The pattern keeps the largest scores, which are squares already. It is told the first column and how
+                # many columns there are, so that all blocks together have the zeros of the whole matrix.
                 block_mask[:, contest] = pattern.mask(
                     scores, squared=True, within=(left + j, weight.shape[1])
                 )
