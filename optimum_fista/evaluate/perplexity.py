@@ -93,7 +93,7 @@ def evaluate_perplexity(
     with (
         evaluation_mode(model),
         torch.no_grad(),
-        onloaded([head], writable=False),
+        onloaded([head], read_only=True),
         tqdm(total=num_windows, desc="Perplexity", unit="window", disable=not progress) as bar,
     ):
         predictor = Predictor(model, whole=has_few_logits)

@@ -138,7 +138,7 @@ class HeldOut:
         """
         layers = self._sweep.layers
         norm_and_head = [*layers.around, layers.model.get_output_embeddings()]
-        with onloaded(norm_and_head, writable=False):
+        with onloaded(norm_and_head, read_only=True):
             self.losses = {
                 network: self._sweep.loss(self._streams[network], LOGITS_TOGETHER)
                 for network in _NETWORKS

@@ -122,7 +122,7 @@ def record_inputs(
     has_media = any(batch.media for batch in batches)
     try:
         with (
-            onloaded(layers.outside(with_media=has_media), writable=False),
+            onloaded(layers.outside(with_media=has_media), read_only=True),
             replaced_forwards(layers.modules, forwards),
         ):
             for batch in tqdm(

@@ -146,13 +146,13 @@ def _store_on_disk(
 
 
 @contextmanager
-def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator[None]:
+def onloaded(modules: Iterable[nn.Module], *, read_only: bool = False) -> Iterator[None]:
     """Inside, the weights of modules stay on their device; the hooks of Accelerate leave them there.
 
     `modules` are given one by one, such as all modules of a decoder layer. Modules whose weights are not offloaded, or
-    are onloaded already, are left alone. If `writable`, onloaded weights are copies even if they are kept on that
-    device. If not, they may be the kept ones, so do not write to them. Changes of copies are lost at the end unless
-    they were stored by `store_tensor`.
+    are onloaded already, are left alone. Onloaded weights are copies, even if they are kept on that device. Changes of
+    copies are lost at the end unless they were stored by `store_tensor`. If `read_only`, the caller promises not to
+    write to the weights: those that are kept on the device already are then not copied.
 
     Until the end, parameters of the modules are replaced, and their hooks do nothing; also after an error both are as
     before.
@@ -173,7 +173,7 @@ def onloaded(modules: Iterable[nn.Module], *, writable: bool = True) -> Iterator
                 # noted before the first is loaded, so that after an error all are taken off the device
                 brought.append((module, hook, names))
                 for name in names:
-                    value = hook.weights_map[name].to(hook.execution_device, copy=writable)
+                    value = hook.weights_map[name].to(hook.execution_device, copy=not read_only)
                     set_module_tensor_to_device(
                         module, name, hook.execution_device, value=value, clear_cache=False
                     )

@@ -125,7 +125,7 @@ def measure_sensitivities(
     head = model.get_output_embeddings()
     longest = max((sequence.num_tokens for sequence in sequences), default=0)
     # `quick_products`: in the precision that the run has chosen
-    with onloaded([*outside, head], writable=False), quick_products():
+    with onloaded([*outside, head], read_only=True), quick_products():
         needs_no_cut = longest <= positions_per_chunk(model)
         predictor = Predictor(model, whole=needs_no_cut)
         bytes_per_logit = 2 * model.dtype.itemsize  # of a logit and its gradient
@@ -376,7 +376,7 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
         """Run the forward pass of a decoder layer with its weights on the device, and count it on `bar`."""
         # Entered anew for each run: a layer that `backward` recomputes is outside of the contexts of the forward pass.
-        with onloaded([*layer.modules()], writable=False), quick_products():
+        with onloaded([*layer.modules()], read_only=True), quick_products():
             output = forward(*arguments, **keywords)
         bar.update()
         return output

@@ -60,7 +60,7 @@ class Sweep:
         for index in self.remaining:
             layer = self.layers.modules[index]
             entering = streams[None]
-            with onloaded(layer.modules(), writable=False):
+            with onloaded(layer.modules(), read_only=True):
                 for left_out in list(streams):
                     # `run` makes a new store. The old one is freed, but `entering` holds that of the whole model.
                     streams[left_out] = self.run(layer, streams[left_out], recorded.calls[index])

@@ -59,7 +59,7 @@ def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tu
     )
     # Modules outside of the decoder layers, which stay on their device during all rounds.
     outside = [*layers.around, layers.model.get_output_embeddings()]
-    with progress as bar, onloaded(outside, writable=False):
+    with progress as bar, onloaded(outside, read_only=True):
         for _ in range(count):
             sweep = Sweep(
                 layers=layers,
@@ -176,7 +176,7 @@ def _prove_renumbered(
         """Run a copy of the layer on `hidden_of_first_batch` [batch, tokens, hidden], with the arguments of `call`."""
         return call.run(module, hidden_of_first_batch)
 
-    with onloaded(layer.modules(), writable=False):
+    with onloaded(layer.modules(), read_only=True):
         require_same_outputs(
             plan=plan_shrinking(outline, layers=remaining),
             name=f"{outline.layers.name}.{index}",

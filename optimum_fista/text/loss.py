@@ -398,14 +398,14 @@ def bits_per_byte(
 
         bar = tqdm(layers.modules, desc=label, unit="layer", disable=not progress)
         for index, layer in enumerate(bar):
-            with onloaded(layer.modules(), writable=False):
+            with onloaded(layer.modules(), read_only=True):
                 for key, sweep in sweeps.items():
                     # `run` returns what leaves the layer, in a new store.
                     streams[key] = sweep.run(layer, streams[key], calls[key][index])
 
         bits = dict[str, float]()
         norm_and_head = [*layers.around, model.get_output_embeddings()]
-        with onloaded(norm_and_head, writable=False):
+        with onloaded(norm_and_head, read_only=True):
             for key, sweep in sweeps.items():
                 # Nats per token. The logits of `LOGITS_TOGETHER` tokens are in memory at a time.
                 loss = sweep.loss(streams[key], LOGITS_TOGETHER, removed.get(key))
