@@ -65,7 +65,8 @@ class TokensRemoval:
         `num_kept` has to be a multiple of `step(number)`, which is 64 for more than 64 tokens.
         """
         exact = 1 - num_kept / number  # may need 17 digits
-        # Fewer digits do if the same multiple of the step is the nearest one.
+        # The number that a share leaves is rounded to the nearest multiple of the step (`_nearest`). So fewer digits do
+        # if that still is `num_kept`.
         for digits in range(2, 9):
             request = cls(round(exact, digits))
             if request._nearest(number) == num_kept:

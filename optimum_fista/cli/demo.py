@@ -59,8 +59,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Prune the model in each way of `_RUNS` and print perplexities, sizes and texts; returns the exit code.
 
-    Writes the models that have a folder in `_RUNS` into folders inside `arguments.output`. `arguments` are the flags
-    that `add_arguments` declares, and stay as they are.
+    Writes models into folders inside `arguments.output`: an entry of `_RUNS` has a method, a pattern, and such a folder
+    (`None`: this model is not written). `arguments` are the flags that `add_arguments` declares, and stay as they are.
     """
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity

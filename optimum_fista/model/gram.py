@@ -121,9 +121,10 @@ class GroupSums:
         row = 0  # of the first output of the operator, among the outputs of the group
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
-            if not self.cross:
+            if not self.cross:  # the target is W X*: the dense outputs if X* = X
                 yield LayerProblem(weight, statistics, name=name, aims_at_dense=self.same_inputs)
             elif "targets" in self.cross:
+                # The group has one operator, whose targets were given for each token.
                 yield LayerProblem(
                     weight,
                     statistics,

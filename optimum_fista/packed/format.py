@@ -249,7 +249,10 @@ def packed_names(names: Iterable[str]) -> list[str]:
 
 
 def _check_layout(layout: Tensor, name: str) -> None:
-    """Refuse a layout with impossible numbers; `name` is that of the dense tensor, for the messages."""
+    """Refuse a layout with impossible numbers; `name` is that of the dense tensor, for the messages.
+
+    A layout has three numbers for the version of the format, the checksum, and the shape of the dense tensor.
+    """
     is_vector_of_integers = layout.dtype == torch.int64 and layout.dim() == 1
     if not is_vector_of_integers or not 5 <= layout.numel() <= 4 + MAX_DIMENSIONS:
         raise PackedFormatError(

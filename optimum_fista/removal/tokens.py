@@ -188,7 +188,8 @@ def _write_model(plan: TokensPlan, folder: Path, started: float, progress: bool)
     """Write all files of the smaller model into an unfinished, empty folder.
 
     Adds the seconds since `started` (by `time.perf_counter`) to the report, and a summary of the run to the
-    configuration of `plan.model`. `plan.source` is the folder of the dense model, which is only read.
+    configuration of `plan.model`. `plan.source` is the folder of the dense model, which is only read. `plan.quantized`
+    are the quantization settings of its `config.json`, which the result has, too.
     """
     copy_source(plan.source, folder)  # all files but weights and what a run writes
     _write_tokenizer(plan, folder)
@@ -215,8 +216,8 @@ def _write_tokenizer(plan: TokensPlan, folder: Path) -> None:
     `tokenizer_config.json` gets new ids, too. `config.json` is written later. The old tokenizer's other files, such as
     vocab.json and merges.txt, are deleted. `folder` is the unfinished folder, which has copies of the dense model's
     files. `plan.tokenizer` is the content of the new tokenizer.json, and `plan.new_ids` has a new id for each row of
-    the embedding that stays. Which numbers of a configuration are ids is known by
-    their names, such as "eos_token_id".
+    the embedding that stays. The keys of a configuration, such as "eos_token_id", tell which of its numbers are
+    ids.
 
     Transformers then loads the new tokenizer from these files. If it gives other ids, this is a ValueError, and
     `new_output` deletes the whole unfinished folder.

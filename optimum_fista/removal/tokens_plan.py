@@ -91,7 +91,9 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     """Decide which tokens stay, and plan what changes in the model's files.
 
     Changes nothing of `counted` and writes no file; warnings go to the report of the plan, and are issued.
-    `config.pattern` says what is removed, such as "vocab:0.35", and `config.keep_tokens` what stays in any case.
+    `counted` has the dense model's configuration (`settings`), tokenizer and tensors in files, and how often a text has
+    each token (`counts`). `config.pattern` says what is removed, such as "vocab:0.35", and `config.keep_tokens` what
+    stays in any case.
     ValueError if the pattern does not fit the model.
     """
     request = config.tokens_removal

@@ -64,7 +64,8 @@ def allocate(
 
         s_k = sparsity + (mu - log(cost_k / size_k)) / SLOPE,
 
-    clipped between a lowest and a highest sparsity.
+    clipped between a lowest and a highest sparsity: `REACH` below the average, and the one that leaves `LEAST_DENSITY`
+    times the average share of kept weights.
 
     Args:
         costs: By the operator's name, such as "model.layers.3.mlp.down_proj", the increase of the loss by its zeros at

@@ -167,6 +167,7 @@ class Dequantizer(HfQuantizer):
         # Formats that are not in `FORMATS` need nothing beyond what `QuantizedFormat` does.
         format_class = FORMATS.get(source_settings["quant_method"], QuantizedFormat)
         self.format = format_class(source_settings)
+        # Filled while weights are loaded, as the docstring of the class says.
         self.is_lazy = False
         self.makers: dict[str, Callable[[], Tensor]] = {}
         self.converted: set[str] = set()
