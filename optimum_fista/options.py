@@ -39,9 +39,8 @@ def option(
         advanced: The group of rarely used flags that it belongs to; None: a flag of every day.
     """
     metadata = {"help": text, "limits": limits, "advanced": advanced}
-    if callable(
-        default
-    ):  # called for each object, so that no two configurations share one dictionary
+    if callable(default):
+        # It is called for each object, so that no two configurations share one dictionary.
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
 

@@ -303,9 +303,8 @@ def default_output(model: str, config: FistaPruningConfig, pattern: str | None =
     else:
         ending = config.pattern
     ending = re.sub(r"(\d+):(\d+)", r"\1of\2", ending)  # 2:4 becomes 2of4
-    ending = re.sub(
-        r"[:+/]", "-", ending
-    )  # channels:0.25+layers:0.1 becomes channels-0.25-layers-0.1
+    # channels:0.25+layers:0.1 becomes channels-0.25-layers-0.1
+    ending = re.sub(r"[:+/]", "-", ending)
 
     name = model.rpartition("/")[2]  # of a Hub id
     if Path(model).exists():

@@ -188,9 +188,8 @@ def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
             batch_size=estimate.batch_size, source=estimate.calibration
         )
     if trials:
-        request = next(
-            iter(trials.values())
-        )  # any: all have the same output and number of sequences
+        # Any request: all have the same output and number of sequences.
+        request = next(iter(trials.values()))
         patterns = ", ".join(other.config.pattern for other in trials.values())
         print(
             f"what channels cost is tried first ({patterns}; {request.num_samples} sequences each): each trial writes "

@@ -546,9 +546,8 @@ def packed_settings(weights: str, names: Iterable[str]) -> dict[str, Any]:
         "quant_method": QUANT_METHOD,
         "runtime": "dense",
         "weights": weights,
-        "parameters": sorted(
-            {name.rpartition(".")[2] for name in names}
-        ),  # last parts, such as "weight"
+        # Last parts of the names, such as "weight".
+        "parameters": sorted({name.rpartition(".")[2] for name in names}),
         # for users whose Transformers reported an unknown quantization method
         "note": f"packed by {NAME}: import optimum_fista.packed before from_pretrained, or run `optimum-fista unpack`",
     }

@@ -354,9 +354,8 @@ def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> Non
     if not reasons_of_described:
         return
     settings = model.config.get_text_config(decoder=True)
-    for word, value in list(
-        vars(settings).items()
-    ):  # a list, because the loop changes the attributes
+    attributes = list(vars(settings).items())  # a list, because the loop changes the attributes
+    for word, value in attributes:
         is_of_further_tokens = "nextn" in word or "mtp" in word
         is_number = isinstance(value, int) and not isinstance(value, bool)
         if is_number and is_of_further_tokens:

@@ -270,9 +270,8 @@ def _require_own_memory(model: PreTrainedModel, layers_name: str) -> None:
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.device.type != "meta" and parameter.numel()
     ]
-    overlapped: list[
-        tuple[str, int, int, str]
-    ] = []  # the spans before that reach into the next one
+    # The spans before that reach into the next one.
+    overlapped: list[tuple[str, int, int, str]] = []
     # Sorted by device and first byte, a span begins no later than those after it.
     for span in sorted(spans):
         device, start, _, name = span

@@ -76,9 +76,8 @@ class MediaArguments:
         self._require_whole(given, where)
 
         rows: list[dict[str, Tensor]] = [{} for _ in ids]  # arguments of each sequence
-        by_kind: dict[str, dict[str, Tensor]] = {
-            kind: {} for kind in _KINDS
-        }  # "video", "audio", "image"
+        # Of each kind, "video", "audio" and "image", its arguments.
+        by_kind: dict[str, dict[str, Tensor]] = {kind: {} for kind in _KINDS}
         for key, value in given.items():
             if not _BY_TOKEN.search(key):
                 by_kind[_kind_of(key)][key] = value

@@ -95,9 +95,8 @@ class InputStatistics:
         gram = self.gram.mul(live)  # a new matrix; columns of nearly dead inputs vanish
         gram.mul_(live[:, None])  # and their rows
         gram.diagonal().copy_(self.diagonal)  # but for the diagonal
-        return InputStatistics(
-            gram, self.num_tokens, self._mean
-        )  # with the same mean of the inputs, or `None`
+        # The mean of the inputs stays the same, or `None`.
+        return InputStatistics(gram, self.num_tokens, self._mean)
 
     @cached_property
     def lipschitz(self) -> float:

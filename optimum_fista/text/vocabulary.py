@@ -383,6 +383,7 @@ def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, A
     """
     content = vocabulary.content
     pieces = vocabulary.pieces
+    # Tokens that are named outside of the model's vocabulary all stay, so each has a new id.
     _change_ids(content, new_ids.__getitem__)
     model = content["model"]
     if model["type"] == "Unigram":

@@ -258,9 +258,8 @@ def _folder_of_teacher(name: str) -> str:
     """The folder of a model that is given as folder or Hub id; the latter is downloaded into the Hub's cache."""
     if Path(name).is_dir():
         return name
-    read_model(
-        name, device_map="meta"
-    )  # only to download the files that a model needs; the model is dropped
+    # Only to download the files that a model needs; the model is dropped.
+    read_model(name, device_map="meta")
     config_file = Path(str(cached_file(name, CONFIG_FILE)))  # of the commit that main is at now
     return str(config_file.parent)
 
