@@ -240,7 +240,8 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         for (_, columns), outputs in groups_of_all_tokens.items():
             recorded += min(sum(outputs), columns)
     for (_, columns), outputs in groups.items():
-        # Of each token wait the recorded features, the inputs of the group, and some hidden states.
+        # Of each token wait the recorded features, the inputs of the group, and hidden states: those of each stream, and
+        # at most two more.
         features = recorded + columns + (run.num_streams + 2) * run.hidden
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         yield Moment({**parts, **_solving(run, outputs, columns)}, waiting)
@@ -263,6 +264,8 @@ def _running_layer(
             rows, columns = run.operators[name]
             values.append(rows * columns + batch_tokens * (rows + columns))
         parts["float32 copies"] = _FLOAT32 * max(values)
+    # While the layer runs, it holds for each token about 2 vectors of the width of hidden states, and 3 of the width of
+    # the widest operator.
     widest = 0
     for (_, columns), outputs in groups.items():
         widest = max(widest, columns, *outputs)
