@@ -240,8 +240,8 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         for (_, columns), outputs in groups_of_all_tokens.items():
             recorded += min(sum(outputs), columns)
     for (_, columns), outputs in groups.items():
-        # Of each token wait the recorded features, the inputs of the group, and hidden states: those of each stream, and
-        # at most two more.
+        # Of each token wait the recorded features, the inputs of the group, and hidden states: those of each stream,
+        # and at most two more.
         features = recorded + columns + (run.num_streams + 2) * run.hidden
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         yield Moment({**parts, **_solving(run, outputs, columns)}, waiting)

@@ -147,7 +147,7 @@ def as_in_model(
 
     # By the name in the checkpoint: the name and layout in the model.
     in_model = {}
-    for entry in report.masked:
+    for entry in report.masked:  # the reports of the operators that have a mask
         stored_operator = by_stored_name.get(entry.name)
         if stored_operator is None:
             raise ValueError(

@@ -212,7 +212,8 @@ def _tensor_of(operator: str) -> str:
 def operators_to_pack(report: PruningReport) -> list[OperatorReport]:
     """Return the operators of a folder that are stored packed, by its report: those whose masks set weights to zero.
 
-    A run that removed parts sets no zeros itself: only those of earlier runs are left out, whose masks it carried.
+    These are all with a mask (`report.masked`). But a run that removed parts sets no zeros itself: then they are those
+    whose masks of earlier runs it carried.
     """
     return report.carried if report.removed else report.masked
 

@@ -229,8 +229,8 @@ def plan_run(
         for name, _ in removal.layers:
             plan.stored(name, kept)
         if removal.num_removed_layers:
-            # The others get new numbers: refuses quantization settings with patterns that name layers by number.
-            plan.source.require_no_numbers()
+            # The others get new numbers: this refuses quantization settings with patterns that name layers by number.
+            plan.source.refuse_numbered_layers()
 
     if loaded:
         # This refuses a weight that is not stored as one matrix: its mask could not be saved.

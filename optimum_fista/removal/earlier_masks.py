@@ -118,7 +118,7 @@ class EarlierMasks:
         names_by_stored_name = {stored.name: name for name, stored in names.items()}
         entries = {
             names_by_stored_name[entry.name]: entry
-            for entry in report.masked
+            for entry in report.masked  # the reports of the operators that have a mask
             if entry.name in names_by_stored_name
         }
         return cls(folder, entries, {name: names[name] for name in entries})
@@ -352,7 +352,7 @@ def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tenso
     with safe_open(folder / MASKS_FILE, "pt") as file:
         stored = set(file.keys())
         carried = list[OperatorReport]()
-        for entry in report.masked:
+        for entry in report.masked:  # the reports of the operators that have a mask
             has_zeros = entry.num_kept < math.prod(entry.shape)
             if entry.name in stored and has_zeros:
                 carried.append(entry)

@@ -3,7 +3,7 @@
 A folder may hold tensors that the loaded class has no place for: layers that predict more tokens (`mtp.*`, or decoder
 layers beyond `num_hidden_layers`), buffers, unknown names. Other programs use them, so a pruned folder gets them too.
 `source_tensors` (`source.inventory`) makes a `SourceTensors` of a folder. A run that removes decoder layers calls
-`require_no_numbers` and `renamed` on it, a run that writes tensors as they are stored calls `cut_tensors` for each
+`refuse_numbered_layers` and `renamed` on it, a run that writes tensors as they are stored calls `cut_tensors` for each
 decoder layer, and the tensors that are not loaded are written at the end (`tensors_to_copy`).
 
 - A *stored tensor* (`StoredTensor`) is a tensor in the files, with a name such as "model.layers.3.mlp.up_proj.weight".
@@ -246,7 +246,7 @@ class SourceTensors:
         possible_sizes = [block for block in self.block_sizes if block >= least]
         return min(possible_sizes, default=least)
 
-    def require_no_numbers(self) -> None:
+    def refuse_numbered_layers(self) -> None:
         """Raise ValueError if a pattern in the quantization settings names decoder layers by number.
 
         A run that removes decoder layers gives others their numbers. Plain names, such as "model.layers.3.mlp", are
