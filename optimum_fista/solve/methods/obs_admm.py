@@ -349,6 +349,7 @@ class _Surgeon:
         if self.blocks is None:
             return scaled
         groups = scaled.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, out, width]
+        # The blocks of B are lower triangular. This solves X B^T = W S^-1 for X, block by block.
         solved = torch.linalg.solve_triangular(self.blocks.mT, groups, upper=True, left=False)
         return solved.transpose(0, 1).flatten(1)
 
