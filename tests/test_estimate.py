@@ -120,18 +120,34 @@ def test_activations_wait_where_they_are_told_to():
     assert far.memory["host"]["activations that wait"] > 5 * 2 * 128 * 2048 * 16384
 
 
-def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(monkeypatch):
-    def best(free: int | None, **options) -> int:
-        monkeypatch.setattr("optimum_fista.estimate.estimate.available_bytes", lambda device: free)
-        settings = {"device": "cuda", "storage_device": "cpu", "num_samples": 128}
-        model = LlamaConfig(max_position_embeddings=16384)
-        return Estimate(model, **(settings | options)).batch_size
+MUCH, LITTLE = 2**50, 2**20  # bytes of free memory: more than any batch needs, less than one needs
 
-    assert best(None, sequence_length=2048) == best(2**50, sequence_length=2048) == 4
-    assert best(None, sequence_length=16384) == best(2**20, sequence_length=2048) == 1
-    assert best(None, sequence_length=16, num_samples=5) == 5
-    assert best(None, sequence_length=16, device="cpu") == 1
-    assert best(2**20, sequence_length=2048, batch_size=3) == 3
+
+@pytest.mark.parametrize(
+    ("free", "options", "expected"),
+    [
+        # 8,192 tokens keep an accelerator busy; the free memory is not always known
+        (None, {"sequence_length": 2048}, 4),
+        (MUCH, {"sequence_length": 2048}, 4),
+        (LITTLE, {"sequence_length": 2048}, 1),
+        (None, {"sequence_length": 16384}, 1),
+        # there are no more sequences
+        (None, {"sequence_length": 16, "num_samples": 5}, 5),
+        # a CPU is as fast with one
+        (None, {"sequence_length": 16, "device": "cpu"}, 1),
+        # what the user asks for
+        (LITTLE, {"sequence_length": 2048, "batch_size": 3}, 3),
+    ],
+)
+def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(
+    monkeypatch, free, options, expected
+):
+    monkeypatch.setattr("optimum_fista.estimate.estimate.available_bytes", lambda device: free)
+    settings = {"device": "cuda", "storage_device": "cpu", "num_samples": 128} | options
+
+    estimate = Estimate(LlamaConfig(max_position_embeddings=16384), **settings)
+
+    assert estimate.batch_size == expected
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])

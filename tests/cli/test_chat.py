@@ -17,7 +17,7 @@ from optimum_fista.cli import chat
 from optimum_fista.cli.main import main
 from optimum_fista.folder.packed_folder import pack_folder
 
-FEW = ["--device", "cpu", "--max-new-tokens", "6"]
+SIX_TOKENS = ["--device", "cpu", "--max-new-tokens", "6"]
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role[0] }}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"
@@ -74,14 +74,14 @@ def speaker_of(folder):
 
 
 def test_without_a_template_every_line_is_continued_on_its_own(ask, tiny_folder):
-    lines = ask("the sea is\n\nthe ships\n", tiny_folder, *FEW)
+    lines = ask("the sea is\n\nthe ships\n", tiny_folder, *SIX_TOKENS)
 
     assert lines == [continued(tiny_folder, "the sea is"), continued(tiny_folder, "the ships")]
     assert any(lines)
 
 
 def test_with_a_template_the_conversation_goes_on(ask, folder_with_template):
-    first, second = ask("sea\nsky\n", folder_with_template, *FEW)
+    first, second = ask("sea\nsky\n", folder_with_template, *SIX_TOKENS)
 
     speaker = speaker_of(folder_with_template)
     raw_answer = speaker.answer("sea")
@@ -112,7 +112,7 @@ def test_a_question_that_is_too_long_is_no_part_of_the_conversation(folder_with_
 
 
 def test_a_question_that_is_too_long_ends_nothing(chatted, tiny_folder):
-    code, printed = chatted(f"the sea\n{'x' * 80}\nthe sea\n", tiny_folder, *FEW)
+    code, printed = chatted(f"the sea\n{'x' * 80}\nthe sea\n", tiny_folder, *SIX_TOKENS)
 
     answer = continued(tiny_folder, "the sea")
     assert code == 1
@@ -127,23 +127,24 @@ def test_a_template_that_fails_is_one_error_a_question(chatted, tiny_folder, tmp
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
 
-    code, printed = chatted("the sea\nthe sky\n", folder, *FEW)
+    code, printed = chatted("the sea\nthe sky\n", folder, *SIX_TOKENS)
 
     assert code == 1
     assert printed.out.splitlines() == ["", ""]
     assert printed.err.count("roles must alternate") == printed.err.count("error: ") == 2
 
 
-def test_nan_is_one_error(chatted, tiny_folder, tmp_path):
+def test_nan_weights_end_the_chat_with_one_error(chatted, tiny_folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
 
-    code, printed = chatted("sea\nsky\n", tmp_path, *FEW, "--temperature", "1")
+    code, printed = chatted("sea\nsky\n", tmp_path, *SIX_TOKENS, "--temperature", "1")
 
     assert code == 1
     assert not printed.out
+    assert printed.err.count("error: ") == 1  # though there are two questions
     assert printed.err.splitlines()[-1].startswith(
         f"error: {tmp_path} gives NaN logits: look for NaN in its weights"
     )
@@ -153,7 +154,7 @@ def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder
     packed = tmp_path / "packed"
     pack_folder(pruned_folder, packed)
 
-    lines = ask("the sea\n", packed, "--beside", tiny_folder, *FEW)
+    lines = ask("the sea\n", packed, "--beside", tiny_folder, *SIX_TOKENS)
 
     answers = [continued(pruned_folder, "the sea"), continued(tiny_folder, "the sea")]
     assert answers[0] != answers[1]

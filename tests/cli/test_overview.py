@@ -14,11 +14,13 @@ from optimum_fista.report import PruningReport
         ({}, "usable as it is"),
         ({"pruned": 90.0}, "broken: prune less"),
         ({"num_tokens": 4095}, "no verdict on fewer than 4,096 tokens"),
+        # the model wrote this text itself
         ({"text": "self"}, "no verdict on text of its own"),
+        # more than half the perplexity of a guess, which is the number of tokens, 64
         ({"dense": 40.0, "pruned": 41.0}, "no verdict: the dense model is no better than chance"),
     ],
 )
-def test_a_verdict_rests_on_enough_text_that_others_wrote(changes, word):
+def test_a_verdict_needs_enough_text_of_others_and_a_dense_model_that_knows_it(changes, word):
     report = PruningReport({}, {"num_parameters": 1_000}, {})
     report.perplexity = {
         "dense": 20.0,

@@ -119,13 +119,14 @@ def test_the_base_model_of_several_runs_is_the_first_model(saved):
     assert "# Llama-3.2-1B, layers:0.1, then 2:4\n" in card.text
 
 
-def test_the_hub_finds_the_base_model_and_the_data_set(saved):
+def test_the_card_names_the_base_model_and_the_data_set_as_the_hub_does(saved):
     calibration = saved.report.calibration | {"source": "c4"}
     report = dataclasses.replace(changed(saved.report, name="a/b"), calibration=calibration)
 
     data = ModelCard(model_card(report)).data
 
-    assert data.base_model_relation == "finetune"
+    assert data.base_model == "a/b"
+    assert data.base_model_relation == "finetune"  # the Hub has no word for pruned models
     assert data.datasets == ["allenai/c4"]
 
 

@@ -182,7 +182,7 @@ def test_a_push_that_can_work_is_not_refused(hub, monkeypatch):
     ],
     ids=["name", "namespace", "token"],
 )
-def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch, repo_id, options, reason):
+def test_what_cannot_be_pushed_is_refused_before_a_run(hub, monkeypatch, repo_id, options, reason):
     connect(hub, monkeypatch)
 
     with pytest.raises((OSError, ValueError), match=rf"repo_id='{repo_id}'.*{reason}"):
@@ -191,7 +191,7 @@ def test_what_cannot_be_pushed_is_known_before(hub, monkeypatch, repo_id, option
     assert all(request.startswith("GET ") for request in hub.requests)
 
 
-def test_a_token_that_can_only_read_is_known_before(hub, monkeypatch):
+def test_a_token_that_can_only_read_is_refused_before_a_run(hub, monkeypatch):
     connect(hub, monkeypatch)
     hub.role = "read"
 
@@ -200,7 +200,7 @@ def test_a_token_that_can_only_read_is_known_before(hub, monkeypatch):
         require_push(REPO_ID)
 
 
-def test_offline_mode_is_known_before(hub, monkeypatch):
+def test_a_push_in_offline_mode_is_refused_before_a_run(hub, monkeypatch):
     connect(hub, monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 

@@ -34,7 +34,7 @@ OLD = ("config.json", "model.safetensors", "README.md", "tokenizer.json", "fista
 NEW = ("config.json", "model-00001-of-00001.safetensors", "README.md", "fista/report.json")
 
 
-def write(folder: Path, names: tuple[str, ...], text: str) -> Path:
+def write_files(folder: Path, names: tuple[str, ...], text: str) -> Path:
     """Write files with the same text into a folder, which is made if it is missing."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -48,12 +48,12 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): path.read_text() for path in files}
 
 
-def put(
+def write_model(
     output: Path, names: tuple[str, ...] = NEW, text: str = "new", overwrite: bool = True
 ) -> Path:
-    """What every writer does."""
+    """Write a model to an output folder, as every command does: files of these names, all with the same text."""
     with new_output(output, overwrite) as folder:
-        write(folder, names, text)
+        write_files(folder, names, text)
     return output
 
 
@@ -84,14 +84,14 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, ther
     for step in itertools.count():
         folder = tmp_path / str(step) / "model"
         if there == "a model":
-            put(folder, OLD, "old")
+            write_model(folder, OLD, "old")
         elif there == "an empty folder":
             folder.mkdir(parents=True)
         old = contents(folder)
 
         try:
             with killed_at(step):
-                put(folder)
+                write_model(folder)
             break
         except Killed:
             pass
@@ -109,12 +109,12 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, ther
         if not is_old and lock.exists():
             mark = lock.with_suffix("") / "journal" / "optimum-fista"
             if mark.exists():
-                write(mark.parent, ("layer-0.json",), "finished")  # as a streamed run has it
+                write_files(mark.parent, ("layer-0.json",), "finished")  # as a streamed run has it
             with pytest.raises(FileExistsError, match="already holds a model"):
                 require_output(folder, overwrite=False)  # the same command tidies up
             assert [path.name for path in folder.parent.iterdir()] == ["model"]
             outcomes.add("tidied")
-        put(folder)
+        write_model(folder)
         assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
 
     assert outcomes - {"none"} == {"old", "new", "tidied"}
@@ -124,12 +124,12 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, ther
 
 def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(tmp_path):
     for step in itertools.count():
-        folder = put(tmp_path / str(step) / "model", OLD, "old")
+        folder = write_model(tmp_path / str(step) / "model", OLD, "old")
         with pytest.raises(Killed), killed_at(step):
-            put(folder)
+            write_model(folder)
         if not folder.exists():
             break
-    write(folder, ("notes.txt",), "mine")
+    write_files(folder, ("notes.txt",), "mine")
 
     for _ in range(2):
         with pytest.raises(OSError, match="replaced' -> "), locked_output(folder):
@@ -139,12 +139,12 @@ def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(
     assert contents(unfinished_folder(folder) / "replaced") == dict.fromkeys(OLD, "old")
 
     shutil.rmtree(folder)
-    put(folder)
+    write_model(folder)
     assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
 
 
 def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
     rename = Path.rename
 
     def refuse(self, target):
@@ -156,7 +156,7 @@ def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch
 
     message = "not permitted: the new model can't take its place; give the same command again"
     with pytest.raises(OSError, match=message):
-        put(folder)
+        write_model(folder)
 
     assert contents(tmp_path) == {f"model/{name}": "old" for name in OLD}
 
@@ -172,10 +172,10 @@ def refused(folder, **options) -> str:
 
 @pytest.mark.parametrize("name", ["notes.txt", "README.md", "fista/mine.txt", "model.safetensors"])
 def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
     require_output(folder, True)
 
-    write(folder, (name,), "mine")
+    write_files(folder, (name,), "mine")
 
     assert foreign_files(folder) == [name]
     reason = "which optimum-fista did not write or somebody changed: it would be lost"
@@ -186,11 +186,11 @@ def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
 
 
 def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
 
     with locked_output(folder) as unfinished:
-        write(unfinished, ("journal/fingerprint.json",), "new")
-        write(unfinished / "model", NEW, "new")
+        write_files(unfinished, ("journal/fingerprint.json",), "new")
+        write_files(unfinished / "model", NEW, "new")
         (folder / "link").symlink_to("nowhere")
         with pytest.raises(FileExistsError, match="holds link, which"):
             install(unfinished, folder, True)
@@ -204,7 +204,7 @@ def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path
 
 
 def test_what_commands_write_about_a_model_goes_with_it(tmp_path):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
 
     for name in ("fista/report.html", "README.md", "notes.txt"):
         write_about(folder / name, "later")
@@ -214,16 +214,17 @@ def test_what_commands_write_about_a_model_goes_with_it(tmp_path):
 
 
 def test_a_card_that_the_user_has_changed_stays_the_users(tmp_path):
-    folder = put(tmp_path / "model", OLD, "old")
-    write(folder, ("README.md",), "mine")
+    folder = write_model(tmp_path / "model", OLD, "old")
+    (folder / "README.md").write_text("the user's")
 
-    write_about(folder / "README.md", "mine and later")
+    # as commands write what is about a model
+    write_about(folder / "README.md", "the user's, and a line more")
 
     assert foreign_files(folder) == ["README.md"]
 
 
 def test_an_output_with_a_model_is_refused_without_overwrite(tmp_path):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
 
     assert "already holds a model" in refused(folder, overwrite=False)
 
@@ -235,14 +236,14 @@ def test_an_output_without_a_name_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["source", "source/sub/out", "alias", "alias/out"])
 def test_an_output_in_the_folder_that_is_read_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / "source", OLD, "old")
+    write_model(tmp_path / "source", OLD, "old")
     (tmp_path / "alias").symlink_to("source")
 
     assert "lies in the folder that is read" in refused(tmp_path / name, source="source")
 
 
 def test_a_new_folder_in_the_place_of_the_one_that_is_read_is_refused(tmp_path):
-    source = put(tmp_path / "source", OLD, "old")
+    source = write_model(tmp_path / "source", OLD, "old")
 
     with (
         pytest.raises(ValueError, match="lies in the folder that is read"),
@@ -256,7 +257,7 @@ def test_a_new_folder_in_the_place_of_the_one_that_is_read_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["out.unfinished", "model"])
 def test_an_output_whose_unfinished_folder_is_read_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
+    write_files(tmp_path / "out.unfinished", ("journal/optimum-fista", "model/config.json"), "kept")
     (tmp_path / "model").symlink_to("out.unfinished/model")
 
     message = refused(tmp_path / "out", source=name)
@@ -265,14 +266,14 @@ def test_an_output_whose_unfinished_folder_is_read_is_refused(tmp_path, monkeypa
 
 
 def test_a_file_and_a_folder_of_others_are_refused(tmp_path):
-    write(tmp_path / "others", ("config.json", "model.safetensors"), "foreign")
+    write_files(tmp_path / "others", ("config.json", "model.safetensors"), "foreign")
 
     assert "is a file: pass a folder" in refused(tmp_path / "others" / "config.json")
     assert "holds config.json, model.safetensors, which" in refused(tmp_path / "others")
 
 
 def test_an_output_that_cant_be_written_to_is_refused(tmp_path, monkeypatch):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
     # Root may write everywhere, so the mode of the folder would not do.
     monkeypatch.setattr(os, "access", lambda path, mode: path != folder)
 
@@ -283,7 +284,7 @@ def test_an_output_that_cant_be_written_to_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_mount_point_is_refused(tmp_path, monkeypatch):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
     monkeypatch.setattr(os.path, "ismount", lambda path: True)
 
     message = refused(folder)
@@ -292,10 +293,10 @@ def test_a_mount_point_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_link_stays_a_link_and_the_mode_of_its_folder_stays(tmp_path):
-    put(tmp_path / "disk", OLD, "old").chmod(0o700)
+    write_model(tmp_path / "disk", OLD, "old").chmod(0o700)
     (tmp_path / "link").symlink_to("disk")
 
-    put(tmp_path / "link")
+    write_model(tmp_path / "link")
 
     assert (tmp_path / "link").is_symlink()
     assert contents(tmp_path / "disk") == dict.fromkeys(NEW, "new")
@@ -306,7 +307,7 @@ def test_weights_can_be_read_by_those_who_may_read_the_other_files(tmp_path):
     before = os.umask(0o027)
     try:
         with output.new_output(tmp_path / "private", False) as folder:
-            write(folder, NEW, "new")
+            write_files(folder, NEW, "new")
             (folder / NEW[1]).chmod(0o600)  # as safetensors does
     finally:
         os.umask(before)
@@ -318,9 +319,9 @@ def test_weights_can_be_read_by_those_who_may_read_the_other_files(tmp_path):
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
 def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kind):
     unfinished = tmp_path / "model.unfinished"
-    write(tmp_path / "elsewhere", ("journal/optimum-fista",), "foreign")
+    write_files(tmp_path / "elsewhere", ("journal/optimum-fista",), "foreign")
     if kind == "folder":
-        write(unfinished, ("journal/notes.txt", "model/notes.txt"), "foreign")
+        write_files(unfinished, ("journal/notes.txt", "model/notes.txt"), "foreign")
     elif kind == "file":
         unfinished.write_text("foreign")
     else:
@@ -329,7 +330,7 @@ def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kin
 
     message = r"model\.unfinished' is in the way and no unfinished run's: move it"
     with pytest.raises(FileExistsError, match=message):
-        put(tmp_path / "model")
+        write_model(tmp_path / "model")
 
     assert contents(tmp_path) == before
 
@@ -337,15 +338,15 @@ def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kin
 def test_layers_of_a_streamed_run_are_not_thrown_away_unasked(tmp_path):
     with locked_output(tmp_path / "model") as unfinished:
         of_run = ("journal/fingerprint.json", "model/shard")
-        write(unfinished, (*of_run, "journal/offload-a/weight.dat"), "layers")
+        write_files(unfinished, (*of_run, "journal/offload-a/weight.dat"), "layers")
 
     message = "holds an unfinished run: give its command again to finish it, delete"
     with pytest.raises(FileExistsError, match=message):
-        put(tmp_path / "model", overwrite=False)
+        write_model(tmp_path / "model", overwrite=False)
 
     assert {name for name, text in contents(unfinished).items() if text} == {*of_run}
 
-    put(tmp_path / "model")
+    write_model(tmp_path / "model")
     assert contents(tmp_path) == {f"model/{name}": "new" for name in NEW}
 
 
@@ -365,12 +366,12 @@ def test_another_process_is_refused_until_the_first_is_gone(tmp_path):
 
         message = "is being written by another run: wait until it has ended, or pass"
         with pytest.raises(BlockingIOError, match=message):
-            put(tmp_path / "link" / "model")
+            write_model(tmp_path / "link" / "model")
     finally:
         holder.kill()
         holder.wait()
 
-    put(tmp_path / "model")
+    write_model(tmp_path / "model")
     assert set(contents(tmp_path / "model").values()) == {"new"}
 
 
@@ -388,7 +389,7 @@ def test_many_threads_never_mix_their_models(tmp_path):
                     locked_output(tmp_path / "model") as folder,
                 ):
                     discard(folder)
-                    write(folder / "model", NEW, text)
+                    write_files(folder / "model", NEW, text)
                     install(folder, tmp_path / "model", True)
                     assert set(contents(tmp_path / "model").values()) == {text}
                     done.append(text)
@@ -410,7 +411,7 @@ def test_many_threads_never_mix_their_models(tmp_path):
 
 
 def test_a_damaged_list_makes_every_file_somebodys(tmp_path):
-    folder = put(tmp_path / "model", OLD, "old")
+    folder = write_model(tmp_path / "model", OLD, "old")
     (folder / "fista" / "files.json").write_text(json.dumps([*OLD]))
 
     assert "holds README.md, config.json, fista and 2 more, which" in refused(folder)

@@ -17,13 +17,16 @@ def logits(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss", "deepseek_v3"])
-def test_the_same_logits_in_the_dtype_that_is_asked_for(family, dtype, pruned, tmp_path, caplog):
+def test_a_packed_folder_gives_the_same_logits_in_the_dtype_that_is_asked_for(
+    family, dtype, pruned, tmp_path, caplog
+):
     pack_folder(pruned(family), tmp_path / "packed")
     expected = AutoModelForCausalLM.from_pretrained(pruned(family), dtype=dtype)
     caplog.clear()
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=dtype)
 
+    # Transformers logs names of weights that a class does not know (UNEXPECTED), or does not find (MISSING).
     messages = [record.message for record in caplog.records]
     assert not [text for text in messages if "UNEXPECTED" in text or "MISSING" in text]
     assert {p.dtype for p in model.parameters()} == {p.dtype for p in expected.parameters()}
@@ -32,7 +35,7 @@ def test_the_same_logits_in_the_dtype_that_is_asked_for(family, dtype, pruned, t
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
 @pytest.mark.parametrize("family", ["gpt2", "gpt_oss"])
-def test_device_maps(family, place, pruned, tmp_path):
+def test_a_packed_folder_gives_the_same_logits_on_any_device_map(family, place, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     expected = AutoModelForCausalLM.from_pretrained(pruned(family))
 

@@ -41,7 +41,7 @@ def prune(source: Path, config: FistaPruningConfig = WANDA, **options):
 
 
 @pytest.fixture
-def cut_off(source) -> Path:
+def journal_of_cut_off_run(source) -> Path:
     """The journal of a run that was cut off after the first of two decoder layers."""
     with interrupted_after(0), pytest.raises(KeyboardInterrupt):
         prune(source)
@@ -64,12 +64,13 @@ def zero(file: Path, name: str) -> None:
     assert not bool(load_file(file)[name].any())
 
 
-def test_other_weights_and_another_dtype_are_refused(source, cut_off):
+def test_other_weights_and_another_dtype_are_refused(source, journal_of_cut_off_run):
     with pytest.raises(
         ValueError,
         match=r"was another one \(.*arithmetic.dtype was \"torch.float32\", is \"torch.bf",
     ):
         prune(source, dtype="bfloat16")
+
     zero(source / "model.safetensors", "model.norm.weight")
     with pytest.raises(
         ValueError, match=r"was another one \(weights.model.safetensors was .*, is .*\)\. Start it"
@@ -77,16 +78,22 @@ def test_other_weights_and_another_dtype_are_refused(source, cut_off):
         prune(source)
 
 
-def test_weights_that_were_touched_or_copied_are_the_same(source, cut_off, tmp_path):
+def test_a_run_resumes_on_weights_that_were_touched_or_copied(
+    source, journal_of_cut_off_run, tmp_path
+):
     (source / "model.safetensors").touch()
     moved = source.rename(tmp_path / "moved")
+    shutil.copytree(moved, source)
 
-    prune(shutil.copytree(moved, source))
+    prune(source)  # on other weights, this would be an error
 
-    assert not cut_off.exists()
+    # the journal goes when a run is finished
+    assert not journal_of_cut_off_run.exists()
 
 
-def test_weights_are_read_again_only_if_their_file_changed(source, cut_off, monkeypatch):
+def test_weights_are_read_again_only_if_their_file_changed(
+    source, journal_of_cut_off_run, monkeypatch
+):
     digest = source_files.digest_of
     monkeypatch.setattr(
         source_files,
@@ -133,7 +140,7 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(
         ),
     ],
 )
-def test_another_configuration_is_refused(source, cut_off, change, message):
+def test_another_configuration_is_refused(source, journal_of_cut_off_run, change, message):
     file = source / "config.json"
 
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -164,7 +171,7 @@ def test_overrides_in_another_order_are_refused(source):
     assert {operator.target_sparsity for operator in report.operators} == {0.75}
 
 
-def test_what_a_network_does_not_compute_with_may_change(source, cut_off):
+def test_what_a_network_does_not_compute_with_may_change(source, journal_of_cut_off_run):
     file = source / "config.json"
     file.write_text(
         json.dumps(

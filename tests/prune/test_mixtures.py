@@ -77,37 +77,34 @@ def test_streaming_a_mixture_gives_what_pruning_in_memory_gives(family, tokens, 
     assert all(torch.equal(mask, masks[1][name]) for name, mask in masks[0].items())
 
 
-@pytest.mark.parametrize(("family", "place"), [("mixtral", "disk"), ("gpt_oss", "cpu")])
-def test_an_offloaded_mixture_is_pruned_where_it_is_kept(family, place, tokens, tmp_path):
-    expected = tiny_model(family)
+def offloaded_mixture(family, place, folder) -> PreTrainedModel:
+    """A tiny mixture whose weights Accelerate keeps on the disk, in `folder`, or in a dictionary ("cpu")."""
     model = tiny_model(family)
-    pruner().prune(expected, tokens.split(4))
-    if place == "disk":
-        model.save_pretrained(tmp_path / "in")
-        places = {
-            "model.embed_tokens": "cpu",
-            "model.layers": "disk",
-            "model.norm": "cpu",
-            "lm_head": "cpu",
-        }
-        places |= {"model.rotary_emb": "cpu"}
-        model = AutoModelForCausalLM.from_pretrained(
-            tmp_path / "in", device_map=places, offload_folder=tmp_path / "offload"
-        )
-    else:
-        cpu_offload(
-            model,
-            execution_device="cpu",
-            state_dict={k: v.clone() for k, v in model.state_dict().items()},
-        )
-    prune = pruner()
+    if place == "cpu":
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        cpu_offload(model, execution_device="cpu", state_dict=state)
+        return model
+    model.save_pretrained(folder / "in")
+    in_memory = ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(in_memory, "cpu") | {"model.layers": "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "in", device_map=places, offload_folder=folder / "offload"
+    )
 
-    prune.prune(model, tokens.split(4))
+
+@pytest.mark.parametrize(("family", "place"), [("mixtral", "disk"), ("gpt_oss", "cpu")])
+def test_an_offloaded_mixture_becomes_what_it_becomes_in_memory(family, place, tokens, tmp_path):
+    expected = tiny_model(family)
+    pruner().prune(expected, tokens.split(4))
+    model = offloaded_mixture(family, place, tmp_path)
+    of_offloaded = pruner()
+
+    of_offloaded.prune(model, tokens.split(4))
 
     with torch.no_grad():
         assert torch.allclose(model(tokens[:2]).logits, expected(tokens[:2]).logits, atol=1e-5)
     if place == "disk":
-        prune.save_pretrained(model, tmp_path / "out")
+        of_offloaded.save_pretrained(model, tmp_path / "out")
         verify_checkpoint(tmp_path / "out")
         assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), expected)
 

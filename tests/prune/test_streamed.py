@@ -255,26 +255,30 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
 
 @pytest.mark.parametrize("source", _WRITES, indirect=True)
 def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
+    output = tmp_path / "pruned"
     flush = atomic.flush
     flushed = []
 
-    def full(path):
+    def flush_until_full(path):
+        """Fail as a full disk does, from the file of the third decoder layer on."""
         flushed.append(path.name)
-        if any("model-00003-of" in name for name in flushed):  # from the third decoder layer on
+        if any("model-00003-of" in name for name in flushed):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         flush(path)
 
-    refused = cut_off(
-        monkeypatch, atomic, "flush", full, source, tmp_path / "pruned", error=OSError
-    )
-    assert refused.errno == errno.ENOSPC
+    error = cut_off(monkeypatch, atomic, "flush", flush_until_full, source, output, error=OSError)
+
+    assert error.errno == errno.ENOSPC
+    # one of the models has 3 decoder layers
     assert re.search(
         r"No space left on device.*: 2 of [34] decoder layers are finished and kept in .*pruned",
-        str(refused),
+        str(error),
     )
-    assert not [*unfinished_folder(tmp_path / "pruned").rglob("*.partial")]
-    prune(source, tmp_path / "pruned")
-    assert files_of(tmp_path / "pruned") == files_of(whole)
+    assert not [*unfinished_folder(output).rglob("*.partial")]
+
+    prune(source, output)  # the disk has space again
+
+    assert files_of(output) == files_of(whole)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_a_model_whose_loss_is_not_finite_is_damaged():
         chosen(model, tiny_tokens(), 1)
 
 
-def test_layers_that_depend_on_their_number_stay(monkeypatch):
+def test_layers_that_depend_on_their_number_are_refused(monkeypatch):
     model = tiny_llama(num_hidden_layers=5)
     attend = LlamaAttention.forward
     assert chosen(model, tiny_tokens(), 1)[0][0] == 0  # so that all others get another number
@@ -166,12 +166,13 @@ def test_layers_that_depend_on_their_number_stay(monkeypatch):
         chosen(model, tiny_tokens(), 1)
 
 
-def test_layers_that_hand_on_more_than_hidden_states_stay():
-    with pytest.raises(
-        UnsupportedArchitectureError,
-        match="pass more than hidden states to the next one, so none can",
-    ):
-        chosen(family_model("glm_moe_dsa"), family_tokens()[0], 1)
+def test_layers_that_hand_on_more_than_hidden_states_are_refused():
+    # some of its decoder layers attend to the tokens that the layer before has chosen
+    model = family_model("glm_moe_dsa")
+
+    message = "pass more than hidden states to the next one, so none can"
+    with pytest.raises(UnsupportedArchitectureError, match=message):
+        chosen(model, family_tokens()[0], 1)
 
 
 def test_sequences_of_one_token_show_no_loss():

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport, atomic, recover
 from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.records import MixtureReport
 from optimum_fista.source.loading import read_model
 from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
@@ -106,8 +107,21 @@ def test_stored_tensors_are_cut_as_those_of_the_model_are(tmp_path, family, opti
     assert all(tensor.equals(expected[name]) for name, tensor in stored.items())
 
 
+def bytes_without_experts(before: dict[str, Tensor], mixture: MixtureReport, name: str) -> Tensor:
+    """The bytes of a mixture's tensor after experts were removed, of the tensors `before`.
+
+    The experts that stay, `mixture.groups_kept`, are numbered again. Each has tensors of its own, such as
+    "mlp.experts.3.up_proj.weight", or is a row of one tensor, as in the router.
+    """
+    number, _, rest = name.removeprefix(f"{mixture.name}.").partition(".")
+    if number.isdigit():
+        old_number = mixture.groups_kept[int(number)]
+        return raw(before[f"{mixture.name}.{old_number}.{rest}"])
+    return raw(before[name])[list(mixture.groups_kept)]
+
+
 @pytest.mark.parametrize("write", [fp8_deepseek, mxfp4_gpt_oss])
-def test_experts_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
+def test_experts_are_removed_from_a_quantized_model_that_stays_quantized(tmp_path, write):
     source = write(tmp_path / "source")
     options = {"pattern": "experts:0.25", "expert_refit": False}
 
@@ -116,22 +130,18 @@ def test_experts_go_from_a_quantized_model_that_stays_quantized(tmp_path, write)
 
     before = load_file(source / "model.safetensors")
     after = tensors_of(tmp_path / "out")
-    cut = set()
+    of_mixtures = (
+        set()
+    )  # names of tensors that have lost experts, or are of an expert with a new number
     for mixture in report.mixtures:
-        layer = mixture.name.removesuffix("experts")
-        for name in after:
-            if not name.startswith(layer) or "shared" in name:
-                continue
-            expert, _, rest = name.removeprefix(f"{mixture.name}.").partition(".")
-            if expert.isdigit():
-                old = mixture.groups_kept[int(expert)]
-                expected = raw(before[f"{mixture.name}.{old}.{rest}"])
-            else:
-                expected = raw(before[name])[list(mixture.groups_kept)]
+        layer = mixture.name.removesuffix("experts")  # the router is beside the experts
+        names = [name for name in after if name.startswith(layer) and "shared" not in name]
+        for name in names:
+            expected = bytes_without_experts(before, mixture, name)
             assert torch.equal(raw(after[name]), expected), name
-            cut.add(name)
-    assert cut
-    others = after.keys() - cut
+        of_mixtures.update(names)
+    assert of_mixtures
+    others = after.keys() - of_mixtures
     assert all(torch.equal(raw(after[name]), raw(before[name])) for name in others)
     assert settings_of(tmp_path / "out") == settings_of(source)
     assert "written as they are stored" in report.warnings[0]
@@ -140,7 +150,7 @@ def test_experts_go_from_a_quantized_model_that_stays_quantized(tmp_path, write)
 
 
 @pytest.mark.parametrize("write", [fp8_with_more_tokens, mxfp4_gpt_oss])
-def test_layers_go_from_a_quantized_model_that_stays_quantized(tmp_path, write):
+def test_layers_are_removed_from_a_quantized_model_that_stays_quantized(tmp_path, write):
     source = write(tmp_path / "source")
     predicts_more_tokens = write is fp8_with_more_tokens
     share = {"pattern": "layers:0.34" if predicts_more_tokens else "layers:0.5"}  # one of 3 or 2
@@ -421,11 +431,14 @@ def test_a_model_in_memory_is_saved_in_the_dtypes_of_its_files(tmp_path, mixed_f
     assert dtypes == {torch.float32}
 
 
-def test_another_dtype_that_is_asked_for_is_written(tmp_path, mixed_folder):
+def test_a_dtype_that_is_asked_for_is_written_except_where_the_class_needs_float32(
+    tmp_path, mixed_folder
+):
     prune(mixed_folder, tmp_path / "out", dtype="bfloat16", pattern="2:4")
 
     tensors = tensors_of(tmp_path / "out")
-    stay_in_float32 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
-    assert any(name.endswith("e_score_correction_bias") for name in stay_in_float32)
+    in_float32 = {name for name, tensor in tensors.items() if tensor.dtype == torch.float32}
+    # Transformers keeps the biases of this model's routers in float32, whatever dtype it is loaded in.
+    assert any(name.endswith("e_score_correction_bias") for name in in_float32)
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors["model.layers.1.self_attn.o_proj.weight"].dtype == torch.bfloat16

@@ -961,15 +961,15 @@ def test_a_disk_that_is_full_at_the_end_loses_no_step(run, tmp_path, monkeypatch
     assert latest_state(tmp_path / "out") == 20
 
 
-def test_another_error_of_writing_stays_as_it_is(tmp_path):
+def test_an_error_of_writing_on_a_disk_that_is_not_full_is_raised_as_it_is(tmp_path):
     folder = tmp_path / "state"
     folder.mkdir()
-    refusal = PermissionError(errno.EACCES, "no", "file")
+    refusal = PermissionError(errno.EACCES, "not allowed", "file")
 
     with (
-        pytest.raises(PermissionError, match="no"),
+        pytest.raises(PermissionError, match="not allowed"),
         explaining_full_disk(tmp_path, "a state", 10, discard=folder),
     ):
         raise refusal
 
-    assert folder.exists()
+    assert folder.exists()  # only a full disk needs its space
