@@ -14,6 +14,7 @@ a tensor, such as "experts.gate_up_proj[3]". `split_index` divides it into the n
 import logging
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
@@ -157,11 +158,13 @@ def packed_operators(
     files = packed_files(folder)  # by the names of all stored tensors
     names = set(packed_names(files))  # of the weights that are stored packed
     carried = {operator.name for operator in report.carried}
-    # each operator, and whether this run pruned it
-    entries = [(operator, True) for operator in report.operators]
-    entries += [(operator, False) for operator in report.carried]
-    # The experts that share one tensor follow each other, so each tensor is read once for all of them.
-    for name, entries_of_tensor in groupby(entries, key=lambda entry: _tensor_of(entry[0].name)):
+    # The operators that each tensor holds, by whether this run pruned them, and by the name of the tensor. Reports list
+    # expert after expert; a tensor that holds a weight of every expert is read once for all of them.
+    by_tensor = defaultdict[tuple[bool, str], list[OperatorReport]](list)
+    for is_of_this_run, operators in ((True, report.operators), (False, report.carried)):
+        for operator in operators:
+            by_tensor[is_of_this_run, _tensor_of(operator.name)].append(operator)
+    for (is_of_this_run, name), operators_of_tensor in by_tensor.items():
         # A run that removes parts packs only what has zeros of an earlier run.
         is_dense = bool(report.removed) and name in files
         if name in names:
@@ -175,7 +178,7 @@ def packed_operators(
         else:
             raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
 
-        for operator, is_of_this_run in entries_of_tensor:
+        for operator in operators_of_tensor:
             _, index = split_index(operator.name)
             mask_of_operator = mask[index]
             if is_of_this_run and operator.name in carried:
@@ -192,8 +195,9 @@ def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
     files = packed_files(folder)  # by the names of all stored tensors
     names = set(packed_names(files))  # of the weights that are stored packed
     masks = {}
-    # `groupby`, because a tensor may hold several operators (experts), one after the other: it is read once for all.
-    for name, operators_of_tensor in groupby(operators, key=_tensor_of):
+    # A tensor may hold the operators of several experts. Sorted, they follow each other, and it is read once for all.
+    by_tensor = sorted(operators, key=_tensor_of)
+    for name, operators_of_tensor in groupby(by_tensor, key=_tensor_of):
         if name not in names:
             continue
         mask = packed_mask(read_packed(files, name))

@@ -17,8 +17,16 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
+from optimum_fista.folder import packed_folder
+from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import model_files
-from optimum_fista.folder.packed_folder import is_packed, pack_folder, unpack_folder
+from optimum_fista.folder.packed_folder import (
+    is_packed,
+    pack_folder,
+    packed_masks,
+    packed_operators,
+    unpack_folder,
+)
 from optimum_fista.packed.format import pack
 from optimum_fista.packed.masks import unpack_bits
 from optimum_fista.packed.quantizer import FistaPackedConfig
@@ -45,6 +53,31 @@ def test_a_packed_folder_is_smaller_and_is_made_dense_again(family, pruned, tmp_
     assert not list(packed.glob("model*.safetensors"))
     assert verify_checkpoint(packed) == verify_checkpoint(dense)
     assert files_of(tmp_path / "again") == files_of(dense)
+
+
+def test_a_tensor_of_experts_is_read_once_for_the_masks_of_all(pruned, tmp_path, monkeypatch):
+    packed = tmp_path / "packed"
+    pack_folder(pruned("granitemoe"), packed)
+    report = read_report(packed)
+    names = [operator.name for operator in report.operators]  # expert after expert
+    tensors = {name.partition("[")[0] for name in names}
+    assert len(tensors) < len(names)
+
+    read = []
+    read_packed = packed_folder.read_packed
+    monkeypatch.setattr(
+        packed_folder,
+        "read_packed",
+        lambda files, name: read.append(name) or read_packed(files, name),
+    )
+    masks = packed_masks(packed, names)
+
+    assert masks.keys() == set(names)
+    assert sorted(read) == sorted(tensors)
+
+    read.clear()
+    assert {operator.name for operator, _, _ in packed_operators(packed, report)} == set(names)
+    assert sorted(read) == sorted(tensors)
 
 
 @pytest.mark.parametrize("pattern", ["vocab:unused", "channels:0.25/4"])
