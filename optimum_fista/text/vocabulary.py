@@ -408,7 +408,7 @@ def _renumbered(vocabulary: _Vocabulary, new_ids: dict[int, int]) -> dict[str, A
         if loaded.get(token) != new:
             raise ValueError(
                 f"tokenizer: the library tokenizers loads its token {token!r} with the id {loaded.get(token)} instead "
-                f"of {new}, because an added token and another one have the same id. Give one of them a new id in "
-                "tokenizer.json."
+                f"of {new}, because an added token and another one have the same id: pass a tokenizer in which every "
+                "token has its own id."
             )
     return content

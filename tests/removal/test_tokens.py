@@ -264,7 +264,10 @@ def with_colliding_token(folder: Path) -> Path:
 def test_a_tokenizer_with_two_tokens_of_one_id_is_refused(dense, tmp_path):
     folder = with_colliding_token(shutil.copytree(dense, tmp_path / "dense"))
 
-    with pytest.raises(ValueError, match=r"'<image>' with the id .* have the same id\. Give one"):
+    with pytest.raises(
+        ValueError,
+        match=r"'<image>' with the id .* have the same id: pass a tokenizer in which every",
+    ):
         remove_tokens(folder, tmp_path / "smaller")
 
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
