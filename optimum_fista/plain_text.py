@@ -14,7 +14,11 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def spell_out_controls(text: str) -> str:
-    r"""Return the text with its control characters spelled out: an escape becomes the four characters `\x1b`."""
+    r"""Return the text with its control characters spelled out: an escape becomes the four characters `\x1b`.
+
+    Tab and line feed stay, so the text may have several lines. Carriage return and the marks that reverse the direction
+    of writing are spelled out, too (`_CONTROL`).
+    """
 
     def spelled_out(match: re.Match[str]) -> str:
         r"""Write the control character of a match as Python writes it in a string, such as `\x1b`."""

@@ -384,7 +384,8 @@ class RunRecord:
     def command(self) -> str:
         """Return the command line that prunes the given model in the same way, quoted for a shell.
 
-        A word in capitals stands for an unknown name. The command reads the configuration from this report.
+        A word in capitals stands for an unknown name. The command reads the configuration from this report, so it is
+        run in the folder of the result.
 
         It is made of `self.calibration` (the text), `self.texts` (held-out texts, with the limits of `--protect`) and
         `self.environment` (device, batches, dtypes), which is empty if it is not known.
@@ -392,7 +393,7 @@ class RunRecord:
         num_tokens = self.calibration["num_tokens"]
         num_sequences = self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
-        words += ["--config", "fista/report.json"]
+        words += ["--config", "fista/report.json"]  # as seen from the folder of the result
         # A run that removes tokens may have several sources, such as "c4, code.txt".
         sources = self.calibration.get("source") or "SOURCE"
         for source in sources.split(", "):
@@ -403,16 +404,17 @@ class RunRecord:
             else:
                 words += ["--protect", f"{text.name}={text.at_most:g}"]
         words += ["--num-samples", str(num_sequences)]
-        have_same_length = num_sequences and num_tokens % num_sequences == 0
-        if have_same_length:
+        has_sequences = bool(num_sequences)
+        if has_sequences and num_tokens % num_sequences == 0:  # all have the same length
             words += ["--sequence-length", str(num_tokens // num_sequences)]
         if self.environment:
             _, rows, _ = self.environment["batches"][0]  # number of batches, rows, tokens of a row
             words += ["--batch-size", str(rows), "--device", self.environment["device"]]
             dtype = self.environment["dtype"]  # of the model in memory, such as "torch.bfloat16"
-            # The dtype of the files that the run wrote; a report of an older version has no such entry.
+            # The dtype of the files that the run wrote, or "in the dtypes of the files" if each tensor kept its own. A
+            # report of an older version has no such entry.
             written = self.environment.get("written", dtype)
-            # Otherwise it is a sentence: each tensor kept its dtype. That is the default, without a flag.
+            # Only one dtype for all needs a flag: that each tensor keeps its own is the default.
             is_one_dtype = written == dtype
             if is_one_dtype:
                 words += ["--dtype", dtype.removeprefix("torch.")]

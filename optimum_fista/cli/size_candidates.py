@@ -77,7 +77,7 @@ def find_candidates(
     arguments: argparse.Namespace,
     dense: PreTrainedModel,
     counted: CountedModel | None,
-    unused: TokensPlan | None,
+    without_unused: TokensPlan | None,
 ) -> list[Candidate]:
     """Find the ways to reach `--target-size`, from the one with the fewest tokens left to the one with all tokens.
 
@@ -87,15 +87,15 @@ def find_candidates(
         arguments: Those of `prune`.
         dense: The model as it is, without weights.
         counted: The model with its counts; `None` if no token may go.
-        unused: The plan that removes all tokens that may go; `None` if no token may go.
+        without_unused: The plan that removes all tokens that may go; `None` if no token may go.
 
     Raises:
         ValueError: If the size can't be reached; it names the smallest one.
     """
     most = arguments.target_size * dense.num_parameters()
     token_plans: list[TokensPlan | None] = [None]
-    if counted is not None and unused is not None:
-        token_plans = [*_token_plans(counted, unused, most), None]
+    if counted is not None and without_unused is not None:
+        token_plans = [*_token_plans(counted, without_unused, most), None]
 
     candidates = list[Candidate]()
     errors = list[ValueError]()
@@ -167,30 +167,32 @@ def _without_needless_tokens(candidates: Sequence[Candidate]) -> list[Candidate]
     return needed
 
 
-def _token_plans(counted: CountedModel, unused: TokensPlan, most: float) -> list[TokensPlan]:
+def _token_plans(
+    counted: CountedModel, without_unused: TokensPlan, most: float
+) -> list[TokensPlan]:
     """Plan to remove as many tokens as may go, and half of them, if that is possible; most tokens first.
 
     If a removal of fewer tokens already leaves `most` parameters, the first plan removes only so many. `counted` and
-    `unused` are those of `find_candidates`. Changes nothing.
+    `without_unused` are those of `find_candidates`. Changes nothing.
     """
-    vocabulary = unused.report.model["vocabulary"]
+    vocabulary = without_unused.report.model["vocabulary"]
     num_rows = vocabulary["before"]
 
     def plan(removal: TokensRemoval) -> TokensPlan:
-        """Plan a removal of tokens, such as "vocab:0.5", with the other options of `unused`; changes nothing.
+        """Plan a removal of tokens, such as "vocab:0.5", with the other options of `without_unused`; changes nothing.
 
-        From the outer function: `counted` is the dense model with the counts of its tokens in a text, and `unused` the
-        plan that removes all tokens that this text does not use.
+        From the outer function: `counted` is the dense model with the counts of its tokens in a text, and
+        `without_unused` the plan that removes all tokens that this text does not use.
         """
         config = FistaPruningConfig(
             pattern=str(removal),
-            keep_tokens=tuple(unused.report.config["keep_tokens"]),
-            compute_dtype=unused.report.config["compute_dtype"],
+            keep_tokens=tuple(without_unused.report.config["keep_tokens"]),
+            compute_dtype=without_unused.report.config["compute_dtype"],
         )
         return plan_counted(counted, config)
 
-    if unused.model.num_parameters() <= most:
-        request = _fewer_tokens(unused, most)
+    if without_unused.model.num_parameters() <= most:
+        request = _fewer_tokens(without_unused, most)
     else:
         # As many tokens as the text uses stay, but not only those: by the share, tokens that other text is likely to
         # use stay instead of some that this text has once.

@@ -50,10 +50,13 @@ _MOST_PIECES = 12
 def plan_size(arguments: argparse.Namespace) -> Candidate:
     """Choose what is removed until `--target-size` of the parameters is left, and print the candidates.
 
-    With `--dry-run` nothing is measured, and the candidate that removes most channels is returned. `arguments` are
-    those of `prune`, and stay as they are. Writes no model that stays, but downloads the files of a Hub id into the
-    cache. If no token can be removed, a line on standard error says why. ValueError if the size can't be reached, or
-    every candidate costs more than `--protect` allows.
+    With `--dry-run` nothing is measured, and the candidate that removes most channels is returned. If an earlier start
+    has begun the run of a candidate, which can resume, that candidate is returned. If no token can be removed, a line
+    on standard error says why. `arguments` are those of `prune`, and stay as they are.
+
+    Leaves no file on disk, except downloads in the cache (of a Hub id, of texts). Files that a killed process left
+    beside the output are removed. ValueError if the size can't be reached, or every candidate costs more than
+    `--protect` allows.
     """
     _require_flags(arguments)
     sources = arguments.calibration
@@ -70,14 +73,16 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     )
 
     counted: CountedModel | None = None
-    unused: TokensPlan | None = None  # removes all tokens that may go
+    without_unused: TokensPlan | None = (
+        None  # removes all tokens that the text does not use and that may go
+    )
     try:
-        counted, unused = _count(arguments, sources, counted_texts)
+        counted, without_unused = _count(arguments, sources, counted_texts)
         dense = counted.model
     except ValueError as error:
         print(f"no token is removed: {error}", file=sys.stderr)
         dense = loading.model_without_weights(loading.read_config(arguments.model))
-    candidates = find_candidates(arguments, dense, counted, unused)
+    candidates = find_candidates(arguments, dense, counted, without_unused)
 
     if arguments.dry_run:
         print(*map(str, candidates), sep="\n")

@@ -50,6 +50,8 @@ def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, 
     `writes_own_text`: whether the model writes the calibration text.
     """
     always = _always(run)
+    # When the result is written, the host holds the masks of all operators, with one bit for each weight. The moments
+    # of the run are compared with this one.
     masks = sum(run.weights.values()) // 8
     peaks: dict[str, dict[str, float]] = {"host": {**always, "masks": masks}}
     for moment in moments(run, writes_own_text=writes_own_text):
@@ -62,12 +64,15 @@ def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, 
             "disk": {},
         }
         held[run.storage]["activations that wait"] = moment.waiting
-        if run.on_cpu:  # both places are one
+        if run.on_cpu:  # both places are one; no part of one has the name of a part of the other
             held["host"] |= held.pop("device")
-        # Of each place the moment is kept whose sum is the largest, so that all parts are of one moment.
+        # For each place, the parts of the moment with the largest sum are kept, so that all parts are of one moment.
         for place in ("device", "host"):
-            if place in held:
-                peaks[place] = max(peaks.get(place, {}), held[place], key=_total)
+            if place not in held:
+                continue
+            is_first = place not in peaks
+            if is_first or _total(held[place]) > _total(peaks[place]):
+                peaks[place] = held[place]
     return peaks
 
 

@@ -176,6 +176,9 @@ def _prune_randomly(run: RunSizes, folder: str, attempt: str, num_samples: int) 
 
     FOLDER is `folder`, and ATTEMPT is `attempt`, such as "first". `num_samples` is the number of sequences. Returns the
     report and the time. The random state of PyTorch moves on.
+
+    `run.place` is the device that computes and `run.storage_device` the place where activations wait, both as the user
+    named them (`None`: by default). A batch has `run.batch_size` sequences.
     """
     tokens = torch.randint(0, run.vocabulary, (num_samples, run.length))
     pruner = FistaPruner(run.config, progress=False, storage_device=run.storage_device)

@@ -192,9 +192,9 @@ def _verify_operators(
     Returns:
         What was counted in the operators that this run pruned, and in all with a mask (`report.masked`).
     """
-    # An operator that lost columns in this run and has zeros of an earlier one is reported twice under one name: in
-    # `report.operators` and in `report.carried`. `report.masked` has only the second report. So reports are told apart
-    # by their identity: `read_operators` yields the objects of these lists, not copies.
+    # An operator that lost columns in this run and has zeros of an earlier one has two reports with one name: one in
+    # `report.operators` and one in `report.carried`. Only the report in `report.carried` is in `report.masked`, too. So
+    # reports are told apart by their identity: `read_operators` yields the objects of these lists, not copies.
     masked = {id(operator) for operator in report.masked}
     pruned = {id(operator) for operator in report.operators}
     of_this_run = _Counts()

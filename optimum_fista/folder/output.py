@@ -324,9 +324,10 @@ def discard(folder: Path, *, keep_texts: bool = False) -> None:
     written them just before. What the run has offloaded are weights that it reads again and again.
     """
     journal = folder / JOURNAL
-    # First: if the process is killed here, what is left is no run that can be resumed.
+    # The file of the run goes first. Without it nothing resumes, even if the process is killed during the rest.
     (folder / RUN_FILE).unlink(missing_ok=True)
 
+    # `_MARK` and `RUN_FILE` are paths in the folder, such as "journal/..."; the patterns are of names in the journal.
     stays = [folder / _MARK, *journal.glob(_OFFLOADED)]
     if keep_texts:
         stays += journal.glob(SAMPLED_TEXTS)

@@ -519,11 +519,13 @@ class Packer:
                 continue
             mask = torch.ones(tensor.shape, dtype=torch.bool)  # what belongs to no operator is kept
             for operator in self._operators.get(name, []):
-                _, index = split_index(operator.name)
+                _, index = split_index(
+                    operator.name
+                )  # (), which is all of the tensor, if the name has no index
                 part = mask[index]  # a view: `mask` is written to
                 part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
             try:
-                packed = pack(tensor, mask)
+                packed = pack(tensor, mask)  # the function of `packed.format`, not this method
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             stored |= packed.named(name)

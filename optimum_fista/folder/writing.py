@@ -346,8 +346,8 @@ def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> Non
     set to 0.
 
     `report.model["lacks"]` has the modules of the source's files that are not in the result, each with the reason, a
-    sentence. Sentences that end in `IS_NOT_DESCRIBED` are of modules that the configuration does not describe, such as
-    an image tower. All others are of modules that it describes: these layers.
+    sentence. A sentence that ends in `IS_NOT_DESCRIBED` says that the configuration does not describe the module, such
+    as an image tower. Every other sentence is of a layer that predicts further tokens: the configuration describes it.
     """
     reasons = report.model.get("lacks", {}).values()
     reasons_of_described = [reason for reason in reasons if not reason.endswith(IS_NOT_DESCRIBED)]

@@ -280,13 +280,14 @@ class _Staging:
             self._kept.append(buffer)  # a file writes the values, so it needs no copy
 
     def _load(self, index: int) -> tuple[Tensor, Any]:
-        """Copy the tensor with the number `index` to the device; runs in the thread, and overwrites a buffer.
+        """Copy the tensor with the number `index` to the device; runs in the thread.
 
-        `self._kept` has the tensors, in CPU memory or in a file; `self._device_module` is `torch.cuda` or its like.
-        Returns the tensor with an event, which comes when the copy is done, or with `None` if the device has no streams
-        (`self._stream` is `None`, and its context does nothing).
+        Overwrites one of the two buffers, by turns, or replaces it by a larger one (`self._buffer`). `self._kept` has
+        the tensors, in CPU memory or in a file; `self._device_module` is `torch.cuda` or its like. Returns the tensor
+        with an event, which comes when the copy is done, or with `None` if the device has no streams.
         """
         stored = self._kept[index]
+        # Without streams `self._stream` is `None`, and this context does nothing.
         with self._device_module.stream(self._stream):
             buffer = self._buffer(index, stored)
             if self._stream is not None:

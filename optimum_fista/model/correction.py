@@ -570,15 +570,17 @@ class _DenseRecord:
         """Begin empty, and decide what is kept: inputs `X`, outputs `W X`, or only sums.
 
         `is_dense_input` says that `X* = X`: everything is summed in the dense pass. Without `needs_dense`, targets need
-        nothing of the dense network. In both cases only sums are kept. `activations` is the decoder layer.
+        nothing of the dense network. In both cases only sums are kept. `activations` runs the decoder layer, and is not
+        changed. If its `storage` is a folder, a file without a name is made there for what is kept.
         """
         self.group = group
-        self.batch = 0
+        self.batch = 0  # the number of the batch that runs in the dense pass; the caller sets it
         self._activations = activations
         self._is_dense_input = is_dense_input
         size = group[0].shape[1]
         self.sums = {
             held_out: GroupSums(size, activations.device, same_inputs=is_dense_input)
+            # `activations.held_out` is a bool for each batch: there are held-out sums only if a batch is held out.
             for held_out in sorted({False, *activations.held_out})
         }
         self.inputs: ActivationStore | None = None
@@ -589,8 +591,8 @@ class _DenseRecord:
             return
 
         num_outputs = sum(operator.shape[0] for operator in group)
-        if self._is_expert:
-            # experts are many and small: their inputs are kept, and not in files
+        if self._is_expert:  # by the class of the operators
+            # Experts are many and small: their inputs are kept, and not in files.
             is_in_files = isinstance(activations.storage, Path)
             storage = torch.device("cpu") if is_in_files else activations.storage
             self.inputs = ActivationStore(storage, activations.device)

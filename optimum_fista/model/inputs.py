@@ -544,8 +544,11 @@ class LayerActivations:
 
         `experts` is the mixture, a module of the layer. `hidden_states` [batch, sequence, hidden] of each batch enter
         the layer. `see` is called with the number of each batch and its inputs, while these are on the device; by
-        default it does nothing. The returned inputs are kept at `self.storage`: their `hidden_states`, and the `rows`
-        of these that each expert gets, int64. Modules of the layer run; nothing of it is changed.
+        default it does nothing. Modules of the layer run; nothing of it is changed.
+
+        The returned inputs are kept at `self.storage`: their `hidden_states`, and `rows`, int64, the numbers of the
+        rows of `hidden_states` that the experts get. The rows of all experts stand one after the other (`part` finds
+        those of one).
         """
         store = self.store()
         assigned_batches: list[AssignedTokens] = []

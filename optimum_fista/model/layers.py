@@ -125,7 +125,8 @@ def _require_causal(model: PreTrainedModel) -> None:
 def _find_list_of_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList, nn.Module]:
     """Find the list of decoder layers with its name, and the decoder that it is in; there must be exactly one list.
 
-    The name is that of the list in the model, such as "model.layers". Changes nothing.
+    The name is that of the list in the model, such as "model.layers". The decoder is that of the model. If several
+    lists may be meant, it is the innermost one: the decoder of that decoder, and so on. Changes nothing.
     """
     decoder: nn.Module = model.get_decoder()
     # Names of classes that Transformers does not split over devices, because they hold a residual connection: decoder
@@ -136,8 +137,11 @@ def _find_list_of_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList, nn
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module)
     }
+    # Lists with a module whose own class, not one that it is derived from, has such a name.
     candidates = {name: module for name, module in lists.items() if wanted & _class_names(module)}
-    if not _inside(decoder, candidates):  # none, or those of a vision encoder only (BLIP)
+    # There may be no such list, or only lists of a vision encoder (BLIP), which are not in the decoder.
+    has_list_in_decoder = bool(_inside(decoder, candidates))
+    if not has_list_in_decoder:
         candidates = {
             name: module
             for name, module in lists.items()

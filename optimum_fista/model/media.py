@@ -377,22 +377,25 @@ def _images_of_sequences(
     """
     num_tokens = sum(counts)
     num_patches = sum(patches)
-    # If no token marks an image (no placeholder is known), as many images as sequences are one for each, too.
-    are_marked_alike = all(counts) or num_tokens == 0
-    one_each = len(patches) == len(counts) and are_marked_alike
-    if one_each:
+    # Sequences differ if some have placeholder tokens and some have none. If none has any, no placeholder is known.
+    all_or_none_are_marked = all(counts) or num_tokens == 0
+    has_as_many_images = len(patches) == len(counts)
+    if has_as_many_images and all_or_none_are_marked:  # one image each
         return list(pairwise(range(len(counts) + 1)))  # (0, 1), (1, 2), ...
     if num_tokens == 0 or not tokens_follow_patches:
         return None
 
-    # The number of images before a place, by the share of patches before it. A sequence ends where the share of tokens
-    # is equal: tokens_before / num_tokens = patches_before / num_patches. Times both totals, these are integers.
-    images = {
-        patches_before * num_tokens: image
-        for image, patches_before in enumerate([0, *accumulate(patches)])
+    # A sequence ends with the image up to which the share of patches is equal to its share of tokens:
+    #     patches_up_to / num_patches = tokens_up_to / num_tokens.
+    # Shares are rounded, so both sides are multiplied by both totals: these integers are compared.
+    num_images_of_share = {
+        patches_up_to * num_tokens: num_images
+        for num_images, patches_up_to in enumerate([0, *accumulate(patches)])
     }
-    # of each sequence, the number of images up to its end; None if no image ends there
-    ends = [images.get(tokens_before * num_patches) for tokens_before in accumulate(counts)]
+    # Of each sequence, the number of images up to its end; `None` if no image ends there.
+    ends = [
+        num_images_of_share.get(tokens_up_to * num_patches) for tokens_up_to in accumulate(counts)
+    ]
     known_ends = [end for end in ends if end is not None]
     if len(known_ends) < len(ends):
         return None

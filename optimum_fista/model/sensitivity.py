@@ -162,7 +162,11 @@ def _run_both_ways(
 ) -> None:
     """Run a model forwards and backwards on one sequence; `watchers` add inputs and gradients to their sums.
 
-    `predictor` has the model. `config` is that of the model, and says which tokens stand for images and have no loss.
+    `predictor` runs the model, cut before its head so that only a few positions have logits at a time. `config` is that
+    of the model, and says which tokens stand for images and have no loss.
+
+    This is called inside `_recomputed_layers`. There weights do not require gradients, so no `.grad` is left, and
+    hidden states between the layers may be added to the store of that context, which the caller clears.
     """
     entering_head = _watched_states(predictor, sequence, watchers)  # with its graph
     targets = targets_of(sequence.input_ids[0, 1:], config)

@@ -208,7 +208,9 @@ class FistaPackedQuantizer(HfQuantizer):
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    update_tp_plan = update_attn_implementation  # the first call of Transformers 5.17
+    update_tp_plan = (
+        update_attn_implementation  # the first call of older versions of Transformers, such as 5.17
+    )
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Return the conversions of a model's tensors, made to work on packed parts, too.
@@ -239,7 +241,8 @@ class FistaPackedQuantizer(HfQuantizer):
         - A renaming of such a tensor stays, after copies of it that rename the three parts of a packed one.
         - Another conversion stays alone.
         """
-        # Patterns of names in the file, such as "experts.*.w1.weight", and of names in the model.
+        # Patterns of names in the file, such as "experts.*.w1.weight", and of names in the model: as the conversion was
+        # made with them, before Transformers rewrote them for its own use.
         sources = internals.original_sources(conversion)
         targets = internals.original_targets(conversion)
         packed_parameters = self.quantization_config.parameters
@@ -253,7 +256,13 @@ class FistaPackedQuantizer(HfQuantizer):
                 source + suffix for source in sources for suffix in (*SUFFIXES, "")
             ]
             operations = [Unpack(self), *conversion.operations]
-            return [WeightConverter(sources_with_parts, targets, operations, conversion.force_cpu)]
+            replacement = WeightConverter(
+                sources_with_parts,
+                targets,
+                operations,
+                force_cpu=conversion.force_cpu,  # whether it computes on the CPU; stays as it is
+            )
+            return [replacement]
         if may_be_packed and len(sources) == 1:
             renamings = [
                 WeightRenaming(sources[0] + suffix, targets[0] + suffix) for suffix in SUFFIXES
@@ -314,16 +323,17 @@ class FistaPackedQuantizer(HfQuantizer):
     ) -> PreTrainedModel:
         """Remove from the loaded model what would make `save_pretrained` look for packed files, and return the model.
 
-        With Transformers 5.17, parameters get the dtype that the caller wanted (`self._dtypes`, by name), and the model
-        forgets the conversions by which it was loaded.
+        Transformers before 5.22 leaves two more things to do: parameters get the dtype that the caller wanted
+        (`self._dtypes`, by name, noted before the loading), and the model forgets the conversions by which it was
+        loaded.
         """
         vars(model.config).pop("transformers_weights", None)
-        is_transformers_5_17 = internals.renames_without_casting()
-        if is_transformers_5_17:
-            # With them a saved model would have the names of packed parts.
+        is_before_5_22 = internals.renames_without_casting()
+        if is_before_5_22:
+            # With these conversions a saved model would have the names of packed parts.
             internals.forget_weight_conversions(model)
-            # Tensors that are only renamed still have the dtype of the file, which may not be the one asked for. These
-            # are parts of names of parameters that the model needs in float32 in any case.
+            # Tensors that are only renamed still have the dtype of the file, which may not be the one asked for. Some
+            # parameters stay in float32 whatever is asked for: those that do so for bfloat16, by parts of their names.
             stay_in_float32 = internals.parts_in_float32(model, torch.bfloat16)
             for name, parameter in model.named_parameters():
                 if not any(part in name for part in stay_in_float32):

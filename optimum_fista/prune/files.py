@@ -376,12 +376,15 @@ class FileSink(Sink):
 def _with_states(
     calibration: Calibration, states: HiddenStates, report: PruningReport
 ) -> Calibration:
-    """Return the batches with hidden states that an earlier start kept, cut as there if its memory ran out.
+    """Join the batches of a run to the hidden states that an earlier start kept: a new `Calibration`.
 
-    `calibration` has the batches as the user passed them, and is not changed. If they are cut, `report` gets a warning.
-    The arguments of the decoder layers, which are not kept, have to be recorded again.
+    `calibration` has the batches as the user passed them, and is not changed. If the earlier start ran out of memory,
+    it cut its batches into smaller ones. Then these batches are cut in the same way, and `report` gets a warning.
+
+    The result has no arguments of the decoder layers: these were not kept, and the caller records them again.
     """
     batches = calibration.batches
+    # `to_prune_on` are the hidden states of the pruned network, or of the dense one if only those are kept.
     sizes = [len(hidden) for hidden in states.to_prune_on]  # sequences in each batch
     if sizes != [batch.input_ids.shape[0] for batch in batches]:
         batches = cut_batches(batches, sizes)

@@ -420,7 +420,10 @@ def _operator_report(
 
     `problems` has the operators of the group and their problems, and `solution` their new weights and masks. `held_out`
     is the problem of this operator on the held-out tokens; `None` if there are none. `solve_seconds` is its share of
-    the group's time. The last operator of a layer may run for its output error; no weight is changed.
+    the group's time.
+
+    No weight is changed. An operator with a residual correction (`problems.last`, alone in its group) runs for its
+    output error; `problems.last` keeps the errors and, if they are needed, the hidden states after the layer.
     """
     operator = problems.operators[number]
     problem = problems.fitted[number]
@@ -444,6 +447,7 @@ def _operator_report(
         sparsity=1 - num_kept / pruned.mask.numel(),
         method=solution.method,
         fit_error=fit_error,
+        # Equal to `fit_error` if the targets are the dense network's outputs.
         output_error=problems.output_error(problem, written, fit_error),
         l1_penalty=pruned.l1_penalty,
         iterations=pruned.iterations,
@@ -451,7 +455,6 @@ def _operator_report(
         message=pruned.message,
         num_tokens=problem.statistics.num_tokens,
         solve_seconds=solve_seconds,
-        # `last` is set for an operator with a residual correction.
         residual_corrected=problems.last is not None,
     )
     if held_out is None:

@@ -221,7 +221,7 @@ def plan_run(
         callbacks=callbacks,
     )
 
-    # as_stored: tensors are copied from the files, perhaps quantized, because the run only removes parts of them.
+    # If the run only removes parts of tensors, it copies what stays from the files, where it may be quantized.
     if plan.as_stored:
         # The tensors are described only to refuse what can't be cut: a scale that belongs to several groups. Which
         # groups will stay is not known yet, so the first ones stand for them.

@@ -504,13 +504,14 @@ def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int
 def _operators(
     outline: ModelOutline, prefix: str, axes: Mapping[str, int], stated: Parts
 ) -> Iterator[Part]:
-    """Find the parts of a decoder layer that are columns of a linear operator.
+    """Find the parts of a decoder layer that are columns of a linear operator. Changes nothing.
 
     Args:
-        outline: Of the model; only read.
+        outline: Of the model.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
         axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
-        stated: The numbers of the configuration, without any part yet (`_stated_number`).
+        stated: The kind ("channels" or "heads") and the number of groups in a part, as the configuration states them.
+            The caller makes a copy of it with the parts that are found here.
 
     Raises:
         UnsupportedArchitectureError: If other tensors do not have rows of their own for each group of columns.
@@ -526,14 +527,16 @@ def _operators(
         if name in axes and name.startswith(prefix)
     ]
     weights = [tensor for tensor in shrinking if tensor.loses_columns]
+    is_only_one = len(weights) == 1
     for weight in weights:
-        # The rows that compute the inputs are in the same module, such as "model.layers.3.mlp.". If only one operator
-        # of the layer loses columns, they may be anywhere in the layer: BERT's MLP has two modules.
-        siblings = prefix if len(weights) == 1 else weight.owner.rpartition(".")[0] + "."
+        # The rows that compute the inputs are in the same module, such as "model.layers.3.mlp". If only one operator of
+        # the layer loses columns, they may be anywhere in the layer: BERT's MLP has two modules.
+        module, _, _ = weight.owner.rpartition(".")
+        place_of_rows = prefix if is_only_one else f"{module}."
         rows = [
             tensor
             for tensor in shrinking
-            if tensor not in weights and tensor.name.startswith(siblings)
+            if tensor not in weights and tensor.name.startswith(place_of_rows)
         ]
         yield _part_of_operator(weight, rows, stated)
 

@@ -247,8 +247,8 @@ def _first_tokens(text: str, tokenizer: Tokenizer, num_tokens: int) -> str:
     encoding = tokenizer.encode(text, add_special_tokens=False)
     if len(encoding.ids) <= num_tokens:
         return text
-    # The offsets of a token are the places in the text where it begins and ends. If a character is several tokens, they
-    # all have its place: the text ends before a character that would be torn.
+    # The offsets of a token are the places in the text where it begins and ends. If one character is several tokens,
+    # all of them have the place of the character. So a cut between two of them leaves out the whole character.
     first_place, _ = encoding.offsets[num_tokens]  # of the first token that is cut off
     return text[:first_place]
 

@@ -81,7 +81,8 @@ def _kth_magnitude_by_bracket(array: np.ndarray, k: int) -> float:
     step = (array.size // _SAMPLE) | 1  # sets the last bit
     sample = np.sort(np.abs(array[::step]))
 
-    # The rank of a sampled quantile has a standard deviation of at most sqrt(n) / 2: five of them to each side.
+    # The place of the k-th magnitude in the sorted sample, and by how much it may be wrong: its standard deviation is
+    # at most sqrt(sample.size) / 2, and five of these are taken to each side.
     rank = (k - 1) / array.size * sample.size
     margin = 2.5 * math.sqrt(sample.size)
     # The bracket, whose ends are places in the sample at most.

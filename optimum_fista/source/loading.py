@@ -338,13 +338,14 @@ def _read(automatic: Any, name: str, **options: Any) -> Any:
         raise ImportError(
             f"model={name!r} is a GGUF file, which needs the package gguf: run {install_command('gguf')}."
         )
+    # Python's garbage collector would look again and again at the many tokens of the file, which takes time.
     with reading(name), _without_collector():
         return automatic.from_pretrained(name, trust_remote_code=False, gguf_file=file, **options)
 
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Stop Python's garbage collector inside: it would look again and again at the many tokens of a GGUF file."""
+    """Stop Python's garbage collector inside; it is as before at the end."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -91,7 +91,8 @@ def stored_names(
         UnsupportedArchitectureError: A weight is not stored as one matrix (only with `all_of_them`).
     """
     asked = list(operators)
-    # Those that are not pruned as well: Transformers may store them in one tensor with others, whose rows they decide.
+    # Operators that are not pruned are needed, too. Transformers may store the weights of several in one tensor, and
+    # then the rows of an operator depend on the others.
     by_name = _operators_in(model, layers_name)
     by_name |= {operator.name: operator for operator in asked}
     numbered = list(by_name.values())
@@ -102,6 +103,7 @@ def stored_names(
         for found_weight in _weights_in(numbers, numbered):
             is_whole_tensor = found_weight.index == (_ALL, _ALL)
             name = tensor if is_whole_tensor else f"{tensor}[{_text_of(found_weight.index)}]"
+            # `renamed` gives a name here: operators that are gone have no stand-in.
             weight = f"{renamed(found_weight.operator.name)}.weight"
             # If a weight is stored twice, the first place is returned.
             names.setdefault(weight, StoredName(name, found_weight.transposed))

@@ -169,9 +169,9 @@ def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) 
 def _stretches(text: str, most_stretches: int) -> list[str]:
     """Cut at most `most_stretches` (2 or more) stretches out of a text, spread evenly over it.
 
-    A text that is not longer than so many stretches is cut into stretches whole.
+    Of a short text nothing is left out: it is cut into stretches one after the other, of which the last may be shorter.
     """
-    num_characters = most_stretches * _STRETCH_CHARACTERS
+    num_characters = most_stretches * _STRETCH_CHARACTERS  # of all stretches together
     if len(text) <= num_characters:
         starts = list(range(0, len(text), _STRETCH_CHARACTERS))
     else:

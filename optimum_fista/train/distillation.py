@@ -445,7 +445,7 @@ class Watch(TrainerCallback):
         self._began = time.perf_counter()
         self._saved = self._began
         self._step_began = self._began
-        self._is_step_timed = False  # whether the time of a step was said
+        self._is_step_timed = False  # True once this start has said how long a step takes
         self._bar: Any = None
 
     @contextmanager
@@ -522,8 +522,9 @@ class Watch(TrainerCallback):
         obeys, and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock decides
         when a state is saved: two minutes after the last one (`self._saved`).
 
-        `self._asked` is True after Ctrl-C in this process. `self._first_check` is a step to evaluate after.
-        `self._step_began` is the moment at which this step began, and `self._is_step_timed` whether a time was said.
+        `self._asked` is True after Ctrl-C in this process. `self._first_check` is the number of an early step after
+        which the loss is measured, before the Trainer would do so. `self._step_began` is the moment at which this step
+        began. `self._is_step_timed` is True once this start has said how long the steps take.
         """
         self._bar.update()
         if not self._is_step_timed:

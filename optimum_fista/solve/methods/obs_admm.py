@@ -245,10 +245,13 @@ class ObsAdmm(PruningMethod):
     ) -> int:
         """Refit the kept weights, step 4; a state whose pattern has whole columns stays as it is.
 
-        Changes the points of `states`, which are weights in the coordinates of `surgeon`. Returns the largest number of
-        steps of a block of rows, of `self.refit_iterations` at most. `gram` is `G`, which stays as it is.
+        Changes the points of `states`, which are weights in the coordinates of `surgeon`. Each state gives its target
+        `C_r S B` by blocks of rows (`state.target`). `gram` is `G`, which stays as it is.
+
+        Blocks of rows are refitted one after the other, in `self.refit_iterations` steps at most. Returns the number of
+        steps of the block that took most.
         """
-        ridge_gram = surgeon.scaled_gram(gram)  # G_r in these coordinates
+        ridge_gram = surgeon.scaled_gram(gram)  # B^T S G_r S B: with the ridge
         steps = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):
             assert state.mask is not None

@@ -190,9 +190,10 @@ class Dequantizer(HfQuantizer):
     ) -> None:
         """Note which tensors the files hold, and have the format's quantizer prepare the modules of `model`.
 
-        Changes `self.stored` and `self.is_lazy`, and, for most formats, the modules of `model`, which has no weights
-        yet. Transformers calls this with the paths of the weight files, and with the `device_map` that
-        `from_pretrained` was asked for; `options` are only passed on.
+        Changes `self.stored` and `self.is_lazy`. For most formats it also changes the modules of `model`, which has no
+        weights yet, and what the format's quantizer (`self.inner`) notes of them. Transformers calls this with the
+        paths of the weight files, and with the `device_map` that `from_pretrained` was asked for; `options` are only
+        passed on.
         """
         if self.format.prepares_model:
             internals.prepare_for_loading(self.inner, model, device_map=device_map, **options)
@@ -252,9 +253,9 @@ class Dequantizer(HfQuantizer):
     def _require_scales(self, model: PreTrainedModel) -> None:
         """Raise ValueError for a quantized tensor whose scales no conversion reads: the weight would be wrong.
 
-        Transformers would take the quantized numbers for the weights. `self.stored` has the dtypes of all stored
-        tensors, and `self.converted` names those that conversions have taken. Transformers notes on the conversions
-        that their patterns have matched (`was_used`); nothing else changes.
+        Transformers would take the quantized numbers for the weights. `self.stored` has the file and the dtype of every
+        stored tensor, and `self.converted` has the names of the tensors that conversions have taken. Transformers notes
+        on the conversions that their patterns have matched (`was_used`); nothing else changes.
         """
         scales_of: defaultdict[str, list[str]] = defaultdict(list)  # names of scales by module
         for name in self.stored:
@@ -271,7 +272,8 @@ class Dequantizer(HfQuantizer):
             module = name.rpartition(".")[0]
             scales = scales_of[module]
             unread = [scale for scale in scales if scale not in self.converted]
-            is_dequantized = name in self.converted and scales and not unread
+            has_read_scales = bool(scales) and not unread
+            is_dequantized = name in self.converted and has_read_scales
             if is_dequantized:
                 continue
             parameter, *_ = rename_source_key(  # it also returns the pattern that matches
@@ -281,7 +283,8 @@ class Dequantizer(HfQuantizer):
                 base_model_prefix=model.base_model_prefix,
                 meta_state_dict=state,
             )
-            # The model loads the tensor for a parameter with fractions; integers are no weights.
+            # Only a tensor that is loaded as a floating-point parameter is a weight. Others may be integers: indices,
+            # for instance.
             is_weight = parameter in state and state[parameter].is_floating_point()
             if not is_weight:
                 continue

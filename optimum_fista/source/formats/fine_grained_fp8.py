@@ -81,6 +81,7 @@ class FineGrainedFP8(QuantizedFormat):
             for module, weight in zip(modules, weights, strict=True):
                 is_in_8_bits = weight.itemsize == 1
                 if not is_in_8_bits and module not in scale_of:
+                    # One block, which is the whole weight: Transformers counts the blocks by the scales.
                     scale_of[module] = torch.ones(1, 1, device=weight.device)
             # A weight in 8 bits without a scale stays without one; `Dequantizer` refuses it by name.
             result[scale_pattern] = [scale_of[module] for module in modules if module in scale_of]
