@@ -73,9 +73,8 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     )
 
     counted: CountedModel | None = None
-    without_unused: TokensPlan | None = (
-        None  # removes all tokens that the text does not use and that may go
-    )
+    # The plan that removes all tokens that the text does not use and that may go.
+    without_unused: TokensPlan | None = None
     try:
         counted, without_unused = _count(arguments, sources, counted_texts)
         dense = counted.model

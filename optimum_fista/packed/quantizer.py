@@ -304,7 +304,7 @@ class FistaPackedQuantizer(HfQuantizer):
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         for name in packed_names(files):
             packed = read_packed(files, name)
-            # () if Transformers makes a parameter with another name of it
+            # Transformers may give the parameter another name than the tensor has. Its shape, (), is not compared then.
             shape = tuple(parameters[name].shape) if name in parameters else ()
             is_matrix = len(shape) == 2  # fused experts may be stored transposed
             if is_matrix and packed.shape != shape:

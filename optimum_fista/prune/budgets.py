@@ -43,7 +43,7 @@ def share_budgets(
     started = time.perf_counter()
     config = plan.config
     fitted = [batch for batch in batches if not batch.held_out]
-    # It takes sequences of the batches until they have so many tokens.
+    # The loss of as many sequences as hold `allocation_tokens` tokens.
     loss = DenseLoss(
         plan.layers,
         fitted,

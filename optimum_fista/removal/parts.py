@@ -277,7 +277,10 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
 
 
 def kept_by_kind(removed: Iterable[RemovedParts]) -> dict[Kind, int]:
-    """How many channels, heads and experts every decoder layer keeps, by kind; `removed` also counts decoder layers."""
+    """How many channels, heads and experts every decoder layer keeps, by kind.
+
+    `removed` has an entry for each kind that loses some. That of decoder layers is left out.
+    """
     counts = dict[Kind, int]()
     for parts in removed:
         kind = parts.share.kind

@@ -39,7 +39,7 @@ def shrink_model(model: PreTrainedModel, plan: Shrinking, kept: Kept) -> None:
     device_map: Mapping[str, Any] | None = getattr(model, "hf_device_map", None)
     if device_map is not None:
         new_map = {plan.new_name(name): device for name, device in device_map.items()}
-        new_map.pop(None, None)  # of removed decoder layers
+        new_map.pop(None, None)  # the new name of what is in a removed decoder layer is `None`
         model.hf_device_map = new_map  # type: ignore[assignment]
 
 

@@ -86,7 +86,10 @@ class SourceTensors:
 
     @property
     def tensors_to_copy(self) -> dict[str, StoredTensor]:
-        """The tensors that are not loaded and are copied (not those of `not_copied` modules), by names in the files."""
+        """The tensors that the model does not load and that the result gets as they are, by their names in the files.
+
+        `self.not_loaded` has the module of each tensor that is not loaded. Modules in `self.not_copied` are left out.
+        """
         return {
             name: self.stored[name]
             for name, module in self.not_loaded.items()
