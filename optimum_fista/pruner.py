@@ -353,8 +353,8 @@ class FistaPruner:
 def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:
     """Describe the tensors in the files from which a model in memory was loaded; their values may be others by now.
 
-    `removal` says which of its tensors become smaller (`Removal.part_of`). If the files can't be read, the result says
-    so as something that is lost, and the report repeats that. Changes nothing.
+    `removal` says which of its tensors become smaller (`Removal.part_of`). If the files can't be read, `not_copied` of
+    the result gives the reason, and the report repeats it. Changes nothing.
     """
     folder = local_source(model)
     if folder is None:  # for example, the model was made from a configuration

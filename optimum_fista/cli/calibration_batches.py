@@ -128,10 +128,10 @@ def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
     num_wanted = request.num_sequences
 
     def draw(number: int) -> Tensor:
-        """Draw `number` sequences at random places of `text`, token ids [number, tokens]; ValueError if it is too
-        short.
+        """Draw `number` sequences at random places of `text`: token ids [number, tokens].
 
-        From the outer function: `tokenizer` is that of the model, and `request` has the length and the seed.
+        From the outer function: `tokenizer` is that of the model, and `request` has the length and the seed. ValueError
+        if the text is too short.
         """
         return calibration_windows(tokenizer, text, number, _length(request), request.config.seed)
 

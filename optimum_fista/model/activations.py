@@ -235,8 +235,8 @@ class _Staging:
 
         Waits for tensors that are still written. `self._next` is the task that reads a tensor ahead, with the number of
         this tensor; it is replaced. `self._last` is the number of the tensor that was read or written before.
-        `self._thread` runs `_load`, which gives the tensor and an event, `copied`, that comes when its copy is done
-        (`None`: it is).
+        `self._thread` runs `_load`. This gives the tensor, and an event that comes when the copy of the tensor is done:
+        `copied`, or `None` if the copy is done already.
         """
         self.finish()
         ahead = self._next

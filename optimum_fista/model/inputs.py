@@ -471,8 +471,8 @@ class LayerActivations:
     def __post_init__(self) -> None:
         """Fill in the fields that follow from the others, and move the masks to the layer's device.
 
-        `self.calls` are the recorded arguments, one for each batch. `self.held_out` may be empty: no batch only
-        measures. `self.token_masks` are bool [batch, sequence], or `None` if a batch has no padding.
+        `self.calls` are the recorded arguments, one for each batch. If `self.held_out` is empty, no batch is held out:
+        it gets False for each. `self.token_masks` are bool [batch, sequence], or `None` if a batch has no padding.
         """
         if not self.held_out:
             self.held_out = [False] * len(self.calls)

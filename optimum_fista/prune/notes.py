@@ -100,7 +100,7 @@ def _earlier_run(plan: Plan) -> list[str]:
 
 
 def _quantized_source(plan: Plan) -> list[str]:
-    """Return a message how weights are written that were dequantized when the model was read, if there are any."""
+    """If weights were dequantized when the model was read, return a message: in which form the result has them."""
     model = plan.layers.model
     quantization = quantized_source(model)
     if not quantization:

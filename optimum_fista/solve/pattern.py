@@ -72,7 +72,11 @@ class SparsityPattern(ABC):
         """The text that `read` takes."""
 
     def require_shape(self, shape: tuple[int, ...], name: str = "weight") -> None:
-        """Refuse a matrix of `shape` [out, in] that the pattern does not fit; `name` is for the message."""
+        """Refuse a matrix of `shape` [out, in] that the pattern does not fit; `name` is for the message.
+
+        A row must consist of whole groups (`self.width` inputs), or of whole spans (`self.span` inputs, whose groups
+        compete) if the pattern has spans.
+        """
         inputs_together = self.width if self.span is None else self.span
         if shape[1] % inputs_together:
             raise ValueError(

@@ -37,7 +37,7 @@ class PartShare:
     multiple_of: int | None = None
 
     def num_kept(self, number: int, num_router_groups: int = 1, at_least: int = 1) -> int:
-        """Count the parts of `number` (those that a decoder layer or the model has now) that stay.
+        """Count the parts that stay of the `number` parts that a decoder layer, or the model, has now.
 
         `self.share` of them is to be removed; they are `self.kind`, such as "channels". At least `at_least` stay. If a
         router chooses groups of experts first (`num_router_groups` of them, otherwise 1), equally many experts of each
