@@ -85,8 +85,9 @@ class FistaOnLoadQuantizer(HfQuantizer):
         """Find the tokenizer before the weights are read; this takes the option off the model's configuration.
 
         `self.quantization_config` is the user's `FistaOnLoadConfig`. The tokenizer is kept in `self._tokenizer`; if
-        batches of token ids were passed, it is not needed and its name stays there. The weights of `model` are not read
-        yet; `dtype` and others are what Transformers passes to quantizers.
+        batches of token ids were passed, it is not needed and its name stays there. A tokenizer of the Hub is
+        downloaded into its cache. The weights of `model` are not read yet; `dtype` and others are what Transformers
+        passes to quantizers.
         """
         # So that the model is not saved as a quantized one.
         del model.config.quantization_config

@@ -118,7 +118,9 @@ def read_origin(config: Any) -> OriginReport | None:
     if not isinstance(entry, dict) or "pattern" not in entry:
         return None
 
-    entry = spell_out_controls_in_json(entry)  # a copy; other people may have written it
+    # A copy in which control characters are written out, such as `\x1b`: other people may have written the entry, and
+    # its texts are printed.
+    entry = spell_out_controls_in_json(entry)
     try:
         origin = as_record(OriginReport, entry["origin"])
         *earlier, latest = origin.steps  # ValueError if there is none

@@ -272,6 +272,7 @@ class FistaPruner:
         sink = ModelSink(model)
         report = run(plan, calibration, held_out, report, sink, started)
         self._results[model] = (report, sink.masks)
+        # Not `source`: if the run made the model smaller, its tensors have other names and shapes by now.
         self.sources[model] = sink.source
         return report
 

@@ -106,7 +106,7 @@ def _own_text(
     try:
         measured = calibration_windows(
             require_tokenizer(request.model),
-            load_text("pydoc", "test"),
+            load_text("pydoc", split="test"),
             num_measured,
             length,
             request.config.seed,
@@ -124,7 +124,7 @@ def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
     """
     assert request.source is not None
     tokenizer = require_tokenizer(request.model)
-    text = load_text(request.source, "calibration")
+    text = load_text(request.source, split="calibration")
     num_wanted = request.num_sequences
 
     def draw(number: int) -> Tensor:
@@ -135,6 +135,7 @@ def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
         """
         return calibration_windows(tokenizer, text, number, _length(request), request.config.seed)
 
+    # The number that a perplexity needs, then 1; no number at all if none is measured.
     for num_more in _numbers_to_try(request, _num_measured(request)):
         try:
             tokens = draw(num_wanted + num_more)
@@ -153,7 +154,7 @@ def _image_batches(request: PruneRequest) -> list[dict[str, Any]]:
     """
     assert request.source is not None
     processor = require_processor(request.model)
-    lines = load_text(request.source, "calibration", with_images=True)
+    lines = load_text(request.source, split="calibration", with_images=True)
     num_wanted = request.num_sequences
 
     def draw(number: int) -> list[dict[str, Any]]:

@@ -154,7 +154,7 @@ def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
     from optimum_fista.text.sources import load_text
     from optimum_fista.text.windows import evaluation_windows
 
-    text = load_text(source, "test")
+    text = load_text(source, split="test")
     windows = evaluation_windows(tokenizer, text, min(_LENGTH, usual_length(model.config)))
     if len(windows) < 2 * _WINDOWS:
         raise ValueError(

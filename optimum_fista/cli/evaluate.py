@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     # What can't be read is refused before the slow imports below.
     require_name(arguments.model)
-    text = load_text(arguments.text, "test")
+    text = load_text(arguments.text, split="test")
 
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.source.loading import load_model

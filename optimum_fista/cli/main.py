@@ -130,6 +130,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         )
         command.add_arguments(subparser)
         subparser.add_argument("--quiet", action="store_true", help="show no progress bars")
+        # Options of groups called "advanced: ...". The parser hides them from `--help`, and not from `--help-all`; both
+        # print the same help otherwise.
         if subparser.rare:
             subparser.add_argument(
                 "--help-all", action="help", help="show all options, rare ones too"
@@ -202,12 +204,14 @@ class _BarsAsLines:
     def write(self, text: str) -> int:
         """Pass `text` on to the stream, but if it is a bar, leave that to `_write_bar`, which leaves most of them out.
 
-        A bar begins with "\\r". Blank text after it is left out, such as the line end when the bar is closed, because
-        lines of `_write_bar` have their line end already. `self._in_bar` notes whether a bar was the last that came.
-        Returns the length of `text`, as files do.
+        A bar is one line that begins with "\\r". Blank text after it is left out, such as the line end when the bar is
+        closed, because lines of `_write_bar` have their line end already. `self._in_bar` notes whether a bar was the
+        last that came. Returns the length of `text`, as files do.
         """
         line = text.replace(_CURSOR_UP, "").strip()
-        is_bar = text.startswith("\r") and "\n" not in line  # several lines are no bar
+        # A line end after the bar does not count: `line` has none.
+        is_single_line = "\n" not in line
+        is_bar = text.startswith("\r") and is_single_line
         is_blank_after_bar = self._in_bar and not line
         if is_bar:
             self._in_bar = True

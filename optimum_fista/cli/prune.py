@@ -366,7 +366,7 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     from optimum_fista.public_names import public_name
     from optimum_fista.text.sources import load_text
 
-    texts = [load_text(source, "calibration") for source in request.sources]
+    texts = [load_text(source, split="calibration") for source in request.sources]
     documents = itertools.chain.from_iterable(text.documents for text in texts)
     return documents, ", ".join(public_name(source) for source in request.sources)
 

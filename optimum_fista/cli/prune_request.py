@@ -103,16 +103,17 @@ class PruneRequest:
         return replace(self, model=model)
 
     def measured_texts(self) -> dict[str, str]:
-        """Read the held-out texts of `--measure` and `--protect`, by their sources; files are only read."""
+        """Read the held-out texts of `--measure` and `--protect`, by their sources; texts of the Hub are downloaded."""
         from optimum_fista.text.sources import load_text
 
-        return {source: load_text(source, "test").joined for source in self.measure}
+        return {source: load_text(source, split="test").joined for source in self.measure}
 
     def require_measurable(self) -> None:
         """Refuse held-out texts that can't be read, are too short, or are among the calibration text (ValueError).
 
         `self.measure` are their sources, such as "code.txt"; empty if the user names none. `self.sources` are those of
-        the calibration text. The tokenizer of the model is loaded to count tokens. Changes nothing.
+        the calibration text. The tokenizer of the model is loaded to count tokens. Of the Hub, texts and tokenizer are
+        downloaded into its cache; nothing else changes.
         """
         if not self.measure:
             return
@@ -275,7 +276,8 @@ def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
     """Return the pattern with the shares that a run really removes, because it removes whole numbers of parts.
 
     Without whole parts to remove it is the pattern of `config`. `model` is a Hub id or path. If parts are removed, its
-    configuration is read, and ValueError says if it can't lose these parts. No weight is read.
+    configuration is read, which the Hub's client may download, and ValueError says if it can't lose these parts. No
+    weight is read.
     """
     if config.whole_parts is None:
         return config.pattern
@@ -316,7 +318,7 @@ def _configuration(arguments: argparse.Namespace) -> FistaPruningConfig:
     """Make the configuration that the flags ask for: that of `--config` or `--recipe`, overridden by other flags.
 
     `arguments.config` is a file, a folder or a Hub id, from which a configuration is read; `arguments.recipe` a name
-    such as "fast". Changes nothing.
+    such as "fast". The configuration of a Hub id is downloaded into the cache; nothing else changes.
     """
     flags = given_options(arguments, PruningOptions)
     if arguments.recipe and arguments.config:

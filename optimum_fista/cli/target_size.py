@@ -63,12 +63,14 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     if not sources:
         sources = [usual_texts().to_calibrate_on]
     # Errors of the files are errors of the command; those below only mean that no token can be removed.
-    counted_texts = [load_text(source, "calibration") for source in sources if source != "self"]
+    counted_texts = [
+        load_text(source, split="calibration") for source in sources if source != "self"
+    ]
     measured = measured_sources(arguments)
     require_held_out(measured, sources)
     texts = require_texts(
         arguments.model,
-        {source: load_text(source, "test").joined for source in measured},
+        {source: load_text(source, split="test").joined for source in measured},
         protected_sources(arguments),
     )
 

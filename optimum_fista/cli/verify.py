@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Verify a folder and print the result; returns the exit code, 1 if a check fails. The folder is only read.
 
-    `arguments` are those that `add_arguments` describes.
+    `arguments` are those that `add_arguments` describes. A dense model of the Hub is downloaded into its cache.
     """
     from optimum_fista.folder.checkpoint import read_report
 

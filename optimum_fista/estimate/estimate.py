@@ -68,9 +68,10 @@ class Estimate(RunSizes):
         device where the run computes, such as "cuda". `_choose_calibration` sets the text.
 
         Reads the model's configuration, which the Hub's client may download, and the headers of the files of a model
-        folder. Arguments are the flags of `optimum-fista prune`, such as `storage_device`, where activations wait.
-        `None` as `calibration` (the source of text) or `batch_size`: it is chosen here; as another one: the usual
-        value.
+        folder. Arguments are the flags of `optimum-fista prune`, such as `storage_device`, where activations wait. If
+        `calibration` or `batch_size` is `None`, it is chosen here. If another argument is `None`, it has its usual
+        value. `calibration` is the source of text, such as "c4". It only matters whether it is "self", so the default
+        "text" stands for any text that is given.
         """
         super().__init__(
             model,

@@ -202,7 +202,7 @@ class RunSizes:
                 source = source_tensors(
                     self.model,
                     folder,
-                    removal.part_of,
+                    removal.part_of,  # by a tensor's name: the part that becomes smaller
                     quantized=stays_quantized,
                     layers_name=removal.layers.name,
                 )

@@ -229,7 +229,7 @@ def _remaining_tensors(
     # How many groups (columns or experts) of a part stay, by the kind of part.
     counts = dict[Kind, int]()
     if pattern is not None:
-        removed = removed_parts(outline, pattern)  # of each kind, how many there are and stay
+        removed = removed_parts(outline, pattern)  # how many parts of each kind there are, and stay
         counts = kept_by_kind(removed)  # empty if only decoder layers were removed
     plan = plan_shrinking(outline, counts, layers=report.model.get("layers_kept"))
 
@@ -245,6 +245,7 @@ def _remaining_tensors(
     for part_name in plan.parts:
         new_name = plan.new_name(part_name)
         if new_name is not None:
+            # If a damaged report lacks the part, no group of it stays, so that the shapes below differ.
             kept[part_name] = kept_by_new_name.get(new_name, ())
 
     for name in _tensor_names(dense_model):

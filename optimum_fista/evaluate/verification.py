@@ -10,7 +10,7 @@ eight bits in a byte, and in the layout of the weight in the file. A weight may 
 
 An *operator* is a pruned linear map; the report names it as the files name its weight. `report.operators` are those
 that the run pruned, `report.carried` those whose masks it carried over from an earlier run. Every check raises a
-`VerificationError` if it fails, and changes nothing.
+`VerificationError` if it fails, and changes nothing; a dense model of the Hub is downloaded into its cache.
 """
 
 import logging
@@ -81,7 +81,9 @@ def verify_checkpoint(
     *,
     dense: str | Path | None = None,
 ) -> Verification:
-    """Read a pruned model's files again and check every operator, one tensor in memory at a time. Changes nothing.
+    """Read a pruned model's files again and check every operator, one tensor in memory at a time.
+
+    Neither model is changed; a dense model of the Hub is downloaded into its cache.
 
     Checks: the mask keeps exactly the number of weights the pattern asks for, in every row or group if the
     pattern says so; every weight outside the mask is zero and every weight finite; shapes, counts and totals

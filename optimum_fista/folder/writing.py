@@ -196,9 +196,10 @@ def _require_zeros(operator: LinearOperator, packed_mask: Tensor) -> None:
     """Refuse an operator with a weight that is not zero outside of its mask (ValueError).
 
     After a training step without masks the zeros would be gone, and the masks wrong. `packed_mask` has one bit for each
-    weight. Nothing is changed; an offloaded weight is read from where it is kept.
+    weight, in the layout in which the weight is stored: [out, in], or [in, out] if the operator is `transposed`.
+    Nothing is changed; an offloaded weight is read from where it is kept.
     """
-    # The part of the stored tensor that is this operator's; `owner` is the module that has the tensor.
+    # The part of the stored tensor that is this operator's, as it is stored; `owner` is the module that has the tensor.
     weight = operator.select(stored_tensor(operator.owner, operator.tensor))
     mask = unpack_mask(packed_mask, tuple(weight.shape)).to(weight.device)
     if bool(torch.any(weight.masked_select(~mask) != 0)):

@@ -106,6 +106,7 @@ class CalibrationBatch:
             return model(**self.arguments(model))
         except UnsupportedArchitectureError:  # by code of this package that runs inside the model
             raise
+        # such as a TypeError, in which the model ends if an argument that it needs is `None`
         except _ERRORS_OF_PYTHON as error:
             # Arguments that describe images or sounds, which the model takes and the batch lacks. If the batch has no
             # image and no sound, there are none.

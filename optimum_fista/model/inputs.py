@@ -563,7 +563,7 @@ class LayerActivations:
             # An empty tensor in its place frees the batch on the device. An empty slice would hold its memory.
             assigned.hidden_states = on_device.new_empty(0, on_device.shape[-1])
 
-        # only now have all batches reached the storage
+        # `append` may return before its copy has reached the storage; `stored_tensors` waits for all of them
         for assigned, stored in zip(assigned_batches, store.stored_tensors(), strict=True):
             assigned.hidden_states = stored
             assigned.rows = assigned.rows.to(stored.device)  # they index the hidden states
@@ -629,8 +629,9 @@ def cut_states(
     """Cut hidden states into smaller batches, kept at `storage` and returned on `device`.
 
     `states` are those of the dense and of the pruned network, [batch, sequence, hidden] of each batch; one may be
-    `None`. `sizes` are the numbers of sequences of the new batches. They add up to those of the old batches: no new one
-    has sequences of two old ones. The old hidden states are freed if they are in stores: these are empty afterwards.
+    `None`. `sizes` are the numbers of sequences of the new batches, in order. Each old batch is cut into whole new
+    ones: an old batch of 8 sequences into 4 and 4. The old hidden states are freed if they are in stores: these are
+    empty afterwards.
     """
 
     def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:

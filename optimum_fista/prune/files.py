@@ -355,6 +355,7 @@ class FileSink(Sink):
         They are read from `self._journal`, which is on disk. Returns the finished layers, by index. Raises RankError if
         a layer of the model (`self._plan`) is missing.
         """
+        # The shards are not read and compared with their digests again: they were just written, or checked by `share`.
         layers = self._journal.finished(check_shards=False)
         if len(layers) < len(self._plan.layers):
             raise RankError(

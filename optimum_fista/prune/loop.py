@@ -68,7 +68,7 @@ def prune_layers(
     """Prune decoder layers in place, one after the other, and add them to the report.
 
     A layer is committed to the sink before the callbacks are called with it. The hidden states of `calibration` are
-    used up.
+    used up. `report.left_dense` is replaced, and only then records of layers are added.
 
     Args:
         plan: What is pruned and how, with its budgets.
@@ -446,8 +446,8 @@ def _operator_report(
         num_kept=num_kept,
         sparsity=1 - num_kept / pruned.mask.numel(),
         method=solution.method,
-        fit_error=fit_error,
-        # Equal to `fit_error` if the targets are the dense network's outputs.
+        fit_error=fit_error,  # against the targets of the error correction
+        # Against the dense network's outputs; equal to `fit_error` if these are the targets.
         output_error=problems.output_error(problem, written, fit_error),
         l1_penalty=pruned.l1_penalty,
         iterations=pruned.iterations,

@@ -201,8 +201,8 @@ def _read_model(
     `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `offload_folder`
     gets copies of weights that can't be read from the files in parts. `storage` is where the user wants activations to
     be kept; if the user does not say (`None`) and computes on the CPU, they go to the folder `disk`. `progress` says
-    whether bars are shown. Writes nothing but these copies. `device` is where to compute, such as "cuda:0"; `None`: the
-    accelerator if there is one.
+    whether bars are shown. `device` is where to compute, such as "cuda:0"; `None`: the accelerator if there is one. A
+    Hub id is downloaded into the cache; nothing else is written but the copies.
     """
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
     model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)
@@ -216,7 +216,7 @@ def _read_model(
         source = source_tensors(
             model,
             files,
-            removal.part_of,
+            removal.part_of,  # by the name of a tensor: the part that it belongs to and that becomes smaller
             # If no value changes, quantized tensors may stay as they are.
             quantized=files_dtypes and removal.keeps_values,
             layers_name=removal.layers.name,

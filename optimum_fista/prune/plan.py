@@ -32,7 +32,8 @@ from optimum_fista.source.stored_tensor import StoredTensor
 UNDER_CALIBRATED_TOKENS = 128
 """An expert to which the router sends fewer calibration tokens is pruned by magnitude."""
 
-# Cost of pruning a decoder layer, in forward passes of it. Measured on a CPU: 2 (wanda) to 9 (fista), docs/ranks.md.
+# Cost of pruning the decoder layer with the most weights, in forward passes of it. Measured on a CPU: 2 (wanda) to 9
+# (fista), docs/ranks.md.
 _PRUNING_COST = 8.0
 
 
@@ -148,8 +149,9 @@ class Plan:
     def costs(self) -> list[float]:
         """Estimate the cost of pruning each decoder layer, in forward passes of the layer with the most weights.
 
-        The cost grows with the weights to prune: `self.removal.operators` has the operators of each decoder layer. The
-        forward pass of the layer itself is not counted.
+        Pruning the layer with the most weights to prune costs `_PRUNING_COST` forward passes, and another layer as much
+        less as it has fewer weights. `self.removal.operators` has the operators of each decoder layer. The forward pass
+        of the layer itself is not counted.
         """
         num_weights = [
             sum(math.prod(operator.shape) for operator in operators.values())

@@ -29,13 +29,16 @@ def run(
 
     Callbacks are called with everything but the end of the run, which their caller tells them. The sink decides what is
     left in the end: a changed model in memory, or new files. In a run to files, the weights and the configuration of
-    the lazily loaded model change on the way. After an error, a model in memory is as it was.
+    the lazily loaded model change on the way. After an error, a model in memory is as it was. `held_out` and `report`
+    are changed; `plan` and `calibration` are not.
 
     Args:
         plan: What is pruned and how, without budgets.
-        calibration: The batches of the calibration text (`batches.begin`).
-        held_out: Measures the perplexity on its way through the decoder layers; `None` if it is not measured.
-        report: The report as `batches.begin` began it; it is completed in place.
+        calibration: The batches of the calibration text (`batches.begin`), without hidden states.
+        held_out: Measures the perplexity on its way through the decoder layers, and gets the losses; `None` if it is
+            not measured.
+        report: The report as `batches.begin` began it; it is completed in place. Of a run to files, the returned one is
+            another, which names the operators as the files do.
         sink: Where pruned weights go.
         started: The time of `time.perf_counter` at which the user's call began.
     """
@@ -46,9 +49,10 @@ def run(
             callback.on_prune_begin(report)
 
     with sink.opened(plan.products):
-        sink.together(tell_begin)
+        sink.together(tell_begin)  # in every process of the run; each waits for the others
 
-        # Measured on the dense model, so before any layer is pruned.
+        # Measured on the dense model, so before any layer is pruned. The sink calls `share_budgets` in one process, and
+        # only if no earlier start of the run did; the report gets the seconds.
         budgets = sink.budgets(partial(share_budgets, plan, calibration.batches, report))
         plan = plan.with_budgets(budgets)
         work = sink.share(plan, calibration, held_out, report)
@@ -57,6 +61,7 @@ def run(
             """Prune the decoder layers of this process (`work.todo`); it may have none.
 
             Weights are overwritten through `sink`, and results are added to `report`. `plan` has its budgets by now.
+            The progress bar begins at `work.num_done`, the layers that earlier starts have finished.
             """
             if work.todo:
                 prune_layers(

@@ -226,8 +226,8 @@ class ModelSink(Sink):
             with evaluation_mode(self._model), torch.no_grad(), products_as(products):
                 yield
         except BaseException:
-            # An ExitStack calls the step that was added last first, and each step even if another one fails: so weights
-            # come first, the latest change before earlier ones, and attributes come last.
+            # At the end of its block, an ExitStack calls its steps backwards, and each even if another one fails. So
+            # the latest change is put back first, earlier ones follow, and attributes are put back last.
             with ExitStack() as steps:
                 steps.callback(attributes_put_back)
                 for put_back in self._undo:

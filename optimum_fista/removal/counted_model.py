@@ -185,7 +185,9 @@ def _count(
             if isinstance(item, str):
                 yield item
                 continue
-            for batch in read_batches([item], num_rows, None, media_arguments(model)):
+            # sequences of any length, because the model does not run on them
+            batches = read_batches([item], num_rows, longest=None, media=media_arguments(model))
+            for batch in batches:
                 for row in batch.sequences_without_padding():
                     ids = row.input_ids.flatten()
                     if batch.held_out:

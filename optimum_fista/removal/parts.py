@@ -329,7 +329,8 @@ def _stated_number(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | N
     use it. `config` is only read. Raises UnsupportedArchitectureError if decoder layers have different numbers of
     channels or experts.
     """
-    common = without_overrides(config)  # a copy of which every setting can be read
+    # A setting that some layer overrides can't be read from `config`, but from this copy.
+    common = without_overrides(config)
     if not hasattr(common, word):
         return None
     value = getattr(common, word)
@@ -358,7 +359,8 @@ def _stated_heads(config: PreTrainedConfig, word: str, value: int) -> Parts:
     Decoder layers may have different numbers of heads. Then a group of a part is the same share of all its heads in
     every layer: of 8 key-value heads in some layers and 4 in others, there are 4 groups, of 2 heads or of 1.
     """
-    common = without_overrides(config)  # a copy of which every setting can be read
+    # A setting that some layer overrides can't be read from `config`, but from this copy.
+    common = without_overrides(config)
     key_value_heads = getattr(common, "num_key_value_heads", None)
     if not key_value_heads:
         key_value_heads = value  # every query head has its own

@@ -68,8 +68,8 @@ def measure_bits_per_byte(
     """Measure how well a model predicts texts with all its tokens, and with those that stay.
 
     Args:
-        name: The dense model, a folder or a Hub id. Its weights stay in its files, which are only read, until they
-            are needed.
+        name: The dense model, a folder or a Hub id (downloaded into the cache). Its weights stay in its files, which
+            are only read, until they are needed.
         texts: Pieces of text that no token was counted on. Of each at most `_LONGEST_SEQUENCE` tokens are measured,
             and of all together about `LEAST_TOKENS`, which are enough for a number that can be trusted.
         dense_tokenizer: That of the dense model.
@@ -120,9 +120,10 @@ def measure_plans(
 ) -> list[list[TextReport]]:
     """Measure what plans for one model cost on texts, before anything is written; in one pass over its decoder layers.
 
-    Returns for each plan the losses on all texts, in their order. The model's files are only read; weights that are
-    stored in another form than a model computes with are copied to a temporary folder for that time. ValueError if the
-    loss is NaN or Inf. `device` is where to compute; `None`: the accelerator if there is one.
+    Returns for each plan the losses on all texts, in their order. A Hub id is downloaded into the cache, and the
+    model's files are only read; weights that are stored in another form than a model computes with are copied to a
+    temporary folder for that time. ValueError if the loss is NaN or Inf. `device` is where to compute; `None`: the
+    accelerator if there is one.
     """
     first_plan = plans[0]
     with tempfile.TemporaryDirectory(prefix="offload-") as offload:

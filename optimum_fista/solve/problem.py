@@ -25,7 +25,7 @@ from torch import Tensor
 from optimum_fista.solve.linalg import row_blocks
 
 _NEARLY_DEAD = 5e-6  # of the mean energy: an input of less than a 450th of the usual size
-_DEAD = 1e-12  # of the mean energy: what an input counts with at least
+_LEAST_RATIO = 1e-12  # of the mean energy: what a dead input counts with, because energies divide
 
 
 class InputStatistics:
@@ -62,7 +62,8 @@ class InputStatistics:
         mean_energy = gram.diagonal().mean()
         # Not zero, because it divides. Nothing is read back, so the host need not wait for a device.
         mean_energy = torch.where(mean_energy == 0, torch.ones_like(mean_energy), mean_energy)
-        self.diagonal = torch.maximum(gram.diagonal(), _DEAD * mean_energy)
+        # A dead input has no energy, and counts with a tiny one.
+        self.diagonal = torch.maximum(gram.diagonal(), _LEAST_RATIO * mean_energy)
         ratios = self.diagonal / mean_energy
         self.energy_ratios = torch.where(ratios < _NEARLY_DEAD, ratios, torch.ones_like(ratios))
 

@@ -107,8 +107,8 @@ def load_lazily(
 ) -> LazyModel:
     """Load a model whose weights stay in its files until they are needed.
 
-    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer. Small files of a model of the Hub
-    are loaded into the cache.
+    Weights of a GGUF file are dequantized in memory; the same file has the tokenizer. A model of the Hub is downloaded
+    into the cache, with the small files beside its weights.
 
     Args:
         name: Hub id, model folder, or a folder that holds one GGUF file.
@@ -191,7 +191,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase | None:
 
 
 def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, without the model; ValueError if it has none."""
+    """Load the tokenizer of a model (a Hub id, or a folder) without the model; ValueError if it has none.
+
+    The tokenizer of a Hub id is downloaded into the cache.
+    """
     tokenizer = load_tokenizer(name)
     if tokenizer is None:
         raise ValueError(
@@ -202,7 +205,10 @@ def require_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def require_processor(name: str) -> ProcessorMixin:
-    """Load the processor of a model, which makes its inputs from text and images; ValueError if it has none."""
+    """Load the processor of a model, which makes its inputs from text and images; ValueError if it has none.
+
+    `name` is a folder or a Hub id, whose processor is downloaded into the cache.
+    """
     processor = _read(AutoProcessor, name)
     if not isinstance(processor, ProcessorMixin):  # the tokenizer of a model of text
         raise ValueError(
@@ -213,7 +219,10 @@ def require_processor(name: str) -> ProcessorMixin:
 
 
 def read_config(name: str) -> PreTrainedConfig:
-    """Read the configuration of a Hub id, a model folder, a folder with one GGUF file, or a `config.json`."""
+    """Read the configuration of a Hub id, a model folder, a folder with one GGUF file, or a `config.json`.
+
+    The configuration of a Hub id is downloaded into the cache.
+    """
     config: PreTrainedConfig = _read(AutoConfig, name)
     return config
 
@@ -265,7 +274,7 @@ def model_without_weights(
 def read_model(
     name: str, *, config: PreTrainedConfig | None = None, **options: Any
 ) -> PreTrainedModel:
-    """Read a language model from its files, dequantized.
+    """Read a language model from its files, dequantized; a Hub id is downloaded into the cache.
 
     Args:
         name: Hub id, model folder, or a folder with one GGUF file.

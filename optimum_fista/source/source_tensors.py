@@ -86,9 +86,11 @@ class SourceTensors:
 
     @property
     def tensors_to_copy(self) -> dict[str, StoredTensor]:
-        """The tensors that the model does not load and that the result gets as they are, by their names in the files.
+        """The tensors that the model's class does not load and that the result gets too, by their names in the files.
 
-        `self.not_loaded` has the module of each tensor that is not loaded. Modules in `self.not_copied` are left out.
+        `self.not_loaded` has the module of each tensor that is not loaded, by the tensor's name: "mtp" for tensors of
+        layers that predict more tokens. `self.not_copied` has, by module, the reasons why such tensors are left out: if
+        their shapes would not fit the smaller model, for instance.
         """
         return {
             name: self.stored[name]

@@ -46,7 +46,7 @@ def calibration_tokens(
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source != "self":
-        text = load_text(source, "calibration")
+        text = load_text(source, split="calibration")
         return calibration_windows(tokenizer, text, num_samples, length, seed, held_out=held_out)
 
     # Number of sequences that are sampled with each seed: the held-out ones have a seed of their own.
@@ -87,10 +87,11 @@ def calibration_tokens_by_name(
     sequences are to measure on, not to calibrate on, and are the same for every `num_samples`. Only if `source` is
     "self", the model is loaded, on `device` in `dtype`, and its text is written into the folder `keep_in`, which is
     made if it is missing. A run that is started again on the same files with the same settings reads the text there.
+    Tokenizer, text and model of the Hub are downloaded into its cache.
     """
     if source != "self":
         tokenizer = require_tokenizer(name)
-        text = load_text(source, "calibration")
+        text = load_text(source, split="calibration")
         return calibration_windows(
             tokenizer, text, num_samples, sequence_length, seed, held_out=held_out
         )

@@ -193,8 +193,9 @@ def losses_of_folder(
 ) -> list[TextLoss]:
     """Measure a model in files, a folder or a Hub id, on texts; in their order.
 
-    The weights stay in the files, which are only read, until a decoder layer runs. Weights that are stored in another
-    form than a model computes with are copied to a temporary folder for that time.
+    A Hub id is downloaded into the cache. The weights stay in the files, which are only read, until a decoder layer
+    runs. Weights that are stored in another form than a model computes with are copied to a temporary folder for that
+    time.
 
     Args:
         name: The model; it has a tokenizer.

@@ -217,16 +217,20 @@ def _require_right_models(
         return
 
     options = plan.options
-    if plan.report is None:  # a model that was never pruned may have any teacher
-        if options.train != "norms" and not options.fill_zeros:
-            require_dense(load_student(plan.source))
+    # Training would fill zeros that have no mask, unless it trains the norms alone.
+    refuses_zeros_without_mask = options.train != "norms" and not options.fill_zeros
+    # A student that was never pruned has no masks, and may have any teacher.
+    if plan.report is None:
+        if refuses_zeros_without_mask:
+            require_dense(load_student(plan.source))  # refuses a student with many zeros
         return
 
     if not options.other_teacher:
         require_dense_model(plan, plan.report, unfinished)
 
+    # The steps are the runs before the one that wrote the report. Its masks need not cover the zeros of these runs.
     was_pruned_before = bool(plan.report.first_model.steps)
-    if was_pruned_before and options.train != "norms" and not options.fill_zeros:
+    if was_pruned_before and refuses_zeros_without_mask:
         find_masks(load_student(plan.source), plan.source)  # which refuses zeros without a mask
 
 

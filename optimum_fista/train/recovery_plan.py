@@ -223,6 +223,7 @@ def _report_of(source: str) -> PruningReport | None:
     """Read the report of the model to train, a folder or Hub id; `None` if the model was never pruned.
 
     Refuses a model whose configuration says that it was pruned, but whose report is missing: nobody knows its masks.
+    Files of a Hub id are downloaded into the cache.
     """
     if internals.cached_file_if_any(source, REPORT_FILE) is not None:
         return read_report(pruned_folder(source))

@@ -243,7 +243,8 @@ def find_masks(
     """Find the masks of the parameters that hold pruned weights, by parameter name, and check them.
 
     Each mask is boolean, True = kept, and has the shape of its parameter and its device. Of a sharded parameter (FSDP2)
-    it is the part of this process. A parameter without an entry is dense. Changes neither the model nor `source`.
+    it is the part of this process. A parameter without an entry is dense. Changes neither the model nor `source`; masks
+    of the Hub are downloaded into its cache.
 
     Args:
         model: A pruned model, in memory.
@@ -362,7 +363,10 @@ def find_record(
 
 
 def pruned_folder(source: str | Path) -> Path:
-    """The folder of a pruned model that is given as folder or Hub id; refused if it has no report."""
+    """The folder of a pruned model that is given as folder or Hub id; refused if it has no report.
+
+    Of a Hub id, the report is downloaded into the cache, and the result is the folder there.
+    """
     return _file_of(source, REPORT_FILE).parents[1]
 
 

@@ -254,8 +254,9 @@ class Dequantizer(HfQuantizer):
         """Raise ValueError for a quantized tensor whose scales no conversion reads: the weight would be wrong.
 
         Transformers would take the quantized numbers for the weights. `self.stored` has the file and the dtype of every
-        stored tensor, and `self.converted` has the names of the tensors that conversions have taken. Transformers notes
-        on the conversions that their patterns have matched (`was_used`); nothing else changes.
+        stored tensor, and `self.converted` has the names of the tensors that conversions have taken.
+        `rename_source_key` of Transformers marks the conversions whose patterns match (`was_used`); nothing else
+        changes.
         """
         scales_of: defaultdict[str, list[str]] = defaultdict(list)  # names of scales by module
         for name in self.stored:
