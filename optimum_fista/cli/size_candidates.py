@@ -138,7 +138,8 @@ def _candidate(
 def _request_for_channels(arguments: argparse.Namespace, channels: PartShare) -> PruneRequest:
     """Make the request of the run that removes channels: it has the first source of text, and no tokens to keep.
 
-    `arguments` are those of the whole command, and stay as they are. ValueError if the options don't go with channels.
+    `arguments` are those of the whole command, and stay as they are. The configuration of a Hub id may be downloaded
+    into the cache. ValueError if the options don't go with channels.
     """
     sources = arguments.calibration
     if sources is None:

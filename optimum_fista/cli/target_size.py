@@ -253,8 +253,10 @@ def _holds_tensors_of(folder: Path, source: Path) -> bool:
 def _require_flags(arguments: argparse.Namespace) -> None:
     """Refuse flags that make no sense with `--target-size`, and an output that can't be written.
 
-    Raises ValueError, or an error of `require_output`, such as FileExistsError. `arguments` are those of `prune`.
+    Raises ValueError, or an error of `require_output`, such as FileExistsError. `arguments` are those of `prune`. If
+    the output is refused, files that a killed process left beside it are removed; nothing else changes.
     """
+    # the options of pruning that the user gives, by name
     passed = given_options(arguments, PruningOptions)
     for other in ("sparsity", "pattern"):
         if other in passed:

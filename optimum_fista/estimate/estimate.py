@@ -166,7 +166,7 @@ class Estimate(RunSizes):
         names_no_folder = self.storage_device in (None, "disk")
         if self.storage == "disk" and names_no_folder:
             # While most activations wait, the journal, in which the run keeps what it needs to resume, has the hidden
-            # states of one layer, not of two.
+            # states of one layer, not of two. A moment is a step of the run, with the bytes that wait then.
             all_moments = moments(self, writes_own_text=self.calibration == "self")
             largest = max((moment.waiting for moment in all_moments), default=0.0)
             waiting = max(0.0, largest - hidden_states)

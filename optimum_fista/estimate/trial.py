@@ -137,7 +137,7 @@ def _require_quick_trial(
     place = "host" if run.on_cpu else "device"
     needed = sum(memory[place].values())
     if run.on_cpu:
-        needed -= LIBRARIES  # they are loaded already
+        needed -= LIBRARIES  # bytes of Python, torch and Transformers, which are loaded already
     free = available_bytes(device)
     is_too_large = free is not None and 0 < free < needed  # None: the device does not say
     if solving_seconds > _SOLVING_SECONDS or is_too_large:

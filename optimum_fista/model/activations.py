@@ -107,7 +107,11 @@ class ActivationStore(Sequence[Tensor]):
             self._stage()  # buffers belong to one device
 
     def clear(self) -> None:
-        """Free all tensors and buffers; the store is empty afterwards, and new tensors go to the same storage."""
+        """Free all tensors and buffers; the store is empty afterwards, and new tensors go to the same storage.
+
+        `self._kept` becomes a new list, or a new file if `self._folder` is set, and `self.staging` gets new buffers for
+        it, or becomes `None` if none are needed.
+        """
         if self.staging is not None:
             self.staging.finish()
         # A new list or file, because the thread may still read from the old one.

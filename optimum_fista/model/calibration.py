@@ -432,7 +432,7 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
 
 
 def _as_rows(values: Any, where: str, key: str, like: Tensor | None = None) -> Tensor:
-    """Read integers [batch, sequence]; with `like`, they must have its shape, and get its dtype and device.
+    """Read integers [batch, sequence]; with `like` (the ids), they must have its shape, and get its dtype and device.
 
     `values` are the user's, a tensor or lists, for one sequence or for several. `where` and `key` name them in errors,
     such as "calib_dataloader[3]" and "attention_mask".

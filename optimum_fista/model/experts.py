@@ -311,8 +311,9 @@ class FusedExperts:
     def outputs(self, batch: AssignedTokens, watcher: ExpertWatcher | None = None) -> Tensor:
         """Run the experts on a batch, and sum their outputs for each row of its hidden states, [rows, hidden].
 
-        `watcher` is called with the outputs of every expert. Changes nothing. `self.module` may have a norm of its own
-        for the outputs.
+        `watcher` is called with the number of every expert, its tokens and its outputs, times the router's weights.
+        `self._experts` are the matrices of each expert. `self.module`, the mixture, may have a norm of its own for the
+        outputs. Changes nothing.
         """
         module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)

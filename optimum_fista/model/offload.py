@@ -202,7 +202,7 @@ def settle_ties(model: PreTrainedModel) -> None:
         if not getattr(owner, leaf).is_meta:  # it is not offloaded
             continue
         source_parameter = model.get_parameter(source)
-        data, _ = _whole_map(owner, leaf)
+        data, _ = _whole_map(owner, leaf)  # what Accelerate reads offloaded weights from
         # The checkpoint may have the value only under the name `target`.
         is_on_disk = isinstance(data, OffloadedWeightsLoader) and target in data.index
         if is_on_disk and source not in data.state_dict:

@@ -96,8 +96,8 @@ def is_fast(dtype: torch.dtype, device: torch.device) -> bool:
 def products_as(products: Products) -> Iterator[None]:
     """Inside, matrices in a `quick_products` context are multiplied in the way `products`.
 
-    "widened" is active at once, for all products of 16-bit matrices inside, also without `quick_products`. Sets the
-    context variable `_PRODUCTS`, and sets it back at the end.
+    "widened" multiplies copies in float32. It is active at once, for all products of 16-bit matrices on the CPU inside,
+    also without `quick_products`. Sets the context variable `_PRODUCTS`, and sets it back at the end.
     """
     token = _PRODUCTS.set(products)
     try:

@@ -122,6 +122,7 @@ def pack(weight: Tensor, mask: Tensor | None = None) -> PackedTensor:
         bits = _mask_of_chunk(dense, mask_of_rows, chunk)
         target.copy_(select(as_words(dense[chunk]).cpu(), bits))
 
+    # three numbers of the version, the checksum, and the shape
     layout = torch.tensor([*VERSION, 0, *weight.shape])
     layout[3] = _checksum(PackedTensor(values, packed_mask, layout))  # does not cover itself
     return PackedTensor(

@@ -359,7 +359,8 @@ class PartsRemoval(Removal):
         runs, for the hidden states that leave it without the removed experts. Returns these states, and the reports of
         the operators and the mixture as they will be; the layer itself keeps all experts.
 
-        `self.mixtures` are those that lose experts, by the name of their decoder layer.
+        `self.mixtures` are those that lose experts, by the name of their decoder layer. `self.experts_plan` is the plan
+        of a model that loses experts only, and `self.smaller_plan` that of the result.
         """
         smaller_operators = [self._smaller(operator, sink) for operator in operators]
         if layer_name not in self.mixtures:

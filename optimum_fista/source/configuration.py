@@ -198,6 +198,7 @@ def _change_copies(
             old_value = old_section.get(key)
             if old_value == new_value:
                 continue
+            # under which the key stands at the top: its name, or an old one
             for name in _names_of(key, content, section_config):
                 repeats_old_value = content[name] == old_value
                 if repeats_old_value:

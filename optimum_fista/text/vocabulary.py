@@ -163,8 +163,9 @@ def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
     """Return the ids of the tokens that always stay, without those that they are made of.
 
     `keep` has the ids that the user wants to keep. ValueError if one of them, or one that the tokenizer's padding or
-    post-processor names, is no token. Changes nothing.
+    post-processor names, is no token. Changes nothing. `vocabulary.tokens` has all tokens by their ids.
     """
+    # special and added tokens, and the alphabet
     required = _always_kept(vocabulary.content, vocabulary.pieces)
     ids_by_origin = {"keep": keep, "tokenizer: its padding or post-processor": required}
     for origin, ids in ids_by_origin.items():

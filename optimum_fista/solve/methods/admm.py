@@ -137,8 +137,9 @@ class Admm(PruningMethod):
         the diagonal of the Gram matrix.
         """
         problem = problem.decoupled()
+        # in coordinates in which the Gram matrix has a diagonal of 1; `scale` [in] leads to them
         gram, target, scale = unit_diagonal(problem, self.damping)
-        inverse = damped_inverse(gram, self.rho)
+        inverse = damped_inverse(gram, self.rho)  # of `gram + rho I`; `gram` is overwritten by it
         Z = problem.weight / scale  # the dense weights in scaled coordinates
         U = Z.new_zeros(Z.shape)
         mask = pattern.mask(Z)
