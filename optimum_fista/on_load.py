@@ -103,7 +103,7 @@ class FistaOnLoadQuantizer(HfQuantizer):
         """Prune the model in place after its weights have been read; this takes the quantizer off the model.
 
         `self.quantization_config` is the user's `FistaOnLoadConfig`, whose pruner keeps the report and the masks.
-        `self._tokenizer` was found by `preprocess_model`.
+        `self._tokenizer` was found by `preprocess_model`. A text of the Hub is downloaded into its cache.
         """
         # So that the model is not saved as a quantized one.
         del model.hf_quantizer

@@ -4,7 +4,8 @@ A batch is a tensor of token ids, int64 [sequences, tokens], or a dictionary of 
 with `held_out`, the name of a text, is not calibrated on: the perplexity is measured on it. A *source* is what the user
 passed as `--calibration`: "self" (the model writes the text), a file, or the name of a text such as "c4".
 
-In all functions, `request` is what the user asks for (`PruneRequest`); no function changes it.
+In all functions, `request` is what the user asks for (`PruneRequest`); no function changes it. Texts, tokenizers and
+models of the Hub are downloaded into its cache.
 """
 
 from __future__ import annotations

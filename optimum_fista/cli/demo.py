@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     Writes models into folders inside `arguments.output`: an entry of `_RUNS` has a method, a pattern, and such a folder
     (`None`: this model is not written). `arguments` are the flags that `add_arguments` declares, and stay as they are.
+    Model and text of the Hub are downloaded into its cache.
     """
     from optimum_fista.config import FistaPruningConfig
     from optimum_fista.evaluate.perplexity import evaluate_perplexity

@@ -29,8 +29,8 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
     """Estimate a run; returns the request with a batch size and a source of text, and the lines of the plan to print.
 
     The batch size and the source are the user's if given, otherwise the best ones. A run that resumes keeps its batch
-    size. Raises the errors of options that the run would raise, and OSError if the disk has too little room. Writes
-    nothing.
+    size. Raises the errors of options that the run would raise, and OSError if the disk has too little room. The
+    configuration of a Hub id is downloaded into the cache; nothing else is written.
     """
     import torch
 
@@ -100,7 +100,7 @@ def estimate_of(request: PruneRequest) -> Estimate:
     """Estimate what the run of a request takes, from the model's configuration; no weights are read.
 
     If the request has no batch size, it is the best one for the device. If it has no source of text, it is the best one
-    for the model.
+    for the model. The configuration of a Hub id is downloaded into the cache.
     """
     from optimum_fista.estimate.estimate import Estimate
 

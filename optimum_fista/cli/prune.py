@@ -181,7 +181,8 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
 
     This is the whole run of a `--target-size` that removes tokens only. If `is_dry_run`, only the output is checked.
     `request` has the output folder, the model's name, and the held-out texts that the user named. The loss of both
-    models on these is measured afterwards, and written into the report of the output.
+    models on these is measured afterwards, and written into the report of the output. Texts of the Hub are downloaded
+    into its cache.
     """
     from optimum_fista.folder.output import require_output
     from optimum_fista.prune.measuring import measure_folder, require_texts
@@ -219,7 +220,8 @@ def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
     model with all its tokens. All others are estimated with their time. For that, a small random model with a decoder
     layer of each kind is pruned in a temporary folder.
 
-    No weight of the model is read. Files that a killed run left beside the output are removed.
+    No weight of the model is read. Files that a killed run left beside the output are removed. What is read from the
+    Hub is downloaded into its cache.
     """
     from optimum_fista.cli.overview import details_of, estimate_of, overview_of
     from optimum_fista.folder.output import require_output
@@ -249,7 +251,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     `request` is what the user asks for. If texts are to be measured, the model and the result are measured at the end.
     If Ctrl-C stops the pruning, a line on standard error says how to resume it. `tokens_first` is the plan of a run
     that removes tokens. Its result is written first, to a folder beside the output whose name ends with "-tokens", and
-    is then what is pruned.
+    is then what is pruned. Model and texts of the Hub are downloaded into its cache.
     """
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first
@@ -331,7 +333,8 @@ def _prepare(
     `calibration_batches` makes them.
 
     A text may be empty or too short. So it is drawn before the plan: in case of an error, nothing else is printed. But
-    text of the source "self" takes long, because the model writes it. So this text is drawn after the plan.
+    text of the source "self" takes long, because the model writes it. So this text is drawn after the plan. Text and
+    tokenizer of the Hub are downloaded into its cache, and so is a model that writes its text.
 
     Args:
         request: What the user asks for.

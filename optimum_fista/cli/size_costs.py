@@ -127,7 +127,7 @@ def measure_costs(
     """Measure what the tokens and, with trials, the channels of candidates cost on texts.
 
     Trials write into a temporary folder beside the output, and delete it. Standard error says how many there are and
-    how much disk they need.
+    how much disk they need. A model of the Hub is downloaded into its cache.
 
     Args:
         candidates: Those among which to choose. They are for one model and one output.

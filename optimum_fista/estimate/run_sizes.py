@@ -152,8 +152,8 @@ class RunSizes:
     ) -> PreTrainedConfig:
         """Build the dense model without weights and set `self.model`, and fields with the sizes that bytes depend on.
 
-        `model` and `dtype` are the user's; a configuration that is passed stays as it is. Returns a configuration
-        without quantization settings.
+        `model` and `dtype` are the user's; a configuration that is passed stays as it is, and that of a Hub id is
+        downloaded into the cache. Returns a configuration without quantization settings.
         """
         if isinstance(model, PreTrainedConfig):
             stored_config = model

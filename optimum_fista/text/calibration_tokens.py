@@ -42,7 +42,7 @@ def calibration_tokens(
     `sequence_length=None` is 2048, or the model's maximum if that is shorter. The seed decides what is sampled or
     drawn; the global random state and the model stay as they are. The first `held_out` of the sequences are the same
     for every `num_samples`: the caller does not calibrate on these, but measures on them. `progress` shows a bar while
-    the model writes.
+    the model writes. A text of the Hub is downloaded into its cache.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source != "self":

@@ -239,7 +239,8 @@ def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
 
     `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. `plan.text_model` is
     the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
-    `journal`, the folder of the run, where a later start reads it. `progress`: whether to show a bar.
+    `journal`, the folder of the run, where a later start reads it. `progress`: whether to show a bar. A text of the Hub
+    is downloaded into its cache.
     """
     held_out = plan.options.held_out
     try:

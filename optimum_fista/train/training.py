@@ -268,10 +268,10 @@ def find_masks(
 def _found_masks(
     model: PreTrainedModel, source: MaskSource, *, fill_zeros: bool
 ) -> dict[str, Tensor]:
-    """Find the masks as `find_masks` does, in a model whose modules have no wrappers; changes nothing.
+    """Find the masks as `find_masks` does, in a model whose modules have no wrappers; `model` is not changed.
 
     `source` says where the masks come from (`MaskSource`), and `fill_zeros` whether zeros without a mask are accepted.
-    Returns boolean masks, True = kept, by parameter name.
+    Files of the Hub are downloaded into its cache. Returns boolean masks, True = kept, by parameter name.
     """
     earlier_patterns: list[str] = []  # of the runs before the last one, such as "2:4"
     if source is None:

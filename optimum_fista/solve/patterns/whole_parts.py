@@ -90,6 +90,7 @@ class PartShare:
         for digits in range(2, 9):
             share = cls(kind, round(exact, digits), multiple_of)
             step = share.step(number)
+            # whether the rounded share still leaves `kept` parts, and is accepted for them
             if share._nearest(number, step) == kept and not share._is_far_from(kept, number):
                 return share
         return cls(kind, exact, multiple_of)
