@@ -49,7 +49,7 @@ def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, 
     Activations that wait are counted where the run stores them (`run.storage`), unless that is the disk.
     `writes_own_text`: whether the model writes the calibration text.
     """
-    always = _always(run)
+    always = _always(run)  # what the host holds at every moment, by part
     # When the result is written, the host holds the masks of all operators, with one bit for each weight. The moments
     # of the run are compared with this one.
     masks = sum(run.weights.values()) // 8

@@ -270,7 +270,8 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
         else:
             parts = outline.parts(share.kind)
             number = parts.groups
-            # raises ValueError
+            # Raises ValueError. Equally many experts stay in each group of a router, and at least as many as a token is
+            # sent to.
             kept = share.num_kept(number, parts.num_router_groups, parts.at_least)
         removed.append(RemovedParts(share, number, kept))
     return removed

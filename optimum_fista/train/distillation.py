@@ -436,17 +436,19 @@ class Watch(TrainerCallback):
 
         `first_check` is a step after which the held-out loss is measured, before those of the Trainer's arguments.
         """
+        # Does nothing until the caller sets `DistillationTrainer.back_off` of the trainer here.
         self.back_off: Callable[[], None] = lambda: None
-        self.stopped = False
+        self.stopped = False  # whether a Ctrl-C in some process has stopped the training
         self._asked = False  # by Ctrl-C in this process
         self._first_check = first_check
         self._ranks = ranks
         self._progress = progress and ranks.index == 0
+        # Seconds are counted from these moments: the begin of the training, the latest saved state, the current step.
         self._began = time.perf_counter()
         self._saved = self._began
         self._step_began = self._began
         self._is_step_timed = False  # True once this start has said how long a step takes
-        self._bar: Any = None
+        self._bar: Any = None  # made when the training begins
 
     @contextmanager
     def stopping_at_a_step(self) -> Iterator[None]:
