@@ -246,7 +246,7 @@ def _smaller_vocabulary(
         else:
             # The tokens that the text uses, and so many others that the number of rows that stay is a multiple of
             # `step`, a size for which kernels are fast.
-            used = reduce_vocabulary(content, counts, None, keep).kept
+            used = reduce_vocabulary(content, counts, num_kept=None, keep=keep).kept
             step = request.step(num_rows)
             num_kept = step * math.ceil((len(used) + num_spare) / step)
             keep = keep | set(used.tolist())

@@ -208,7 +208,7 @@ class Dequantizer(HfQuantizer):
         """Return the conversions and renamings by which the quantized model is loaded; Transformers calls this.
 
         Each conversion becomes a `DeferredConversion`; renamings stay. `self` keeps a copy of the given list, and the
-        result.
+        result. `self.inner` is the quantizer of Transformers for this format, which makes them.
 
         Args:
             weight_conversions: Those of the dense model. Some formats of Transformers add theirs to this list.
