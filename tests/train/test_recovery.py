@@ -948,7 +948,7 @@ def test_a_full_disk_is_one_error_and_the_run_resumes_after_the_last_state(
 
 
 def test_a_disk_that_is_full_at_the_end_loses_no_step(run, tmp_path, monkeypatch):
-    def full(*_):
+    def full(**_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
     with monkeypatch.context() as patched:
