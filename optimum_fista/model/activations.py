@@ -232,7 +232,7 @@ class _Staging:
                 copied = self._stream.record_event()
         self._writes.append(self._thread.submit(self._keep, buffer, copied))
         self.count += 1
-        self._last = self.count
+        self._last = self.count  # so that reading from the end on counts as backwards
 
     def read(self, index: int) -> Tensor:
         """Return the tensor with the number `index` on the device, and begin to read the one that is expected next.

@@ -333,6 +333,7 @@ def _train(
     free = ranks.gather(available_bytes(plan.device))  # bytes by rank, `None` if not known
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
     model, teacher = ranks.each(lambda: _load_models(plan, journal))
+    # Says, for instance, that a model that takes images is trained on text alone.
     _log_differences(model, plan.source)
 
     # of the files of the model, in which the trained weights will be saved
