@@ -246,7 +246,7 @@ def _put_back(shared: dict[str, Any], content: dict[str, Any]) -> None:
 
 @contextmanager
 def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
-    """Put modules in the place of PyTorch's checkpoint wrappers around them, until the block ends.
+    """Replace PyTorch's checkpoint wrappers by the modules that they wrap, until the block ends.
 
     Accelerate wraps decoder layers so for FSDP (`fsdp_activation_checkpointing`). Inside the block, names of modules
     and parameters are those of a model without wrappers, and decoder layers have their own classes. Changes only which
@@ -259,8 +259,8 @@ def without_checkpoint_wrappers(model: nn.Module) -> Iterator[None]:
             if isinstance(parent, ActivationWrapper):
                 continue
             for name, child in list(parent.named_children()):
-                module = child  # or what a wrapper is around
-                while isinstance(module, ActivationWrapper):  # one may be around another
+                module = child  # the wrapped module, if this is a wrapper
+                while isinstance(module, ActivationWrapper):  # a wrapper may wrap another one
                     module = module._checkpoint_wrapped_module
                 if module is not child:
                     setattr(parent, name, module)

@@ -291,6 +291,6 @@ def _fits(value: Any, hint: Any) -> bool:
             _fits(key, key_type) and _fits(item, value_type) for key, item in value.items()
         )
     if hint in (int, float):
-        # Python calls True an int, which is refused here, and 1 no float, which is taken as one.
+        # For Python True is an int, but it is refused here. And 1 is no float, but it is taken as one.
         return isinstance(value, int | hint) and not isinstance(value, bool)
     return isinstance(value, hint)

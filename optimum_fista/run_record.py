@@ -87,8 +87,8 @@ class RunRecord:
     carried: list[OperatorReport] = field(default_factory=list)
     # Weights of operators in which this run overwrote or moved zeros of an earlier one.
     lost_masks: list[str] = field(default_factory=list)
-    # Zeros of an earlier run in operators that this run pruned again: those that have other values now, and those that
-    # stay zero although the new mask keeps these weights.
+    # Numbers of weights in operators that this run pruned again, that an earlier run had set to zero, and that the new
+    # mask keeps: those that have other values now, and those that are still zero.
     zeros_filled: int = 0
     zeros_uncovered: int = 0
     # Where the model that this run was given comes from; None if it was never pruned.

@@ -38,7 +38,8 @@ def calibration_batches(
 
     Args:
         request: What the user asked for, with a source and a batch size (`PruneRequest.with_choices`).
-        device: Where the model writes the text, if the source is "self", such as "cuda:0"; `None`: it is chosen.
+        device: Where the model writes the text, if the source is "self", such as "cuda:0"; `None`: the accelerator if
+            there is one.
         keep_in: Folder in which such a text is written to a file, for a run that resumes.
     """
     assert request.source is not None

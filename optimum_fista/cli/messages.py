@@ -14,9 +14,9 @@ from optimum_fista.prune.ranks import Ranks, joined_ranks
 def speaking_ranks(device: str | None, name: str) -> Iterator[Ranks]:
     """Join the processes of a command into one process group, which ends if the command succeeds.
 
-    `device` is that of the user's options, such as "cuda"; `None`: it is chosen. In the context, process 0 prints the
-    messages of the logger called `name`, such as "optimum_fista.train"; the logger is as before afterwards. The other
-    processes show no warnings of Transformers and no bars from here on.
+    `device` is that of the user's options, such as "cuda"; `None`: where Accelerate says. In the context, process 0
+    prints the messages of the logger called `name`, such as "optimum_fista.train"; the logger is as before afterwards.
+    The other processes show no warnings of Transformers and no bars from here on.
     """
     handler = logging.StreamHandler()
     logger = logging.getLogger(name)

@@ -338,7 +338,7 @@ def _prepare(
 
     Args:
         request: What the user asks for.
-        device: Where the model writes its text, such as "cuda:0"; `None`: it is chosen.
+        device: Where the model writes its text, such as "cuda:0"; `None`: the accelerator if there is one.
         keep_in: A folder of the run. Text that the model writes is kept there.
     """
     from optimum_fista.cli.calibration_batches import calibration_batches

@@ -198,7 +198,7 @@ class PruneRequest:
     def _require_same_run(self, has_images: bool) -> None:
         """Refuse to resume an unfinished run of this output that had other settings.
 
-        `has_images` tells whether the text has images. That the text is another one is noticed later, when it is drawn.
+        `has_images` tells whether the text has images. Texts are not compared here, but later, when the text is drawn.
         """
         from optimum_fista.folder.output import unfinished_folder
         from optimum_fista.prune.identity import require_same_run

@@ -160,8 +160,8 @@ def _choosing_layers(run: RunSizes) -> Moment:
     For that it takes the sequences that hold `allocation_tokens` tokens.
     """
     sequences = min(run.num_samples, math.ceil(run.config.allocation_tokens / run.length))
-    # Hidden states wait of each of these models, of the model as it is, and of the first layer, from which further
-    # rounds start.
+    # A stream waits for each of these models, and one for the model as it is. So does the stream that enters the first
+    # layer, from which further rounds start.
     streams = len(run.layers) + 2
     parts = {
         "embedding and head": _embedding_and_head(run),

@@ -223,7 +223,7 @@ def operators_to_pack(report: PruningReport) -> list[OperatorReport]:
 
 
 def require_packable(names: Iterable[str]) -> None:
-    """Refuse to pack a matrix of several operators: Transformers divides it on loading, and can't then.
+    """Refuse to pack a matrix of several operators: Transformers divides it on loading, and can't divide a packed one.
 
     `names` are those of the operators' weights in the checkpoint (`source.names.split_index`).
     """

@@ -50,9 +50,9 @@ def choose_operators(
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
     """Find the operators to prune, by the names of the decoder layers, and those that stay dense, with the reason.
 
-    `exclude` are the user's patterns, by which whole mixtures are skipped. `reason_left_dense` says of the name of an
-    operator why the configuration leaves it dense; `None`: it does not. Weights in memory must be finite. Changes
-    nothing.
+    `exclude` are the user's patterns, by which whole mixtures are skipped. `reason_left_dense` takes the name of an
+    operator, and returns why the configuration leaves it dense; `None` if it is to be pruned. Weights in memory must be
+    finite. Changes nothing.
 
     Returns the operators by the name of their layer and then by their own name, and the reasons by operator or mixture.
     """

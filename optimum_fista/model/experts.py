@@ -132,7 +132,8 @@ class ExpertOperator(LinearOperator):
     def rows(self, width: int) -> slice:
         """Find which outputs are this operator's, among the `width` outputs that its parameter has for an expert.
 
-        `self._half` is 0 for gate and 1 for up, if the parameter has both, and otherwise `None`: then all are.
+        If the parameter has gate and up projection, `self._half` is 0 for gate and 1 for up. Otherwise it is `None`,
+        and all outputs are this operator's.
         """
         if self._half is None:
             return slice(None)

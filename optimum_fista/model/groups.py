@@ -357,8 +357,9 @@ class FinishedParts:
         the inputs of operators that end a part (`self._inputs`), are kept if they are not kept yet. This pays if the
         layer runs again afterwards.
 
-        `self._last_group` is by part the number of the last group in it, and `self._ends` the operator that ends it.
-        Replaces the forward passes of finished parts and watches operators; both end with the context.
+        `self._last_group` has for each part the number of the last group in the part, and `self._ends` the operator
+        that ends the part. Replaces the forward passes of finished parts and watches operators; both end with the
+        context.
         """
         finished = [part for part, last in self._last_group.items() if last < group]
         layer_pass = _Pass(self._outputs, self._ends)

@@ -40,7 +40,7 @@ class LinearOperator:
         """Name the weight `tensor` of `owner`, by default of `module`; nothing is copied.
 
         `name` is the operator's in the model, such as "model.layers.3.mlp.down_proj". `transposed` says that the weight
-        is stored as [in, out]; `None`: it is if the module is a `Conv1D`.
+        is stored as [in, out]; `None`: only if the module is a `Conv1D`.
         """
         self.name = name
         self.module = module

@@ -96,7 +96,7 @@ class Sweep:
         `stream` has the hidden states that leave the last decoder layer, of `self.sequences`. The logits of at most
         `together` tokens are in memory at once, and of fewer if the vocabulary is large (`positions_per_chunk`).
         `removed` are ids, int64, that the model can't predict, as if it had no such tokens. Returns NaN if there is no
-        token to predict. The model's own forward pass runs, with layers that are replaced meanwhile.
+        token to predict. The model's own forward pass runs, with its decoder layers replaced until it ends.
         """
         config = self.layers.model.config
         total = torch.zeros((), dtype=torch.float64, device=stream.device)

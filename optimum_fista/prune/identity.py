@@ -81,15 +81,15 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
     """
 
     def begin() -> Mapping[str, Any]:
-        """Compare `folder` with this run, empty it if it belongs to no run or another, and return `fingerprint`.
+        """Empty `folder`, unless it holds the run with this `fingerprint`, and return the fingerprint; for rank 0.
 
-        Without `overwrite`, the folder of another run is refused (ValueError). Rank 0 does this.
+        Without `overwrite`, a folder that holds another run is refused (ValueError).
         """
         if not overwrite:
             require_same_run(folder, fingerprint)
         begun = json.dumps(read_record(folder / RUN_FILE))
-        # Compared as text, because the order of overrides counts, too. What is deleted may also be the rest of a run
-        # that was only half discarded.
+        # Compared as text, because the order of overrides counts, too. A folder without a fingerprint is emptied, too:
+        # a process may have been killed while it discarded a run.
         if begun != json.dumps(fingerprint):
             # Text that a model has written for the calibration stays: this run may have written it just before.
             discard(folder, keep_texts=True)

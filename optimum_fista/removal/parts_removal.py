@@ -448,9 +448,10 @@ class PartsRemoval(Removal):
     def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
         """Names in the checkpoint of weights with masks of an earlier run, by their names in the smaller model.
 
-        `report` is complete; its `carried` lists these weights. Their names are found in the smaller model, because
-        experts have new numbers there. It has no weights. If the model was loaded from files, the smaller model gets
-        its attribute with the conversions by which Transformers saves a model under the names of its files.
+        `report` is complete; its `carried` lists these weights. Their names are found in the smaller model
+        (`self.smaller_plan.model`, without weights), because experts have new numbers there. If the model was loaded
+        from files, the smaller model gets a further attribute: the conversions by which Transformers saves the model
+        under the names of its files.
         """
         if not report.carried:
             return {}

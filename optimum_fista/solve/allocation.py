@@ -42,7 +42,7 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
     # The largest saliency in the sum.
     threshold = kth_smallest_magnitude(saliency, count)
 
-    # Of the saliencies that equal the threshold, only so many are added that `count` are in the sum.
+    # Several saliencies may equal the threshold. Only some of these are added, so that `count` are in the sum.
     below = saliency < threshold
     cost_below = (saliency * below).sum(dtype=torch.float64)
     sums = torch.stack([cost_below, below.sum().double(), threshold.double()])

@@ -143,7 +143,7 @@ def require_measurable(
 
 
 def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Cut so many stretches out of a text that they have at least `LEAST_TOKENS` tokens of `tokenizer` together.
+    """Cut stretches out of a text, enough to have at least `LEAST_TOKENS` tokens of `tokenizer` together.
 
     ValueError if all of the text has fewer. `name` is that of the text, for this error.
     """

@@ -196,8 +196,9 @@ class DistillationTrainer(Trainer):
 
         Adam moves every weight by about the learning rate, whatever the gradient. Weights of some models are ten times
         as large as those of others. So the rate of a parameter is `relative_step` times its root mean square, as in
-        Adafactor (arXiv 1804.04235, section 8). Gradients are not clipped: they, too, are as large as their weights are
-        small. So the training stays the same if weights become smaller and the norm before them larger.
+        Adafactor (arXiv 1804.04235, section 8). Gradients are not clipped, because the size of a gradient also depends
+        on that of its weight: the smaller the weight, the larger the gradient. So the training stays the same if
+        weights become smaller and the norm before them larger.
 
         `model` is the student as the Trainer has wrapped it; `None`: `self.model`. `self._sizes` are the root mean
         squares by parameter name. A state that is loaded brings the rates with which its run began.

@@ -374,7 +374,7 @@ def _train(
         with watch.stopping_at_a_step():
             trainer.train(last_state)  # `None`: from the beginning
     finally:
-        # After an error the Trainer does not call this, and masks have a hook on all optimizers.
+        # After an error the Trainer does not call this, and the hook that masks have on all optimizers would stay.
         for callback in callbacks:
             callback.on_train_end(arguments, trainer.state, trainer.control)
     # Ctrl-C ended the training before its last step. Its state is saved, so the same call resumes there.

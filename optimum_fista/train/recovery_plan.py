@@ -513,8 +513,8 @@ def _needed_bytes(
 def load_student(source: str) -> PreTrainedModel:
     """Load the pruned model of the folder `source` to the CPU, in the dtypes of its files.
 
-    A quantized model is dequantized, and forgets that it was read from a GGUF file. Dropout and jitter of routers are
-    turned off in its configuration, so that two passes give the same result. Files are only read.
+    A quantized model is dequantized. A model from a GGUF file gets a configuration that does not say so. Dropout and
+    jitter of routers are turned off in the configuration, so that two passes give the same result. Files are only read.
     """
     config = read_config(source)
     # the section of the text decoder; in a model of text it is the same object, and then the loop changes nothing more

@@ -143,7 +143,7 @@ class ObsAdmm(PruningMethod):
         states = [
             SplitState(
                 # makes some rows of the target when they are needed, in place of a matrix of its size
-                target=partial(surgeon.scaled_target, problem),
+                target=partial(surgeon.target_with_ridge, problem),
                 point=surgeon.scaled_weight(problem.weight),
             )
             for problem in problems
@@ -223,14 +223,14 @@ class ObsAdmm(PruningMethod):
 
         `patterns` has the pattern of each. `surgeon` has the coordinates of step 2, and `gram` is `G`, which stays as
         it is. The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from stage
-        to stage, and a stage has so many `iterations`.
+        to stage, and each stage has the number of iterations in `iterations`.
         """
         num_steps = max(1, self.stages - 1)  # from stage to stage; a single stage has `first_rho`
         growth = (self.last_rho / self.first_rho) ** (1 / num_steps)
         for stage in range(self.stages):
             rho = self.first_rho * growth**stage
-            # A factorisation overwrites its G_r, so that is made again from G.
-            inverse = damped_inverse(surgeon.scaled_gram(gram), rho)
+            # The factorisation overwrites the matrix that it gets, so each stage makes it again from G.
+            inverse = damped_inverse(surgeon.gram_with_ridge(gram), rho)
             for state, pattern in zip(states, patterns, strict=True):
                 for _ in range(self.iterations):
                     state.iterate(inverse, rho, pattern)
@@ -251,7 +251,7 @@ class ObsAdmm(PruningMethod):
         Blocks of rows are refitted one after the other, in `self.refit_iterations` steps at most. Returns the number of
         steps of the block that took most.
         """
-        ridge_gram = surgeon.scaled_gram(gram)  # B^T S G_r S B: with the ridge
+        ridge_gram = surgeon.gram_with_ridge(gram)  # B^T S G_r S B
         steps = [torch.zeros((), dtype=torch.int64, device=gram.device)]
         for state, pattern in zip(states, patterns, strict=True):
             assert state.mask is not None
@@ -307,7 +307,7 @@ class _Surgeon:
         """
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
         unit = cls(scale=(gram.diagonal() + penalty).rsqrt(), penalty=penalty)
-        factor, message = damped_cholesky(partial(unit.scaled_gram, gram))
+        factor, message = damped_cholesky(partial(unit.gram_with_ridge, gram))
         inverse = inverse_in_place(factor)
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
@@ -317,7 +317,7 @@ class _Surgeon:
         blocks = torch.linalg.cholesky(diagonal_blocks(inverse, width))
         return cls(scale=unit.scale, penalty=penalty, blocks=blocks), message
 
-    def scaled_gram(self, gram: Tensor) -> Tensor:
+    def gram_with_ridge(self, gram: Tensor) -> Tensor:
         """Return the Gram matrix with its ridge in these coordinates, a new matrix [in, in]:
 
             B^T S G_r S B,   G_r = G + r diag(G).
@@ -333,7 +333,7 @@ class _Surgeon:
         # `times_blocks` multiplies by B from the right. With the symmetric X = S G_r S, this is (X B)^T B = B^T X B.
         return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
-    def scaled_target(self, problem: LayerProblem, rows: slice) -> Tensor:
+    def target_with_ridge(self, problem: LayerProblem, rows: slice) -> Tensor:
         """Return some rows of the target with its ridge in these coordinates, a new matrix [rows, in]:
 
             C_r S B,   C_r = C + r W diag(G).

@@ -197,18 +197,18 @@ def test_the_objective_in_surgeon_coordinates_is_the_same(surgeon_of):
     target = made.problem.target
     inside = surgeon.scaled_weight(made.weight)
 
-    scaled_gram = surgeon.scaled_gram(gram)
-    scaled_target = surgeon.scaled_target(made.problem, slice(None))
+    gram_with_ridge = surgeon.gram_with_ridge(gram)
+    target_with_ridge = surgeon.target_with_ridge(made.problem, slice(None))
 
     energy = (made.weight @ gram * made.weight).sum()
-    assert torch.allclose((inside @ scaled_gram * inside).sum(), energy)
-    assert torch.allclose((inside * scaled_target).sum(), (made.weight * target).sum())
+    assert torch.allclose((inside @ gram_with_ridge * inside).sum(), energy)
+    assert torch.allclose((inside * target_with_ridge).sum(), (made.weight * target).sum())
 
 
 def test_the_inverse_in_surgeon_coordinates_has_identities_along_its_diagonal(surgeon_of):
     made, surgeon, width = surgeon_of
 
-    inverse = torch.linalg.inv(surgeon.scaled_gram(made.problem.gram))
+    inverse = torch.linalg.inv(surgeon.gram_with_ridge(made.problem.gram))
 
     blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width))
     identity = torch.eye(width).double()[..., None]
