@@ -186,7 +186,7 @@ def _named_ids(
 def _ids_to_keep(tokenizer: PreTrainedTokenizerBase, request: TokensRemoval) -> set[int]:
     """Collect the ids that the user wants to keep: `request.keep` has ids, and texts such as "zebra".
 
-    Of a text, the tokens that it has alone and those that it has after a space stay.
+    A text may have other tokens after a space than at the beginning. Both stay.
     """
     ids = set[int]()
     for token in request.keep:
