@@ -172,8 +172,8 @@ def watched_memory(device: torch.device) -> Iterator[MemoryPeak]:
 def release_memory(of: nn.Module | None = None, *, collect: bool = False) -> None:
     """Give the process's free memory back to the system, if the C library is glibc.
 
-    Freed blocks below 32 MiB stay with the process otherwise: the matrices of one operator would lie beside the
-    unused remains of the operators before, of other sizes. With `collect`, or after work on a module `of` that is not
+    Otherwise freed blocks below 32 MiB stay with the process, unused, because the next operators have matrices of other
+    sizes. With `collect`, or after work on a module `of` that is not
     tiny, unused cycles of Python objects are freed first, and the accelerator's cache is emptied. No tensor that is
     in use changes; of the module only the sizes of its parameters are read.
     """

@@ -112,7 +112,7 @@ class PruneRequest:
         """Refuse held-out texts that can't be read, are too short, or are among the calibration text (ValueError).
 
         `self.measure` are their sources, such as "code.txt"; empty if the user names none. `self.sources` are those of
-        the calibration text. The tokenizer of the model is loaded to count tokens. Of the Hub, texts and tokenizer are
+        the calibration text. The tokenizer of the model is loaded to count tokens. Texts and a tokenizer of the Hub are
         downloaded into its cache; nothing else changes.
         """
         if not self.measure:

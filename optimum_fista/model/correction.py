@@ -106,7 +106,7 @@ class LastOperator:
 
     @cached_property  # two callers: one reads the errors, then one the layer's outputs
     def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
-        """Squared errors of its pruned outputs, and the hidden states after the layer; `None` if these are not needed.
+        """Squared errors of its pruned outputs, and the hidden states after the layer (`None` if nothing needs these).
 
         The errors are sums over held-out batches (True) and over the others (False), float64. The operator runs once on
         all batches, with the weights that it has at the first access; the result is kept in the object.

@@ -269,10 +269,10 @@ class _Recorder:
     def _pass(
         self, run: Callable[[], Any], *, gives_zeros: bool, is_repeated: bool = False
     ) -> dict[int, tuple[Tensor, Tensor]]:
-        """Run the model on one batch, and return the changes of hidden states between layers.
+        """Run the model on one batch, and return the hidden states that it changes between two layers.
 
-        They are by the number of the layer in front of which the model makes them: the hidden states before and after.
-        `run` calls the model, whose layers call `forward` of this object. `gives_zeros`: skipped layers return zeros
+        For each change these are the hidden states before and after it, by the number of the layer that follows. `run`
+        calls the model, whose layers call `forward` of this object. `gives_zeros`: skipped layers return zeros
         instead of their inputs. `is_repeated`: arguments of this batch are recorded already. Begins anew all fields of
         one pass.
         """

@@ -260,7 +260,7 @@ class FistaPackedQuantizer(HfQuantizer):
                 sources_with_parts,
                 targets,
                 operations,
-                force_cpu=conversion.force_cpu,  # whether it computes on the CPU; stays as it is
+                conversion.force_cpu,  # whether it computes on the CPU; stays as it is
             )
             return [replacement]
         if may_be_packed and len(sources) == 1:

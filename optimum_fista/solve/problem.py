@@ -85,9 +85,9 @@ class InputStatistics:
     def decoupled(self) -> InputStatistics | None:
         """Statistics in which nearly dead inputs are uncorrelated with all others.
 
-        `None` if no input is nearly dead. It is not `self` then, because an object that is cached in itself would live
-        on until cycles are collected. Otherwise they have a Gram matrix of their own: a copy of `self.gram` without the
-        products of nearly dead inputs with others. They are made at the first use, and kept.
+        The result has a Gram matrix of its own: a copy of `self.gram` without the products of nearly dead inputs with
+        others. It is made at the first use, and kept. If no input is nearly dead, the result is `None`. `self` in its
+        place would be cached in itself, and live on until cycles are collected.
         """
         live = self.live
         if bool(live.all()):

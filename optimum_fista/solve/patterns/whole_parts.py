@@ -81,7 +81,7 @@ class PartShare:
     def keeping(
         cls, kind: PartKind, kept: int, number: int, multiple_of: int | None = None
     ) -> Self:
-        """Make the share that leaves `kept` of `number` parts, in as few digits as say it.
+        """Make the share that leaves `kept` of `number` parts, with as few digits as are needed for that.
 
         `kind` is "channels", "heads", "experts" or "layers". `kept` must be a multiple of `multiple_of`, or of the
         usual step if that is `None`.
@@ -132,7 +132,7 @@ class PartShare:
         nearest = by_distance[:_MOST_SHARES_LISTED]
         shares = []
         for kept in sorted(nearest, reverse=True):
-            # The share in as few digits as say it.
+            # The share with as few digits as are needed to keep this number of parts.
             share = self.keeping(self.kind, kept, number, self.multiple_of).share
             shares.append(f"{share:g} ({number - kept} of {number})")
         more = ", ..." if len(nearest) < len(possible) else ""

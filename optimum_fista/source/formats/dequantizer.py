@@ -404,7 +404,7 @@ class DeferredConversion(WeightConverter):
     """
 
     def __init__(self, conversion: WeightConverter, quantizer: Dequantizer) -> None:
-        """Make one of a conversion of Transformers, with the further sources and operations of the format.
+        """Make a deferred conversion from one of Transformers, with the further sources and operations of the format.
 
         `conversion` is not changed. `quantizer` is kept; `convert` adds to its `makers` and `converted`.
         """
