@@ -199,7 +199,8 @@ class PruningReport(RunRecord):
     def cost_of_tokens(self) -> str:
         """Say what the removal of tokens from the vocabulary cost on held-out text; empty if that was not measured.
 
-        `self.bits_per_byte` has bits per byte of the given model ("dense") and of the result ("pruned").
+        `self.bits_per_byte` has bits per byte of the given model ("dense") and of the result ("pruned"), and how many
+        tokens the text is for the given model ("num_tokens") and for the result ("num_tokens_pruned").
         """
         bits = self.bits_per_byte
         if bits is None:

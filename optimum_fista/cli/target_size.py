@@ -238,9 +238,10 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
 
 
 def _holds_tensors_of(folder: Path, source: Path) -> bool:
-    """Tell whether all tensors of one shape in both folders are equal: two models may have one name and one size.
+    """Tell whether `folder` can be made of `source`: every tensor that has the same shape in both has equal values.
 
-    The embedding and the head have other shapes in `folder`, if it was made of `source`. Reads both, changes nothing.
+    Names and sizes do not tell that, because two models may have the same. Only the embedding and the head have other
+    shapes in a `folder` that was made of `source`, with fewer tokens. Reads both, changes nothing.
     """
     stored = read_stored(folder)
     originals = read_stored(source)

@@ -117,9 +117,10 @@ def moments(run: RunSizes, *, writes_own_text: bool) -> Iterator[Moment]:
 
 def whole_model_parts(run: RunSizes) -> dict[str, float]:
     """Count the bytes that are held while the model writes its own text, by part."""
-    # Sequences that are written together.
+    # Sequences that are written together; `num_batches` says in how many batches the model writes its text.
     sequences = math.ceil(run.num_samples / num_batches(run.num_samples))
-    # Keys and values of as many features as a hidden state: fewer heads of both are not counted on.
+    # A key, and a value, is taken to be as large as a hidden state. In models with fewer heads of keys and values they
+    # are smaller.
     keys = 2 * sequences * len(run.layers) * run.sequence_bytes
     # Each sequence is several texts, which are written side by side. The newest token of every text has logits, with
     # float32 copies for softmax and sampling.

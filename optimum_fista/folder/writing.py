@@ -273,6 +273,7 @@ def _add_shard(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
     weight_map |= dict.fromkeys(tensors, last_name)
     index = folder / "model.safetensors.index.json"
     metadata = read_json(index).get("metadata", {}) if index.exists() else {}
+    # It counts `total_size` in the metadata anew, from the files.
     write_index(folder, "model", weight_map, metadata)
 
 

@@ -398,6 +398,7 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
     "calib_dataloader[3]".
     """
     mask = others.get("attention_mask")
+    # `_as_rows` reads integers [batch, sequence], and refuses those of another shape than `ids`.
     numbers = torch.ones_like(ids) if mask is None else _as_rows(mask, where, "attention_mask", ids)
     real = numbers.bool()
 
@@ -407,7 +408,8 @@ def _real_tokens(ids: Tensor, others: Mapping[str, Any], where: str) -> Tensor:
         packing.append("attention_mask")
     if others.get("position_ids") is not None:
         positions = _as_rows(others["position_ids"], where, "position_ids", ids)
-        # One document has rising positions, which count its tokens with the padding before them, or without.
+        # Positions of a document rise by one. Position 0 is at the start of the row, padding included, or at its first
+        # real token.
         from_the_row = torch.arange(ids.shape[1]).to(ids).expand_as(ids)
         from_the_first_real_token = real.cumsum(1) - 1
         counts_all = torch.equal(positions[real], from_the_row[real])

@@ -23,8 +23,8 @@ def find_operators(
     """Find the linear operators of a decoder layer, by their full names; every matrix of every expert is one.
 
     `layer_name` is the layer's name in the model, such as "model.layers.3". Fused experts whose names match one of the
-    shell-style patterns `dense_experts` are skipped, and so are routers. These patterns are the user's `exclude`, of
-    this run or in the report of an earlier one, or "*" if a caller wants no experts. The layer is not changed.
+    shell-style patterns `dense_experts` are skipped, and so are routers. The patterns are the option `exclude` of a
+    run, or "*" if a caller wants no experts. The layer is not changed.
     """
     operators: dict[str, LinearOperator] = {}
     skipped = skipped_modules(layer_name, layer, dense_experts)

@@ -409,6 +409,7 @@ class LayerTargets:
         operator = record.group[0]
         if isinstance(operator, ExpertOperator):
             assigned_batches = self._assigned_tokens(operator.experts)
+            # The group is not pruned yet. Its weights give the energies of dense outputs, which no hook has recorded.
             dense_weights = [expert.read() for expert in record.group]
             for batch, assigned in enumerate(assigned_batches):
                 record.add_expert(
@@ -420,6 +421,7 @@ class LayerTargets:
             return
         # the pruned hidden states if layers before were pruned, otherwise dense ones
         entering = self.entering.to_prune_on
+        # An iterator: the layer runs on a batch when the loop asks for it.
         calls = self.activations.arguments_of(operator.module, entering)
         for batch, (arguments, keywords) in enumerate(calls):
             record.add(batch, operator_input(arguments, keywords))  # [batch, sequence, in]

@@ -115,6 +115,8 @@ class ExpertOperator(LinearOperator):
         self.kind = kind
         self.expert = expert
         self._half = half
+        # The base class reads the shape of this expert's matrix: the fields above say which part of `tensor` it is.
+        # `ExpertLinear` only keeps the operator, and reads it when it is called.
         super().__init__(
             name=f"{experts.name}.{expert}.{kind}",
             module=ExpertLinear(self),

@@ -53,7 +53,8 @@ class GroupSums:
         dtype, and are not changed.
 
         Changes `self.num_tokens`, the upper half of the Gram matrix (`self._gram`), the sums of inputs (`self._total`
-        [in]), the cross-Gram matrix of this kind in `self.cross`, and for targets `self.energies`.
+        [in]), the cross-Gram matrix of this kind in `self.cross`, and for targets `self.energies`, which has the sum of
+        squares of each column. Inside `quick_products`, matrices are multiplied in the precision of the run.
         """
         if self._gram is None:
             self._gram = self._total.new_zeros(len(self._total), len(self._total))

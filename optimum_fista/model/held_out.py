@@ -100,6 +100,7 @@ class HeldOut:
             for hidden in saved.get(f"held_out_{network}", ()):
                 self._streams[network].append(hidden)
         is_measured = bool(self.losses)
+        # `to_save` returns the states of both networks together, so one network tells it for both.
         has_all_states = len(self._streams["pruned"]) == len(self.sequences)
         return is_measured or has_all_states
 

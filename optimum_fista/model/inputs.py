@@ -612,7 +612,7 @@ class LayerActivations:
             if self.held_out[batch]:
                 continue
             # Norms are computed in float32, squared and summed in float64, and read once at the end.
-            dense_rows = self.rows(dense, batch).float()
+            dense_rows = self.rows(dense, batch).float()  # [real tokens, hidden]
             pruned_rows = self.rows(pruned, batch).float()
             error_norm = torch.linalg.vector_norm(pruned_rows - dense_rows)
             dense_norm = torch.linalg.vector_norm(dense_rows)

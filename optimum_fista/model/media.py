@@ -73,6 +73,7 @@ class MediaArguments:
             for key in item
             if key in self.names and item[key] is not None
         }
+        # Refuses a batch that describes images without having them, or has them without the types of its tokens.
         self._require_whole(given, where)
 
         rows: list[dict[str, Tensor]] = [{} for _ in ids]  # arguments of each sequence
@@ -94,9 +95,12 @@ class MediaArguments:
                     f"{where} holds {' and '.join(values)}, but none of its input_ids is the token of {kind}s "
                     f"({dict(self.placeholders)[kind]}): pass both as the model's processor returns them."
                 )
+            # `_split` finds by the counts which images are of which sequence. If no token marks this kind, there must
+            # be as many images as sequences: one for each. Raises ValueError if it can't be told.
             for row, part in zip(rows, _split(values, counts, where), strict=True):
                 row |= part  # changes the dictionary in `rows`
 
+        # A sequence gets none if it has only arguments by token that are all zero: they say that every token is text.
         return [row if _says_something(row) else {} for row in rows]
 
     def lacking(self, given: Iterable[str]) -> list[str]:

@@ -121,11 +121,13 @@ class Sweep:
     def _sum_of_losses(
         self, input_ids: Tensor, hidden_states: Tensor, targets: Tensor, removed: Tensor | None
     ) -> Tensor:
-        """Sum the cross-entropies of `targets` [batch, next tokens], float64; -100 has none.
+        """Sum the cross-entropies of `targets`, ids [batch, next tokens]; returns a float64 scalar.
 
-        `input_ids` [batch, tokens] are the tokens before them, and `hidden_states` [batch, tokens, hidden] what the
-        last decoder layer returns for these. `removed` are ids, int64, that can't be predicted; `None`: there are none.
+        Targets of -100 are left out. `input_ids` [batch, tokens] are the tokens before them, and `hidden_states`
+        [batch, tokens, hidden] what the last decoder layer returns for these. `removed` are ids, int64,
+        that can't be predicted; `None`: there are none.
         """
+        # The model runs on the ids, but its layers return the hidden states: only its norm and head compute.
         logits = self._logits(input_ids, hidden_states)
         predicted = logits[:, : targets.shape[1]]  # the last token of a sequence has no next one
         predicted = predicted.flatten(0, 1).float()  # [batch * tokens, vocabulary]

@@ -288,8 +288,8 @@ class FistaPackedQuantizer(HfQuantizer):
         """Check every packed tensor in the files against its checksum and the model, before the first is used.
 
         Changes two things of the quantizer: it notes the dtype of each parameter in `self._dtypes`, and it adds to
-        `quantization_config.parameters` the last names of all matrices of the model, because the file may store any
-        matrix with such a name packed.
+        `quantization_config.parameters` the last names of all matrices of the model, such as "weight". Any matrix with
+        such a name may be packed in the files.
 
         Args:
             model: Made without weights, in the dtypes that the caller wants.
@@ -303,8 +303,9 @@ class FistaPackedQuantizer(HfQuantizer):
         parameters = dict(model.named_parameters())
         self._dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
         for name in packed_names(files):
-            packed = read_packed(files, name)
-            # Transformers may give the parameter another name than the tensor has. Its shape, (), is not compared then.
+            packed = read_packed(files, name)  # raises PackedFormatError if the checksum is wrong
+            # Transformers may load a tensor under another name than it has in the files. Then no parameter is found,
+            # and no shape is compared.
             shape = tuple(parameters[name].shape) if name in parameters else ()
             is_matrix = len(shape) == 2  # fused experts may be stored transposed
             if is_matrix and packed.shape != shape:

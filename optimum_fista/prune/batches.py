@@ -185,8 +185,12 @@ def retried(
 
     `step` is a part of the run, such as `prune_layer` with all arguments but the last. `where` names it for the warning
     that `report` gets, such as "model.layers.3". `undo` takes back what the step had changed before it failed; `None`:
-    it changes nothing. When batches are cut, the hidden states of the calibration are cut with them, and the old ones
-    are freed (`_halved`).
+    it changes nothing. When batches are cut (`_halved`), their hidden states are cut with them, and those of the given
+    calibration are freed: the caller goes on with what `step` returns. `plan` has the model, and is not changed.
+    `report` gets the warnings.
+
+    Raises OutOfMemoryError, which ends the loop, if all batches have one sequence only, or if arguments of the layers
+    would have to be recorded again from a dense network that is partly pruned. Other errors of `step` pass.
     """
     while True:
         try:
@@ -199,6 +203,7 @@ def retried(
         # After the handler: the error holds the frames, and the frames hold the tensors that filled the memory.
         if undo is not None:
             undo()
+        # Raises if batches can't be cut. `plan`, `report` and `reason` are only read, to find that out and to say it.
         calibration = _halved(calibration, plan, report, reason)
         release_memory(collect=True)
         num_sequences = max(batch.input_ids.shape[0] for batch in calibration.batches)

@@ -147,7 +147,8 @@ def note_failure(
 def _rewrite(folder: Path, report: PruningReport, dense: str) -> None:
     """Write the report, the model card and the summary in `config.json` of a finished folder again.
 
-    `dense` is the model that the run was given, whose own card is read for its license.
+    `dense` is the model that the run was given, whose own card is read for its license. The folder's list of its own
+    files is updated, too (`rewrite`), so that a later run may replace the folder.
     """
     # The card of a packed folder ends with a note on how to unpack it: the new card needs it, too.
     is_packed = (folder / CARD_FILE).read_text("utf-8").endswith(PACKED_NOTE)

@@ -138,7 +138,7 @@ def num_rows_of(model: PreTrainedModel) -> int:
         for key, value in vars(section).items():
             # A setting may have the number of tokens, or a table of them.
             size = len(value) if isinstance(value, dict | list) else value
-            # The second is the number of kinds of sentences, as BERT has them.
+            # "type_vocab_size" of BERT is no vocabulary: it is the number of kinds of sentences.
             is_other = "vocab" in key and key not in ("vocab_size", "type_vocab_size")
             # A smaller number is no size of a vocabulary of text.
             if is_other and type(size) is int and size >= _LEAST_VOCABULARY:

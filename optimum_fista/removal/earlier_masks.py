@@ -132,8 +132,10 @@ class EarlierMasks:
     ) -> CarriedMasks:
         """Read the earlier masks of a decoder layer, and return those that still hold, of operators left dense.
 
-        A mask holds if all weights that it calls zero are zero. Operators that this run pruned have new masks: of them,
-        it is counted what became of the earlier zeros.
+        A mask holds if all weights that it calls zero are zero. The result also names the weights whose masks no longer
+        hold. Operators that this run pruned have new masks; the result counts how many of their earlier zeros the run
+        filled, and how many no mask covers any more. `self.entries` are the earlier reports of operators, by the
+        name of the weight, such as "model.layers.3.mlp.up_proj.weight". Nothing is changed.
 
         Args:
             layer_name: The name of the layer, such as "model.layers.3".
@@ -147,6 +149,8 @@ class EarlierMasks:
             """Return a parameter or its mask as it is, because no part is removed."""
             return tensor
 
+        # Both by the name of a parameter. If it holds several operators (experts), `entries` has the earlier report of
+        # one of these.
         masks, entries = self._masks_of_parameters(layer_name, layer)
         _reorder(masks, reorderings)  # changes `masks`
         carried = _masks_that_hold(
@@ -154,6 +158,8 @@ class EarlierMasks:
             layer,
             remaining_layer=layer,
             masks=masks,
+            # Reports by the name of the parameter, and of each expert by the name of its own weight. A name in both is
+            # a parameter with one operator, which has the same report in both.
             entries=entries | dict(self.entries),
             shrink=unchanged,
             skipped=new_masks,

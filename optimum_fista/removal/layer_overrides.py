@@ -42,6 +42,7 @@ def values_by_layer(config: PreTrainedConfig, word: str) -> list[Any]:
 
     There is one value for each decoder layer that has the setting, or a single value if no layer overrides it.
     """
+    # `without_overrides` returns a copy, which can be read; `config` would raise an error for an overridden setting.
     common = getattr(without_overrides(config), word, None)
     overrides = overrides_of(config) or {}
     is_overridden = any(word in settings for settings in overrides.values())

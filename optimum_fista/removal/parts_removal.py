@@ -212,8 +212,9 @@ class PartsRemoval(Removal):
         """Return a removal with operators that compensate for removed parts, and without those of removed layers.
 
         If the residual correction is on, a decoder layer that loses heads or comes after a removed one compensates for
-        it: its last operator is refitted, unless it loses columns itself. `before` finds out which operator is the
-        last, when the layer runs. So all operators of such a layer get a pattern here, one that keeps all columns.
+        it: its last operator is refitted, unless it loses columns itself. Which operator is the last is known only when
+        the layer runs (`before` finds out). Until then any of them may be the last, so all operators of such a layer
+        get a pattern that keeps all columns. Operators that lose columns keep the pattern that they have.
 
         `self.operators` are by the name of their decoder layer, then by their own, and `self.patterns` by the name of
         the operator. `self.removed_layers` has the numbers of the removed layers. This removal and the model are not
@@ -223,6 +224,7 @@ class PartsRemoval(Removal):
         after_removed = set[int]()  # numbers of the layers that come after a removed one
         # With "full", a layer sees the error of those before it. Otherwise dense states enter it, without an error.
         if correction.carry == "full":
+            # Of removed neighbours, only the layer after the last one stays; the others are passed over below.
             after_removed = {index + 1 for index in self.removed_layers}
         operators = dict[str, Mapping[str, LinearOperator]]()
         patterns = dict(self.patterns)
@@ -241,6 +243,7 @@ class PartsRemoval(Removal):
                     num_columns = operator.shape[1]
                     # Operators that lose columns have a pattern already, and keep it.
                     patterns.setdefault(other, Columns.keeping(num_columns, num_columns))
+                # Objects of one name are operators of the same matrix. `own` may have experts besides.
                 own = {**others, **own}
             operators[name] = own
 
@@ -448,10 +451,11 @@ class PartsRemoval(Removal):
     def names_of_carried(self, report: PruningReport) -> dict[str, StoredName]:
         """Names in the checkpoint of weights with masks of an earlier run, by their names in the smaller model.
 
-        `report` is complete; its `carried` lists these weights. Their names are found in the smaller model
-        (`self.smaller_plan.model`, without weights), because experts have new numbers there. If the model was loaded
-        from files, the smaller model gets a further attribute: the conversions by which Transformers saves the model
-        under the names of its files.
+        `report` is complete: `describe` has given its entries the names of the smaller model. `report.carried` are the
+        operators with such masks, each named by its weight, such as "model.layers.3.mlp.up_proj.weight". The names in
+        the checkpoint are found in the smaller model (`self.smaller_plan.model`, without weights), because experts have
+        new numbers there. If the model (`self.layers.model`) was loaded from files, its attribute with the conversions
+        to the names in the files is set in the smaller model, too. The result may name weights of further operators.
         """
         if not report.carried:
             return {}
@@ -459,6 +463,7 @@ class PartsRemoval(Removal):
         internals.copy_weight_conversions(self.layers.model, smaller)
         # The list of decoder layers has the same name in both models.
         layers_name = self.layers.name
+        # by the names of their weights in the smaller model
         operators = operators_by_weight(smaller, report, layers_name=layers_name)
         carried = [operators[entry.name] for entry in report.carried]
         return stored_names(smaller, carried, layers_name=layers_name)
@@ -476,6 +481,7 @@ class PartsRemoval(Removal):
         report.operators = [self._renamed_operator(operator) for operator in report.operators]
         report.left_dense = self.renamed(report.left_dense)
         report.carried = [self._renamed_operator(operator) for operator in report.carried]
+        # No mask is lost with a removed layer (`carry_masks`), so each of these names has a new one.
         report.lost_masks = [self.new_name(name) or name for name in report.lost_masks]
         model = self.layers.model
         # reads the configuration as the earlier run has left it, so before it is replaced
@@ -487,7 +493,7 @@ class PartsRemoval(Removal):
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller_plan.model.num_parameters()
         if self.removed_layers:
-            report.model["layers_kept"] = list(self.smaller_plan.layers)
+            report.model["layers_kept"] = list(self.smaller_plan.layers)  # their old numbers
             report.model["layers_removed"] = [
                 [index, loss] for index, loss in self.removed_layers.items()
             ]

@@ -56,8 +56,8 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
 def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
     """Choose the operators that get zeros, with the user's pattern for each.
 
-    `config` has a choice for every option. With `reorder_channels`, also the channels that change places before the
-    run prunes them are found. Nothing in the model is changed.
+    In `config`, options that the user left to the method are filled in. With `reorder_channels`, also the channels that
+    change places before the run prunes them are found. Nothing in the model is changed.
     """
     channels = dict[str, Part]()  # by the name of the operator that reads them
     if config.reorder_channels:
@@ -79,6 +79,7 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
             patterns[name] = config.pattern_for(name)
         return reason
 
+    # Asks for the reason of every operator, and so fills `patterns`.
     operators, left_dense = choose_operators(layers, config.exclude, reason_left_dense)
     return Removal(
         layers=layers,

@@ -148,8 +148,8 @@ class ChatTemplateError(ValueError):
 def ids_of_chat_template(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Collect the ids of all tokens that a tokenizer's chat template writes around messages; none without a template.
 
-    A template is code of other people. If it refuses a conversation, that conversation adds no ids;
-    `ChatTemplateError` if it runs on after `_MOST_STEPS` lines. Changes nothing that lasts.
+    A template is code of other people. If it refuses a conversation, that conversation adds no ids. If it runs more
+    than `_MOST_STEPS` lines, it is taken to run forever, and `ChatTemplateError` is raised. Changes nothing that lasts.
     """
     ids = set[int]()
     # The messages are empty, so all text is the template's own. Many templates refuse the role "system".

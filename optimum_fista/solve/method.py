@@ -160,8 +160,9 @@ def method_class(name: str) -> type[PruningMethod]:
 def largest_memory_factors() -> MemoryFactors:
     """The largest of each factor among all registered methods (`METHODS`): an estimate for a method without factors.
 
-    Each factor says how many float32 matrices of one size a method holds at most besides its problem: as large as the
-    Gram matrix, as the weights, or as a block of rows. Methods have them as `memory_factors`, or `None`.
+    A factor counts the float32 matrices that a method holds at most besides its problem. There is one factor for each
+    size: that of the Gram matrix, that of the weights, and that of a block of rows. Methods have their factors as
+    `memory_factors`; `None`: they were not measured.
     """
     measured = [method.memory_factors for method in METHODS.values() if method.memory_factors]
     return MemoryFactors(

@@ -112,8 +112,8 @@ def load_lazily(
 
     Args:
         name: Hub id, model folder, or a folder that holds one GGUF file.
-        offload_folder: Weights are copied there that Transformers can't read from the files a parameter at a time, such
-            as those that it merges.
+        offload_folder: Gets copies of the weights that can't be read from the model's files one parameter at a time,
+            such as those that Transformers merges when it loads them.
         device: Device that the model computes on; `None`: the accelerator if there is one, otherwise the CPU.
         dtype: Floating dtype, `"auto"` takes the checkpoint's.
     """
@@ -132,7 +132,7 @@ def load_lazily(
     # Tied weights are two once they are offloaded: equal ones become one parameter again.
     settle_ties(model)
     move_execution(model, target)
-    return LazyModel(model, None, source)
+    return LazyModel(model, None, source)  # no tokenizer: the caller loads it from its files
 
 
 @contextmanager

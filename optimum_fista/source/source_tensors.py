@@ -132,13 +132,15 @@ class SourceTensors:
         Methods name them in different ways, as in `"weight_block_size": [128, 128]` or `"group_size": 32`. The last
         block of a weight may be smaller.
         """
-        # The entries stand at different depths of `self.settings`, so they are found in its text.
+        # The entries stand at different depths of `self.settings`, so they are found in its text. A value ends before
+        # the quote that begins the next setting.
         values = re.findall(
             r'"(?:weight_block_size|block_structure|group_size)": ([^"]*)',
             json.dumps(self.settings),
         )
         sizes = set[int]()
         for value in values:  # such as "[128, 128], "
+            # -1, for no groups, is read as 1, which is never used: sizes are only looked up from 2 on.
             sizes.update(int(number) for number in re.findall(r"\d+", value))
         return sorted(sizes)
 
@@ -300,10 +302,11 @@ class SourceTensors:
 
             `in_a_layer` matches such names; others are returned as they are. `new_numbers` has the new number of each
             decoder layer that stays. Layers after all `total` decoder layers predict more tokens, and are numbered
-            after those of `stay`.
+            after those of `stay`. `self.layers` is how the names of decoder layers begin in the files, such as
+            "model.layers."; it is empty if that is not known, and then all names stay as they are.
             """
             match = in_a_layer.match(name)
-            if match is None or not self.layers:  # without `self.layers`, no layers are known
+            if match is None or not self.layers:
                 return name
             before, number, after = match.groups()
             old = int(number)

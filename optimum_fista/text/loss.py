@@ -98,7 +98,7 @@ def require_measurable(
     """Check the texts of a run, and cut the stretches out of them that are measured. Changes nothing.
 
     Args:
-        texts: The texts themselves, by name, such as "code.txt". Of a path, only the last part is taken.
+        texts: The texts themselves, by name, such as "code.txt". Of a name that is a path, results have the last part.
         protect: Limits by the same names: 1.02 allows 1.02 times the bits per byte that the text has before the run.
         tokenizer: That of the model as it is before the run.
 
@@ -247,6 +247,7 @@ def losses_of(
     }
     device = execution_device(model.get_input_embeddings())
     with products_as(choose_products(compute_dtype, device, model.dtype)):
+        # `removed`: no token ids are forbidden in the predictions, because this model has all its tokens.
         bits = bits_per_byte(model, tokenized, removed={}, progress=progress, label=label)
     return [
         TextLoss(

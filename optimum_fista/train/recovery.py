@@ -651,11 +651,13 @@ def _set_environment(variables: Mapping[str, str]) -> None:
 def _process_restored(device: torch.device) -> Iterator[None]:
     """At the end, put back what the Trainer and Accelerate change in the process inside the `with` block.
 
-    These are their own states, the environment, and the random numbers of Python, NumPy and PyTorch on `device`. Inside
-    the block, the Trainer computes on `device`: an accelerator is named in an environment variable of Accelerate.
+    These are their own states, the environment, and the random states of Python, NumPy and PyTorch: on the CPU, and on
+    all accelerators if `device` is one. Inside the block, the Trainer computes on `device`: an accelerator is named in
+    an environment variable of Accelerate.
     """
     with ExitStack() as stack:  # it runs the callbacks at the end, also after an error
         stack.enter_context(internals.accelerate_states_restored())
+        # The arguments of callbacks are the states of now.
         stack.callback(_set_environment, dict(os.environ))
         stack.callback(random.setstate, random.getstate())
         stack.callback(np.random.set_state, np.random.get_state())
