@@ -411,8 +411,8 @@ class RunRecord:
             _, rows, _ = self.environment["batches"][0]  # number of batches, rows, tokens of a row
             words += ["--batch-size", str(rows), "--device", self.environment["device"]]
             dtype = self.environment["dtype"]  # of the model in memory, such as "torch.bfloat16"
-            # The dtype of the files that the run wrote, or "in the dtypes of the files" if each tensor kept its own. A
-            # report of an older version has no such entry.
+            # It is `dtype` again if all tensors were written in that one; "in the dtypes of the files" if each kept its
+            # own. A report of an older version has no such entry.
             written = self.environment.get("written", dtype)
             # Only one dtype for all needs a flag: that each tensor keeps its own is the default.
             is_one_dtype = written == dtype

@@ -337,7 +337,7 @@ def cost_of_tokens(report: PruningReport) -> Iterator[str]:
         yield "what the removed tokens cost is not measured (a warning says why)"
     else:
         yield f"{report.cost_of_tokens} ({report.verdict_of_tokens})"
-    yield COST_OF_TOKENS_ELSEWHERE
+    yield COST_OF_TOKENS_ELSEWHERE  # that unlike text, such as other languages and code, loses more
 
 
 def path_of_first_model(report: PruningReport, model: str) -> str:

@@ -347,7 +347,8 @@ def _prepare(
     from optimum_fista.source.loading import require_tokenizer
 
     chosen, lines = plan_of(request)
-    require_held_out(chosen.measure, chosen.sources)  # the plan may have chosen the text
+    # The plan may have chosen the text. `sources` are all sources of calibration text, and `source` is the first.
+    require_held_out(chosen.measure, chosen.sources)
     model_writes_text = chosen.source == "self"
     if model_writes_text:
         require_tokenizer(chosen.model)

@@ -258,8 +258,8 @@ def _running_layer(
 ) -> dict[str, float]:
     """Count the bytes, by part, of running a decoder layer on one batch.
 
-    `names` are those of the operators to prune in the layer. `groups` are those that all tokens reach: for each module
-    and number of inputs, the numbers of outputs of its operators (`_groups`).
+    `names` are those of the operators to prune in the layer. `groups` are those that all tokens reach, so without those
+    of experts: for each module and number of inputs, the numbers of outputs of its operators (`_groups`).
     """
     parts: dict[str, float] = {}
     batch_tokens = run.batch_size * run.length

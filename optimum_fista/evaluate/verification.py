@@ -481,14 +481,16 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_group
 
     Args:
         model: The smaller model, without weights.
-        mixture: What the report says.
-        router_groups: The router chooses among so many groups of experts first (`count_router_groups`). Each group
-            keeps equally many.
+        mixture: What the report says. Its `groups_kept` are the numbers of the experts that stay: each expert counts as
+            a group there. Its `saliency` has a value for each expert of the dense model.
+        router_groups: Another kind of groups: the router chooses among so many groups of experts first
+            (`count_router_groups`). Each group keeps equally many.
     """
     # The experts share tensors; their module has no parameters but these.
     fused = model.get_submodule(mixture.name).parameters(recurse=False)
     # Weights are [experts, out, in]; biases, [experts, out], are left out.
     numbers = {len(parameter) for parameter in fused if parameter.ndim == 3}
+    # If there are none, `pop` raises KeyError, which `_errors_of_damaged_files` around this turns into the right error.
     num_kept = len(mixture.groups_kept)
     if numbers != {num_kept}:
         raise VerificationError(

@@ -145,7 +145,7 @@ def _outline(stored: Any) -> Tensor:
 def packed_operators(
     folder: Path, report: PruningReport
 ) -> Iterator[tuple[OperatorReport, Tensor, Tensor]]:
-    """Yield every operator of a packed folder: its report, its dense weight, and its mask.
+    """Yield every operator of a packed folder: its report, its unpacked weight (zeros included), and its mask.
 
     First come those that the run pruned, then those whose masks it carried over; one may come twice. The mask is packed
     to one bit a weight, as in the file of masks of a folder that is not packed. An operator that only lost columns in
@@ -165,7 +165,8 @@ def packed_operators(
         for operator in operators:
             by_tensor[is_of_this_run, _tensor_of(operator.name)].append(operator)
     for (is_of_this_run, name), operators_of_tensor in by_tensor.items():
-        # A run that removes parts packs only what has zeros of an earlier run.
+        # A run that removes parts sets no zeros. So only weights with zeros of an earlier run are packed, and the
+        # others are stored as usual.
         is_dense = bool(report.removed) and name in files
         if name in names:
             packed = read_packed(files, name)
@@ -179,10 +180,12 @@ def packed_operators(
             raise PackedFormatError(f"{name} is in the report but not packed in the checkpoint.")
 
         for operator in operators_of_tensor:
+            # Where the weight of the operator is in the tensor; () is the whole tensor.
             _, index = split_index(operator.name)
             mask_of_operator = mask[index]
             if is_of_this_run and operator.name in carried:
-                # This run removed columns and set no zeros. Those of an earlier run come at the end.
+                # This run removed columns and set no zeros: all weights are kept. The operator comes once more at the
+                # end, among `report.carried`, with the mask of an earlier run.
                 mask_of_operator = torch.ones_like(mask_of_operator)
             yield operator, dense[index], pack_mask(mask_of_operator)
 

@@ -405,7 +405,7 @@ class _Pass:
         outputs: Mapping[nn.Module, _PartOutputs],
         ends: Mapping[nn.Module, tuple[LinearOperator, Rest]],
     ) -> None:
-        """Begin with outputs that are kept, and with the operators that end parts; both by part, and only read.
+        """Keep the two arguments, which are by part and are only read; all other maps begin empty.
 
         `outputs` has the first tensor of every batch, and the rest. `ends` has the operator whose output the part
         returns, and the rest beside it. The caller then fills `waiting` and `new_outputs`, before the layer runs; `run`

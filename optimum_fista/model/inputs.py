@@ -218,12 +218,13 @@ class _Recorder:
         """Prove that the model only adds to hidden states in front of layers, by running a batch again.
 
         `run` calls the model on the batch. `changes` are those of its first pass: by the number of the layer, the
-        hidden states before and after the change. That was a pass with zeros if sums were known before
-        (`self.additive`), otherwise one with hidden states. The other pass follows: x becomes x + d, and 0 becomes
-        0 + d = d exactly.
+        hidden states before and after the change. In one of the two passes, skipped layers return their inputs: x
+        becomes x + d. In the other they return zeros: 0 becomes 0 + d = d exactly. The first pass was the one with
+        zeros if sums were known before it (`self.additive`, numbers of layers).
 
-        Returns the changes of the pass with zeros, and adds the layers to `self.additive`. The second pass begins the
-        fields of one pass anew, and records no arguments.
+        Returns the changes of the pass with zeros, and adds the new layers to `self.additive`. The fields of one pass
+        (`first`, `expected`, `version`, `next`, `gives_zeros`, `is_repeated`, `changes`, `met`) are then those of the
+        second pass, which appends no arguments to `self.calls`.
         """
         gave_zeros = bool(self.additive)
         other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)
@@ -234,6 +235,8 @@ class _Recorder:
             with_zeros = other_changes
             with_states = changes
 
+        # Proved are the new layers, and all that the second pass changed. Known ones are not proved again only because
+        # the first pass changed them.
         new_layers = changes.keys() - self.additive
         for index in sorted(new_layers | other_changes.keys()):
             is_sum = False

@@ -298,15 +298,15 @@ def _split(
     if has_one_sequence:
         return [dict(values)]
 
-    patches = _patches_of_images(values)
+    patches = _patches_of_images(values)  # of each image; 1 for each if no argument has its grid
     num_images = len(patches)
     # The number of the first patch of each image. One more entry, the number of all patches, ends the last image.
     patch_bounds = [0, *accumulate(patches)]
     num_patches = patch_bounds[-1]
     # whether each argument has a row for every image, or for every patch
     have_rows = all(len(value) in (num_images, num_patches) for value in values.values())
-    # Of each sequence, its first image and the first one after it; `None` if they can't be told. If an image with twice
-    # as many patches has twice as many placeholder tokens (`_tokens_follow_patches`), the numbers of both tell it.
+    # Of each sequence: the number of its first image, and of the first image after it. `None`: they can't be told. The
+    # placeholder tokens can tell them if they are in proportion to the patches (`_tokens_follow_patches`).
     images_of_sequences = _images_of_sequences(
         counts, patches, tokens_follow_patches=_tokens_follow_patches(values)
     )

@@ -192,8 +192,9 @@ def settle_ties(model: PreTrainedModel) -> None:
 
     Changes the model, but no value of a weight: equal ones become one parameter, and others are taken out of
     `model.all_tied_weights_keys`, which has the names of tied weights, each with the name of the weight that it is tied
-    to. A weight that is stored only under another weight's name is also found under its own name: the index of
-    Accelerate gets an entry. Transformers does this for weights in memory, but not for weights on disk.
+    to. If only the tied weight is in the files, the weight that it is tied to has no value there. Then this one gets an
+    entry in Accelerate's index, with the same place in the files. Transformers settles ties of weights in memory, but
+    not of weights on disk.
     """
     # names such as "lm_head.weight", which is tied to "model.embed_tokens.weight"
     for target, source in list(model.all_tied_weights_keys.items()):
@@ -202,8 +203,10 @@ def settle_ties(model: PreTrainedModel) -> None:
         if not getattr(owner, leaf).is_meta:  # it is not offloaded
             continue
         source_parameter = model.get_parameter(source)
-        data, _ = _whole_map(owner, leaf)  # what Accelerate reads offloaded weights from
-        # The checkpoint may have the value only under the name `target`.
+        # What Accelerate reads the offloaded weights of the whole model from. A loader looks for a tensor in memory
+        # first (`state_dict`), then for its place on disk (`index`). The files may have the value only under the name
+        # `target`.
+        data, _ = _whole_map(owner, leaf)
         is_on_disk = isinstance(data, OffloadedWeightsLoader) and target in data.index
         if is_on_disk and source not in data.state_dict:
             data.index.setdefault(source, data.index[target])

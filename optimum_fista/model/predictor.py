@@ -46,8 +46,8 @@ class Predictor:
     ) -> None:
         """Run the model on four tokens to find out if it can be cut, unless it has to stay `whole`.
 
-        `kept_tokens`, int64 [vocabulary of the student], are the ids that this model has for the tokens of a student
-        with fewer tokens; `None`: both have the same tokens, or there is no student. The model itself is not changed.
+        `kept_tokens` is for a student that lost tokens: of each of its tokens, the id in this model, int64 [vocabulary
+        of the student]. `None`: both have the same tokens, or there is no student. The model itself is not changed.
         """
         self._model = model
         self._device = execution_device(model.get_input_embeddings())

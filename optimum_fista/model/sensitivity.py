@@ -371,6 +371,8 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
         than on the device (not `is_on_device`), `keep` and `hand_out` take them there and back.
         """
         with (
+            # These hooks see only the arguments of the layer. `checkpoint` has hooks of its own for what the layer
+            # saves while it runs, and drops that.
             nullcontext() if is_on_device else saved_tensors_hooks(keep, hand_out),
             # a recomputed layer runs to its end: stopped early, it would keep weights that Accelerate loaded
             set_checkpoint_early_stop(False),

@@ -268,7 +268,7 @@ class FileSink(Sink):
             layer: The layer, pruned, on its device.
             record: What its report says.
             travelling: Hidden states (dense and pruned) and held-out sequences that enter the next layer, as far as a
-                run that resumes there needs them.
+                run that resumes there needs them. Each has a method `to_save`, which returns lists of tensors by name.
         """
         self.forget_old_weights()  # the dense ones of this layer: the files of the source have them
         masks = self.masks

@@ -59,12 +59,13 @@ def prune_named(
     """Prune a model from its files to the files of `output_dir`, and return the report.
 
     Until the end, all files are in the unfinished folder, from which the same call resumes. At the end, `output_dir` is
-    replaced by the folder of the result. A run that removes tokens is another one: it reads texts instead of batches,
-    and no decoder layer is pruned.
+    replaced by the folder of the result. A Hub id is downloaded into the cache. A run that removes tokens is left to
+    `remove_tokens`: it counts the tokens of the calibration text, and no decoder layer is pruned.
 
     Args:
         name: A Hub id, a model folder, or a folder with one GGUF file.
-        calib_dataloader: Calibration batches of token ids, as the user of `FistaPruner.prune` passes them.
+        calib_dataloader: Calibration batches of token ids, as the user of `FistaPruner.prune` passes them; read once. A
+            run that removes tokens also takes texts (strings).
         output_dir: Where the pruned model goes.
         config: What to prune and how, as the user passed it.
         calibration_source: The name of the calibration text, for the report.
@@ -82,6 +83,7 @@ def prune_named(
     require_output(output_dir, overwrite, source=name)
     require_zeros_to_pack(config, packed)
     if config.tokens_removal is not None:
+        # In all other runs, `run` calls `on_prune_begin` itself.
 
         def tell_begin(report: PruningReport) -> None:
             """Call `on_prune_begin` of the callbacks, when the plan is made."""
@@ -103,8 +105,9 @@ def prune_named(
     usable_device(device)
     storage = storage_place(storage_device)
 
-    # `offloaded` is closed first, and deletes the folder of weights that can't be read from the files in parts. Then
-    # `locked` unlocks the unfinished folder, in rank 0.
+    # If the run fails, these are closed from the last to the first. `offloaded` deletes the folder of weights that
+    # can't be read from the files in parts; each rank has one. `locked` then unlocks the unfinished folder: only rank 0
+    # holds the lock. At last this process leaves the `ranks`.
     with joined_ranks(device) as ranks, ExitStack() as locked, ExitStack() as offloaded:
         unfinished = ranks.first(lambda: locked.enter_context(locked_output(output_dir)))
         # Another run may just have ended.
@@ -123,6 +126,7 @@ def prune_named(
                 raise ValueError(
                     f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
                 )
+            # Several processes can't share decoder layers of which each waits for the one before.
             require_independent_layers(config, ranks.count)
             offload_folder = offloaded.enter_context(
                 tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / JOURNAL)
@@ -134,14 +138,16 @@ def prune_named(
                 device=ranks.device,
                 dtype=dtype,
                 packed=packed,
+                # By itself, `storage_place` takes "disk" as the temporary folder of the system.
                 storage=unfinished / JOURNAL if storage_device == "disk" else storage,
-                disk=unfinished / JOURNAL,
+                disk=unfinished / JOURNAL,  # for activations on a CPU if the user names no storage
                 progress=progress and ranks.index == 0,
                 callbacks=callbacks,
             )
 
         model = ranks.each(read)
         plan = model.plan
+        # The batches as the run needs them, what measures the perplexity (or `None`), and a new report.
         calibration, held_out, report = ranks.each(
             lambda: begin(plan, calib_dataloader, calibration_source)
         )
@@ -160,7 +166,8 @@ def prune_named(
         )
         report = run(plan, calibration, held_out, report, sink, started)
 
-        # All ranks offload to the unfinished folder, which rank 0 tidies when it leaves the lock. The model is in its
+        # The run is done, and `offloaded` is closed early, in all ranks before rank 0 goes on: they offload to the
+        # unfinished folder, which rank 0 tidies when it leaves the lock. The model is in its
         # place, so a rank that fails now can do no harm.
         offloaded.close()
         with suppress(RankError):

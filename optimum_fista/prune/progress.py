@@ -66,7 +66,8 @@ class Progress(PruningCallback):
         """Print a line about the finished decoder layer, above the bar; a log keeps every one of them.
 
         Counts the layer in `self._num_done`, of `self._num_layers` in all. The bar (`self._bar`) moves by the cost of
-        the layer, which `self._costs` has by index. `operators` are the reports of its pruned operators.
+        the layer, which `self._costs` has by index; its text `self._layers_done` is made of the two numbers.
+        `operators` are the reports of the layer's pruned operators.
         """
         self._num_done += 1
         self._bar.set_description_str(self._layers_done, refresh=False)

@@ -84,9 +84,10 @@ class Ranks:
         return cast(T, result)
 
     def first(self, work: Callable[[], T]) -> T:
-        """Let rank 0 do the work, and give its result to all ranks; errors are raised as by `each`.
+        """Let rank 0 do the work, and give its result to all ranks.
 
-        The rank of this process is `self.index`. The other ranks get a copy: the result is pickled.
+        The rank of this process is `self.index`. The other ranks get a copy: the result is pickled. An error of the
+        work is raised in rank 0; the other ranks then raise a `RankError`.
         """
 
         def do_or_wait() -> T | None:

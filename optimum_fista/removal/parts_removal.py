@@ -217,8 +217,9 @@ class PartsRemoval(Removal):
         get a pattern that keeps all columns. Operators that lose columns keep the pattern that they have.
 
         `self.operators` are by the name of their decoder layer, then by their own, and `self.patterns` by the name of
-        the operator. `self.removed_layers` has the numbers of the removed layers. This removal and the model are not
-        changed.
+        the operator. `self.removed_layers` has the numbers of the removed layers. `self.left_dense` has the operators
+        that are not pruned, by name, each with the reason; for those that still are not, `self.smaller_plan` (the
+        `Shrinking` of the run) words the reasons anew. This removal and the model are not changed.
         """
         correction = self.config.correction
         after_removed = set[int]()  # numbers of the layers that come after a removed one
@@ -233,7 +234,7 @@ class PartsRemoval(Removal):
                 operators[name] = {}
                 continue
             own = self.operators[name]
-            # A layer of which no operator loses columns loses no heads.
+            # A layer of which no operator loses columns loses no heads. One that lost only channels would count, too.
             loses_heads = "heads" in self.num_kept_by_kind and bool(own)
             has_error_to_correct = loses_heads or index in after_removed
             if has_error_to_correct and correction.residual_share > 0:

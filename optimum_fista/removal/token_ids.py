@@ -89,8 +89,9 @@ def renumbered(values: Mapping[str, Any], new_ids: Mapping[int, int]) -> dict[st
         """Return the new id of a token, by `new_ids`; a number that has none stays."""
         return new_ids.get(index, index)
 
+    # False: a number is an id only under a key that says so, such as "eos_token_id".
     changed: dict[str, Any] = _replaced(values, new_id, are_ids=False)
-    # In these lists and maps, `changed` still has removed tokens, with their old ids: they are made of `values` again.
+    # The lists and maps of tokens still hold removed tokens, under their old ids. So each is made anew, from `values`.
     if values.get("added_tokens_decoder"):
         # In JSON, the ids that are keys are text.
         changed["added_tokens_decoder"] = {

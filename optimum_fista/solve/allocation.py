@@ -143,7 +143,8 @@ def prune_stacked(
     of zeros: rows with larger weights `v_i` keep more weights. Each `sqrt(v_i)` counts as at least 0.3 times their root
     mean square.
 
-    The weights and targets of `problems` move into one matrix each, become views of it, and change by rounding.
+    The weights and targets of `problems` move into one matrix each, become views of it, and change by rounding. What
+    the method computes from their statistics may stay cached in these.
 
     Args:
         method: Prunes the one problem.
@@ -156,7 +157,8 @@ def prune_stacked(
     weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])
     scales = weights_of_rows.sqrt()
     root_mean_square = scales.square().mean().sqrt()
-    # A scale of 1 is the root mean square. The least normal number stands for zero, because it divides.
+    # From here on, a scale of 1 is the root mean square. If all `v` are zero, it is zero, too; then the least normal
+    # number divides in its place.
     scales /= root_mean_square.clamp_min(torch.finfo(scales.dtype).tiny)
     scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
 
@@ -165,7 +167,8 @@ def prune_stacked(
         for pattern, problem in zip(patterns, problems, strict=True)
     )
     rows = [problem.weight.shape[0] for problem in problems]  # of each operator
-    stacked = _stack(problems, scales, rows)  # changes `problems`, until they are divided below
+    # The matrices of `problems` are now parts of those of `stacked`, so they are scaled, too, until the division below.
+    stacked = _stack(problems, scales, rows)
     try:
         # All patterns are alike but for the share of zeros.
         pattern = replace(patterns[0], sparsity=1 - num_kept / stacked.weight.numel())

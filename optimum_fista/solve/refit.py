@@ -36,7 +36,7 @@ def refit(
 
     Every row is a least-squares problem of its own; all rows take a conjugate-gradient step together, each with its own
     step length, preconditioned by the diagonal of G. The objective falls in every step. The *energy* of a row is its
-    squared residual, divided by the diagonal; a row is *at rest* if that is zero.
+    squared residual, divided by the diagonal. A row without energy is *at rest*: its weights change no more.
 
     Args:
         gram: `G` [in, in], symmetric positive semidefinite.
@@ -45,9 +45,9 @@ def refit(
         mask: Boolean [out, in], True = kept.
         max_iterations: Steps at most.
         tolerance: Stop when the preconditioned residual of all rows together has fallen by this factor.
-        singular: Whether `gram` may be singular. Then a row is at rest once its residual is as small as its rounding
-            errors. Rounding errors also point along directions in which no token has an input, and a step there would
-            have no bound.
+        singular: Whether `gram` may be singular. Then an energy counts as zero if it is no larger than that of the
+            row's rounding errors. These also point along directions in which no token has an input, and a step there
+            would have no bound.
         in_place: Whether `target` and `start` may be overwritten: then the result is in the memory of `start`, and two
             matrices of their shape are made; otherwise four.
 
@@ -56,7 +56,8 @@ def refit(
     scale = _preconditioner(gram)
     weight = start.mul_(mask) if in_place else start * mask
     product = torch.empty_like(weight)  # memory for products, used again and again
-    noise = torch.zeros_like(weight[:, 0])  # squared rounding error of each row's residual, [out]
+    # The squared rounding error of each row's residual, [out]; an energy up to it counts as zero.
+    noise = torch.zeros_like(weight[:, 0])
     if singular:
         noise = _rounding_errors(gram, target, weight, mask, scale, memory=product)
 
@@ -69,7 +70,7 @@ def refit(
     stop = tolerance**2 * energy.sum().double()  # energies are squares
     steps = torch.zeros((), dtype=torch.int64, device=gram.device)
     # To learn whether all rows have converged, the host must wait for the device, so it rarely asks. Steps after
-    # convergence change nothing.
+    # convergence have the length 0: they change neither weights nor residual, and are not counted.
     steps_between_questions = 1 if gram.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
         has_converged = energy.sum() <= stop  # all rows together

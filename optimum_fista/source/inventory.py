@@ -240,6 +240,7 @@ def _modules_with_cut_parts(
             for name_of_part, shape_of_part in shapes_of_parts
         )
         if looks_like_a_part:
+            # The module would need the same cut as the decoder layers, and only these are cut.
             reasons[module] = (
                 f"{num_tensors[module]} tensors: parts that decoder layers lose would have to go there too"
             )

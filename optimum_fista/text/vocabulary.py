@@ -134,7 +134,7 @@ def reduce_vocabulary(
 def _read_vocabulary(tokenizer: dict[str, Any]) -> _Vocabulary:
     """Read the content of a `tokenizer.json`, which is not changed.
 
-    ValueError if it can't be loaded, or is of a kind of which no token can be removed (`_KINDS` can).
+    ValueError if it can't be loaded, or if its model is none of `_KINDS`: tokens can be removed from these only.
     """
     try:  # the form that the library writes: ids as it loads them, each merge a pair
         content = json.loads(Tokenizer.from_str(json.dumps(tokenizer)).to_str())
@@ -224,8 +224,10 @@ def _ranked(
         """Return the sort key of a token, by which those that should stay come first.
 
         `required` ones come before all others. Then more uses, more uses of the rarest part, a smaller `smallest_id`,
-        and fewer symbols (`num_symbols`) decide, in this order. By Zipf's law, a token with the `smallest_id` i gets
-        `expected_uses / (i + 1)` more uses. `vocabulary.parts` are the two tokens of which a token is made.
+        and fewer symbols (`num_symbols`) decide, in this order. `smallest_id` is the smallest id among the token itself
+        and all tokens that it is a part of; it is small for tokens that are frequent in general. So by Zipf's law, a
+        token with the `smallest_id` i gets `expected_uses / (i + 1)` more uses. `expected_uses` is one number, the same
+        for all tokens; 0 if only counted uses matter. `vocabulary.parts` are the two tokens of which a token is made.
         """
         # A token without parts counts as its own part.
         parts = vocabulary.parts.get(index, (index,))

@@ -565,8 +565,8 @@ def _model_with_weights(
     """Read the source's model again, in its own dtypes, and give it the trained weights.
 
     `trained` is the Trainer's model in float32, which stays as it is; `None`: no training was better, and the weights
-    are those of the source. Only trained parameters are copied: the head may have been rounded for the training. The
-    configuration of the new model then notes that it was retrained.
+    are those of the source. Only trained parameters are copied. All others come from the source's files, because the
+    training may have rounded its copy of the head. The configuration of the new model then notes that it was retrained.
 
     `is_saved`: whether this process (rank 0) saves the model. The others return `None`. They call this, because each
     process has a part of sharded weights.

@@ -46,7 +46,8 @@ class Alps(PruningMethod):
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask.
 
-        No tensor of `problem` changes; its statistics keep their decoupled form (`LayerProblem.decoupled`).
+        Nearly dead inputs (with hardly any energy) are treated as uncorrelated with all others. The Gram matrix of this
+        is computed once and cached in `problem.statistics` (`LayerProblem.decoupled`); no tensor of `problem` changes.
 
         The fields of `self` are the options of the method, such as `damping` (a share of the mean of the diagonal of
         the Gram matrix) and `period` (iterations between changes of `rho`); the module's docstring has the steps.
@@ -78,7 +79,8 @@ class Alps(PruningMethod):
             support = state.mask
         assert support is not None
 
-        # Algorithm 2, in the coordinates of the iterations.
+        # Algorithm 2, in the coordinates of the iterations. On the support, `state.point` is now the projected iterate;
+        # `refit` ignores the rest of it.
         weight, steps = refit(
             gram, target, state.point, support, max_iterations=self.refit_iterations
         )

@@ -43,12 +43,16 @@ class PartShare:
         router chooses groups of experts first (`num_router_groups` of them, otherwise 1), equally many experts of each
         stay.
 
+        The number that stays is a multiple of `self.step`. The step is `self.multiple_of` if the user gave one. If not,
+        it is 64 for more than 64 channels in a multiple of 64, and otherwise `num_router_groups`.
+
         Raises:
-            ValueError: If no whole number of parts is near enough to the share; the message has possible shares.
+            ValueError: If the nearest multiple of the step is too small, or all parts, or if the number that goes would
+                differ from the share by more than a tenth of it. The message has possible shares, if there are any.
         """
         step = self.step(number, num_router_groups)
         kept = self._nearest(number, step)
-        # The least and the most multiples of the step that may stay: one part goes at least.
+        # The smallest and the largest multiple of the step that may stay: fewer than `number`, so that a part goes.
         least = math.ceil(at_least / step) * step  # rounded up
         most = (number - 1) // step * step  # rounded down
         if most < least:
@@ -164,6 +168,7 @@ class WholeParts(SparsityPattern):
             match = _PART.fullmatch(part)
             if match is None:
                 return None
+            # texts, such as "channels", "0.25" and "64"; the last may be None
             kind, share, multiple = match.groups()
             multiple_of = None if multiple is None else int(multiple)
             if not 0 < float(share) < 1 or multiple_of == 0:
@@ -176,6 +181,7 @@ class WholeParts(SparsityPattern):
         kinds = {share.kind for share in shares}
         if len(kinds) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")
+        # The sparsity of the whole pattern is its largest share. Each `share` is a `PartShare` here.
         return cls(max(share.share for share in shares), scope, shares=tuple(shares))
 
     def __str__(self) -> str:

@@ -76,8 +76,9 @@ _OTHER_READERS = {
 def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
     """Change the configuration of a quantized model so that Transformers loads the model in 16 bits; return it.
 
-    `config` is one for which `quantization` returns settings. Changes `config` and its section for the text decoder:
-    the quantization settings then name the `Dequantizer`, and the dtype is set if there is none.
+    `config` is one for which `quantization` returns settings. Changes `config`: its quantization settings then name the
+    `Dequantizer` and hold the old settings, and the dtype is set if there is none. The section for the text decoder
+    loses its own settings, if it has any.
 
     Raises:
         ValueError: If Transformers can't dequantize the format a parameter at a time.
@@ -102,7 +103,7 @@ def read_dequantized(config: PreTrainedConfig) -> PreTrainedConfig:
             f"a parameter at a time: dequantize it with {reader}, save it, and pass that folder."
         )
 
-    forget_quantization(config)
+    forget_quantization(config)  # also in the section for the text decoder
     config.quantization_config = {"quant_method": _METHOD, "settings": settings}
     if getattr(config, "dtype", None) is None:
         config.dtype = torch.bfloat16  # Transformers would take that of a tensor in FP8
@@ -208,13 +209,15 @@ class Dequantizer(HfQuantizer):
         """Return the conversions and renamings by which the quantized model is loaded; Transformers calls this.
 
         Each conversion becomes a `DeferredConversion`; renamings stay. `self` keeps a copy of the given list, and the
-        result. `self.inner` is the quantizer of Transformers for this format, which makes them.
+        result. The conversions come from `self.format`, which may start from those of Transformers: `self.inner` makes
+        these, and is the quantizer of Transformers for this format.
 
         Args:
             weight_conversions: Those of the dense model. Some formats of Transformers add theirs to this list.
             model: The model, which older versions of Transformers do not pass.
         """
         self._dense_conversions = list(weight_conversions)
+        # The format calls the second argument only if it needs the conversions of Transformers.
         conversions = self.format.conversions(
             list(weight_conversions),
             lambda: self.inner.update_weight_conversions(weight_conversions, *model),
