@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
 
 def prune_with(error, moment, model, **options):
-    """The report, or None after the error."""
+    """The report of a run that raises `error` at the operation of number `moment`; None if it ended with the error."""
     with (
         RaiseAt(moment, error),
         suppress(type(error), ValueError),
@@ -29,7 +29,7 @@ def prune_with(error, moment, model, **options):
 
 
 @pytest.mark.parametrize("share", [401, pytest.param(1, marks=pytest.mark.slow)])
-def test_out_of_memory_in_memory(share):
+def test_a_loaded_model_is_pruned_as_ever_or_untouched_wherever_memory_runs_out(share):
     expected = tiny_llama()
     with RaiseAt() as whole:
         expected_report = prune(expected)
@@ -45,7 +45,9 @@ def test_out_of_memory_in_memory(share):
 
 
 @pytest.mark.parametrize("share", [501, pytest.param(1, marks=pytest.mark.slow)])
-def test_out_of_memory_streamed(share, tmp_path, tiny_folder):
+def test_a_run_from_files_ends_as_ever_or_leaves_no_output_wherever_memory_runs_out(
+    share, tmp_path, tiny_folder
+):
     with RaiseAt() as whole:
         expected_report = prune(tiny_folder, output_dir=tmp_path / "expected")
 
@@ -78,12 +80,15 @@ def offloaded_llama():
 def test_an_interrupted_run_in_memory_changes_nothing(share, make):
     with RaiseAt() as whole:
         prune(make())
+
     for moment in moments(whole.count, share):
         with Untouched(model := make()):
             assert prune_with(KeyboardInterrupt(), moment, model) is None
 
 
-def test_ctrl_c_in_a_run_from_a_bfloat16_folder(tmp_path, monkeypatch):
+def test_ctrl_c_in_a_run_from_a_bfloat16_folder_restores_the_precision_and_loses_nothing(
+    tmp_path, monkeypatch
+):
     """If bfloat16 is slow, all products inside the run are widened."""
     monkeypatch.setattr(precision, "is_fast", lambda *_: False)
     source = tmp_path / "source"

@@ -19,7 +19,7 @@ CONFIGS = [FistaPruningConfig(), FistaPruningConfig(method="sparsegpt", error_co
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def fail_above(module, most, when=lambda: True, error=CUDA):
+def run_out_of_memory_above(module, most, when=lambda: True, error=CUDA):
     """Have a module run out of memory on batches of more than `most` sequences; returns the sizes that failed."""
     failed: list[int] = []
 
@@ -33,13 +33,15 @@ def fail_above(module, most, when=lambda: True, error=CUDA):
     return failed
 
 
-def fail_late(model, most):
+def run_out_of_memory_half_pruned(model, most):
     """Run out of memory in front of the second layer's last operator, when those before it are pruned."""
     mlp = model.model.layers[1].mlp
-    return fail_above(mlp.down_proj, most, lambda: bool((mlp.gate_proj.weight == 0).any()))
+    return run_out_of_memory_above(
+        mlp.down_proj, most, lambda: bool((mlp.gate_proj.weight == 0).any())
+    )
 
 
-def assert_same(model, report, expected, expected_report):
+def assert_same_run(model, report, expected, expected_report):
     assert report.totals["num_zeros"] == expected_report.totals["num_zeros"]
     assert [o.num_tokens for o in report.operators] == [
         o.num_tokens for o in expected_report.operators
@@ -53,7 +55,7 @@ def test_batches_are_halved_until_they_fit(config, place):
     model = tiny_llama()
     expected = tiny_llama()
     if place == "half pruned":
-        failed = fail_late(model, 2)
+        failed = run_out_of_memory_half_pruned(model, 2)
     else:
         layer = model.model.layers[1]
         modules = {
@@ -61,7 +63,7 @@ def test_batches_are_halved_until_they_fit(config, place):
             "first pass": layer.self_attn.q_proj,
             "gradients": model.lm_head,
         }
-        failed = fail_above(modules[place], 2)
+        failed = run_out_of_memory_above(modules[place], 2)
 
     expected_report = FistaPruner(config, progress=False).prune(expected, tiny_tokens().split(8))
 
@@ -77,33 +79,34 @@ def test_batches_are_halved_until_they_fit(config, place):
         assert failed == [8, 4]
         where = "the embeddings" if place == "embeddings" else "model.layers.1"
         assert [w.partition(":")[0] for w in report.warnings] == [f"out of memory in {where}"] * 2
-    assert_same(model, report, expected, expected_report)
+    assert_same_run(model, report, expected, expected_report)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_what_layers_hand_on_is_not_recorded_again_in_a_network_that_is_partly_pruned():
     model = family_model("hy_v4")
     first, second, *_ = model.model.layers
-    fail_above(second, 1, lambda: bool((first.self_attn.o_proj.weight == 0).any()))
+    run_out_of_memory_above(second, 1, lambda: bool((first.self_attn.o_proj.weight == 0).any()))
     config = FistaPruningConfig(method="wanda", include=("*.o_proj",))
 
     message = "pass more than hidden states to the next one: pass batches of at "
-
     with Untouched(model), pytest.raises(torch.OutOfMemoryError, match=message):
         FistaPruner(config, progress=False).prune(model, [torch.cat(family_tokens())])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.method)
-def test_a_layer_that_starts_again_starts_from_its_dense_weights(config):
+def test_a_layer_that_starts_again_half_pruned_starts_from_its_dense_weights(config):
     early = tiny_llama()
     late = tiny_llama()
+    run_out_of_memory_above(
+        early.model.layers[1].self_attn.q_proj, 2, lambda: not torch.is_grad_enabled()
+    )
+    run_out_of_memory_half_pruned(late, 2)
 
-    fail_above(early.model.layers[1].self_attn.q_proj, 2, lambda: not torch.is_grad_enabled())
-
-    assert fail_late(late, 2) == []
     for model in (early, late):
         with pytest.warns(UserWarning, match=r"in model\.layers\.1: batches of 2"):
             FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
+
     assert all(map(torch.equal, early.parameters(), late.parameters()))
 
 
@@ -111,10 +114,10 @@ def test_a_layer_that_starts_again_starts_from_its_dense_weights(config):
 @pytest.mark.parametrize("place", ["layer", "gradients"])
 def test_one_sequence_that_is_too_long_is_an_error_that_helps(llama, tokens, place):
     if place == "layer":
-        fail_above(llama.model.layers[1].mlp, 0, lambda: not torch.is_grad_enabled())
+        run_out_of_memory_above(llama.model.layers[1].mlp, 0, lambda: not torch.is_grad_enabled())
         expected = r"one sequence of 16 tokens: pass storage_device='cpu' \(--storage-device cpu\) or shorter sequences"
     else:
-        fail_above(llama.model.layers[1].mlp, 0)
+        run_out_of_memory_above(llama.model.layers[1].mlp, 0)
         expected = r"gradients of the loss on one sequence: pass allocation='uniform'"
     with Untouched(llama), pytest.raises(torch.OutOfMemoryError, match=expected):
         FistaPruner(progress=False).prune(llama, tokens.split(4))
@@ -130,7 +133,7 @@ def streamed(tmp_path, monkeypatch):
 
     def load_and_watch(*arguments, **options):
         loaded = load(*arguments, **options)
-        fail_late(loaded[0], 2)
+        run_out_of_memory_half_pruned(loaded[0], 2)
         return loaded
 
     monkeypatch.setattr(named, "load_lazily", load_and_watch)
@@ -143,11 +146,12 @@ def streamed(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:out of memory")
 def test_a_streamed_run_goes_on_with_the_smaller_batches(streamed, tmp_path):
     report = streamed("whole")
-
     assert [w.partition(":")[0] for w in report.warnings] == ["out of memory in model.layers.1"] * 2
+
     with interrupted_after(1), pytest.raises(KeyboardInterrupt):
         streamed("cut")
     report = streamed("cut")
+
     assert report.warnings == ["continues with the batches of the last run, 2 sequences at most"]
     assert_same_files(tmp_path / "cut", tmp_path / "whole")
 
@@ -156,15 +160,16 @@ def test_batches_and_states_are_cut_alike():
     ids = torch.arange(18).view(6, 3)
     mask = torch.tensor([[True, True, False]])
     batches = [CalibrationBatch(ids[:5]), CalibrationBatch(ids[5:], mask, held_out=True)]
+    dense = [torch.rand(5, 3, 2), torch.rand(1, 3, 2)]  # hidden states of the two batches
+    cpu = torch.device("cpu")
     sizes = [3, 2, 1]
 
     cut = cut_batches(batches, sizes)
+    states = cut_states(HiddenStates(dense, dense), sizes, cpu, cpu)
 
     assert torch.equal(torch.cat([b.input_ids for b in cut[:2]]), batches[0].input_ids)
     assert torch.equal(cut[2].attention_mask, mask)
     assert [batch.held_out for batch in cut] == [False, False, True]
-    dense = [torch.rand(5, 3, 2), torch.rand(1, 3, 2)]
-    states = cut_states(HiddenStates(dense, dense), sizes, torch.device("cpu"), torch.device("cpu"))
     assert states.dense is states.pruned
     assert [h.shape[0] for h in states.dense] == sizes
     assert torch.equal(torch.cat(list(states.dense)), torch.cat(dense))

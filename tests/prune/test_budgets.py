@@ -14,7 +14,7 @@ def budgets_of(model, tokens, **options):
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
-def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
+def test_budgets_of_operators_add_up_to_the_sparsity_asked_for(llama, tokens, sparsity):
     operators, budgets = budgets_of(llama, tokens, sparsity=sparsity)
 
     assert set(budgets.sparsities) == set(budgets.output_weights) == set(operators)
@@ -35,7 +35,7 @@ def test_sparsities_add_up_to_the_whole(llama, tokens, sparsity):
         {"sparsity": 0.0, "overrides": {"*.q_proj": 0.5}},
     ],
 )
-def test_uniform_budgets_run_nothing(llama, tokens, options):
+def test_where_every_operator_has_one_sparsity_budgets_take_no_forward_pass(llama, tokens, options):
     llama.forward = None  # running it would be an error
 
     _, budgets = budgets_of(llama, tokens, **options)
@@ -43,25 +43,26 @@ def test_uniform_budgets_run_nothing(llama, tokens, options):
     assert (budgets.sparsities, budgets.output_weights, budgets.without_gradient) == ({}, {}, [])
 
 
-def test_overrides_keep_their_own(llama, tokens):
-    operators, budgets = budgets_of(
-        llama, tokens, overrides={"*.q_proj": 0.25, "*.down_proj": "2:4"}
-    )
+def test_operators_with_an_override_take_no_part_in_the_sharing_of_zeros(llama, tokens):
+    overrides = {"*.q_proj": 0.25, "*.down_proj": "2:4"}
+
+    operators, budgets = budgets_of(llama, tokens, overrides=overrides)
+
     assert set(budgets.sparsities) == {
         n for n in operators if not n.endswith(("q_proj", "down_proj"))
     }
 
 
-def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
-    with torch.no_grad():
+def test_operators_without_a_gradient_have_the_sparsity_asked_for_and_are_warned_of(llama, tokens):
+    with torch.no_grad():  # so that no gradient reaches the MLP
         llama.model.layers[1].mlp.down_proj.weight.zero_()
-    _, budgets = budgets_of(llama, tokens)
-
     unseen = [f"model.layers.1.mlp.{name}_proj" for name in ("down", "gate", "up")]
+
+    _, budgets = budgets_of(llama, tokens)
+    report = FistaPruner(FistaPruningConfig(), progress=False).prune(llama, tokens.split(4))
 
     assert sorted(budgets.without_gradient) == unseen
     assert all(name not in budgets.sparsities for name in unseen)
-    report = FistaPruner(FistaPruningConfig(), progress=False).prune(llama, tokens.split(4))
     (warning,) = [w for w in report.warnings if "has no gradient for" in w]
     assert "3 operators" in warning
     assert "model.layers.1.mlp.up_proj" in warning
@@ -70,7 +71,7 @@ def test_operators_the_loss_does_not_feel_keep_the_average(llama, tokens):
     ] == 0.5
 
 
-def test_rows_keep_their_own_budgets(llama, tokens):
+def test_with_scope_row_all_rows_of_an_operator_keep_equally_many_weights(llama, tokens):
     config = FistaPruningConfig(0.5, scope="row")
 
     report = FistaPruner(config, progress=False).prune(llama, tokens.split(4))

@@ -62,7 +62,9 @@ def prune(model, *callbacks, output_dir=None, **options):
 
 
 @pytest.mark.parametrize("from_files", [False, True])
-def test_everything_is_told_once_and_in_order(dense, source, tmp_path, from_files):
+def test_callbacks_hear_of_the_start_each_operator_each_layer_and_the_end_once_in_order(
+    dense, source, tmp_path, from_files
+):
     told = Recorder()
     model, output = (source, tmp_path / "out") if from_files else (dense, None)
 
@@ -92,12 +94,15 @@ def test_everything_is_told_once_and_in_order(dense, source, tmp_path, from_file
 def test_a_callback_that_fails_loses_no_finished_layer_in_files(source, tmp_path, place, finished):
     with pytest.raises(RuntimeError, match="no more of this"):
         prune(source, Recorder(place), output_dir=tmp_path / "out")
+
     assert (
         len(list((unfinished_folder(tmp_path / "out") / "journal").glob("layer-*.json")))
         == finished
     )
+
     again = Recorder()
     _, report = prune(source, again, output_dir=tmp_path / "out")
+
     assert [index for index, *_ in again.named("layer")] == list(range(finished, LAYERS))
     assert len(again.named("operator")) == 7 * (LAYERS - finished)
     _, whole = prune(source, output_dir=tmp_path / "whole")
@@ -107,12 +112,15 @@ def test_a_callback_that_fails_loses_no_finished_layer_in_files(source, tmp_path
     ]
 
 
-def test_a_callback_that_fails_at_the_end_loses_nothing(dense, source, tmp_path):
+def test_a_callback_that_fails_at_the_end_leaves_a_whole_pruned_model(dense, source, tmp_path):
     with pytest.raises(RuntimeError):
         prune(source, Recorder(("end", 1)), output_dir=tmp_path / "out")
+
     assert verify_checkpoint(tmp_path / "out").num_operators == 7 * LAYERS
+
     pruner = FistaPruner(FistaPruningConfig(), progress=False, callbacks=[Recorder(("end", 1))])
     with pytest.raises(RuntimeError):
         pruner.prune(dense, tiny_tokens().split(4))
     pruner.save_pretrained(dense, tmp_path / "saved")
+
     assert verify_checkpoint(tmp_path / "saved").num_operators == 7 * LAYERS

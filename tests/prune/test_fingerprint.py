@@ -48,7 +48,7 @@ def journal_of_cut_off_run(source) -> Path:
     return source.parent / "pruned.unfinished" / "journal"
 
 
-def zero(file: Path, name: str) -> None:
+def zero_unnoticed(file: Path, name: str) -> None:
     """Zero a tensor in its file, whose size and time of change stay what they were."""
     before = file.stat()
     with safe_open(file, "pt") as tensors:
@@ -56,6 +56,7 @@ def zero(file: Path, name: str) -> None:
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
     begin, end = json.loads(data[8 : 8 + length])[name]["data_offsets"]
+    # a safetensors file begins with the length of its header in 8 bytes
     data[8 + length + begin : 8 + length + end] = bytes(end - begin)
     with file.open("r+b") as opened:
         opened.write(data)
@@ -64,14 +65,16 @@ def zero(file: Path, name: str) -> None:
     assert not bool(load_file(file)[name].any())
 
 
-def test_other_weights_and_another_dtype_are_refused(source, journal_of_cut_off_run):
+def test_a_cut_off_run_is_not_resumed_on_other_weights_or_in_another_dtype(
+    source, journal_of_cut_off_run
+):
     with pytest.raises(
         ValueError,
         match=r"was another one \(.*arithmetic.dtype was \"torch.float32\", is \"torch.bf",
     ):
         prune(source, dtype="bfloat16")
 
-    zero(source / "model.safetensors", "model.norm.weight")
+    zero_unnoticed(source / "model.safetensors", "model.norm.weight")
     with pytest.raises(
         ValueError, match=r"was another one \(weights.model.safetensors was .*, is .*\)\. Start it"
     ):
@@ -91,7 +94,7 @@ def test_a_run_resumes_on_weights_that_were_touched_or_copied(
     assert not journal_of_cut_off_run.exists()
 
 
-def test_weights_are_read_again_only_if_their_file_changed(
+def test_a_run_that_resumes_does_not_hash_unchanged_files_again(
     source, journal_of_cut_off_run, monkeypatch
 ):
     digest = source_files.digest_of
@@ -101,7 +104,7 @@ def test_weights_are_read_again_only_if_their_file_changed(
         lambda path: "read again" if path.parent == source else digest(path),
     )
 
-    prune(source)
+    prune(source)  # with the digest "read again", this would be an error
 
 
 @pytest.mark.parametrize("write", [None, fp8_deepseek])
@@ -116,7 +119,7 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(
 
     def change(*arguments):
         keep(*arguments)
-        zero(source / "model.safetensors", "model.layers.1.self_attn.o_proj.weight")
+        zero_unnoticed(source / "model.safetensors", "model.layers.1.self_attn.o_proj.weight")
 
     with monkeypatch.context() as patched:
         patched.setattr(Journal, after, change)
@@ -124,8 +127,10 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(
             ValueError, match=r"^model.safetensors in .* changed during the run: restore"
         ):
             prune(source)
+
     names = {path.stem for path in (source.parent / "pruned.unfinished" / "journal").glob("*.json")}
     assert names - {"fingerprint", "weights"} == kept
+
     with pytest.raises(ValueError, match="was another one"):
         prune(source)
 
@@ -140,7 +145,9 @@ def test_weights_that_change_while_they_are_pruned_end_the_run(
         ),
     ],
 )
-def test_another_configuration_is_refused(source, journal_of_cut_off_run, change, message):
+def test_a_cut_off_run_is_not_resumed_on_another_configuration_of_the_model(
+    source, journal_of_cut_off_run, change, message
+):
     file = source / "config.json"
 
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
@@ -149,7 +156,7 @@ def test_another_configuration_is_refused(source, journal_of_cut_off_run, change
         prune(source)
 
 
-def test_overrides_in_another_order_are_refused(source):
+def test_a_cut_off_run_is_not_resumed_with_its_overrides_in_another_order(source):
     overrides = {"*q_proj": 0.25, "*_proj": 0.75}
 
     for names, end in (
@@ -171,7 +178,9 @@ def test_overrides_in_another_order_are_refused(source):
     assert {operator.target_sparsity for operator in report.operators} == {0.75}
 
 
-def test_what_a_network_does_not_compute_with_may_change(source, journal_of_cut_off_run):
+def test_a_run_resumes_if_only_names_and_versions_in_the_configuration_changed(
+    source, journal_of_cut_off_run
+):
     file = source / "config.json"
     file.write_text(
         json.dumps(
@@ -179,4 +188,4 @@ def test_what_a_network_does_not_compute_with_may_change(source, journal_of_cut_
         )
     )
 
-    prune(source)
+    prune(source)  # if the configuration counted as another one, this would be an error

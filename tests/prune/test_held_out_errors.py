@@ -9,7 +9,7 @@ from tiny_models import VOCAB_SIZE, tiny_model
 
 @pytest.mark.parametrize("error_correction", ["none", "intra", "full", 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_errors_are_those_of_the_inputs_that_the_correction_promises(
+def test_reported_errors_are_those_of_the_inputs_that_the_correction_aims_at(
     tokens, error_correction, method
 ):
     model = tiny_llama()
@@ -38,11 +38,12 @@ def test_errors_are_those_of_the_inputs_that_the_correction_promises(
                 None if error_correction == 0 else pytest.approx(expected, rel=1e-4)
             ), name
             assert (operator.num_tokens, operator.held_out_tokens) == (5 * 16, 3 * 16)
+
     if method == "sparsegpt":  # has fitted 32 to 48 weights an output to 80 tokens
         assert report.totals["held_out_ratio"] > 1.1
 
 
-def parts_of(model, tokens, layer):
+def down_projection_and_rest(model, tokens, layer):
     """Inputs [tokens, in] and outputs of a down projection, and the hidden states after its layer without it."""
     seen = {}
     projection = model.model.layers[layer].mlp.down_proj
@@ -64,8 +65,8 @@ def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, resi
 
     for layer in range(2):
         name = f"model.layers.{layer}.mlp.down_proj.weight"
-        inputs, own, rest = parts_of(pruned, tokens[6:], layer)
-        _, dense_own, dense_rest = parts_of(dense, tokens[6:], layer)
+        inputs, own, rest = down_projection_and_rest(pruned, tokens[6:], layer)
+        _, dense_own, dense_rest = down_projection_and_rest(dense, tokens[6:], layer)
         remade = inputs @ dense.get_parameter(name).detach().double().T
         wanted = share * dense_own + (1 - share) * remade - residual * (rest - dense_rest)
         (operator,) = [o for o in report.operators if o.name == name]
@@ -73,8 +74,8 @@ def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, resi
         assert operator.held_out_fit_error == pytest.approx(expected, rel=1e-4)
         expected = float((own - dense_own).norm() / dense_own.norm())
         assert operator.held_out_output_error == pytest.approx(expected, rel=1e-4)
-        inputs, own, _ = parts_of(pruned, tokens[:6], layer)
-        _, dense_own, _ = parts_of(dense, tokens[:6], layer)
+        inputs, own, _ = down_projection_and_rest(pruned, tokens[:6], layer)
+        _, dense_own, _ = down_projection_and_rest(dense, tokens[:6], layer)
         assert operator.output_error == pytest.approx(
             float((own - dense_own).norm() / dense_own.norm()), rel=1e-4
         )
@@ -99,7 +100,7 @@ def test_residual_correction_aims_at_the_output_of_the_layer(tokens, share, resi
     ],
     ids=lambda options: options.get("method", "default"),
 )
-def test_nothing_is_fitted_to_them(tokens, options):
+def test_sequences_that_are_held_out_change_no_weight_and_no_calibration_error(tokens, options):
     alone = tiny_llama()
     model = tiny_llama()
     other = tiny_llama()
@@ -131,7 +132,9 @@ def test_nothing_is_fitted_to_them(tokens, options):
 @pytest.mark.parametrize(
     "family", ["llama", "gpt2"]
 )  # positions relative to each other, and absolute ones
-def test_padding_counts_nowhere(tokens, family, side, error_correction):
+def test_padding_changes_no_error_of_calibration_or_held_out_sequences(
+    tokens, family, side, error_correction
+):
     short = tokens[6:, :10]
     padding = torch.full((2, 6), 5)
     order = (padding, short) if side == "left" else (short, padding)
@@ -171,7 +174,7 @@ def test_bfloat16_errors_are_those_of_the_rounded_weights(tokens):
 
 
 @pytest.mark.usefixtures("enough_tokens")
-def test_corrected_experts_have_errors_where_they_have_tokens():
+def test_experts_have_a_held_out_error_exactly_where_held_out_tokens_reach_them():
     tokens = torch.randint(0, VOCAB_SIZE, (9, 24), generator=torch.Generator().manual_seed(1))
     alone = tiny_model("mixtral")
     model = tiny_model("mixtral")

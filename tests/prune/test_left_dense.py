@@ -34,7 +34,6 @@ def pruner(**options) -> FistaPruner:
 @pytest.mark.parametrize("family", EXPECTED)
 def test_operators_left_dense_are_reported_warned_of_and_untouched(family):
     model = family_model(family)
-
     dense = {name: model.get_parameter(f"{name}.weight").clone() for name in EXPECTED[family]}
 
     with pytest.warns(
@@ -43,6 +42,7 @@ def test_operators_left_dense_are_reported_warned_of_and_untouched(family):
         report = pruner(sparsity=0.5, method="magnitude", allocation="fisher").prune(
             model, family_tokens()
         )
+
     assert report.left_dense == EXPECTED[family]
     assert any("were left dense" in warning for warning in report.warnings)
     assert all(
@@ -53,7 +53,6 @@ def test_operators_left_dense_are_reported_warned_of_and_untouched(family):
 
 def test_shared_weights_stay_as_they_are():
     model = family_model("zamba2")
-
     dense = {
         name: tensor.clone()
         for name, tensor in model.state_dict().items()
@@ -62,6 +61,7 @@ def test_shared_weights_stay_as_they_are():
 
     with pytest.warns(UserWarning, match="20 operators were left dense: .*shares its weight with"):
         report = pruner(pattern="2:4", method="wanda").prune(model, family_tokens())
+
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in dense.items())
     assert all(reason.startswith("shares its weight with") for reason in report.left_dense.values())
     assert report.operators
@@ -69,14 +69,13 @@ def test_shared_weights_stay_as_they_are():
 
 def test_model_of_which_nothing_can_be_pruned_is_refused_and_left_as_it_was():
     model = family_model("mamba")
-
     message = r"dt_proj, for one: not called in a forward pass"
 
     with Untouched(model), pytest.raises(UnsupportedArchitectureError, match=message):
         pruner(method="magnitude", include=["*.dt_proj"]).prune(model, family_tokens())
 
 
-def test_reasons_survive_an_interruption(tmp_path):
+def test_a_resumed_run_reports_the_same_reasons_of_operators_left_dense(tmp_path):
     family_model("mamba").save_pretrained(tmp_path / "source")
     run = pruner(sparsity=0.5, method="wanda")
 
@@ -86,8 +85,10 @@ def test_reasons_survive_an_interruption(tmp_path):
         return json.loads((tmp_path / name / "fista" / "report.json").read_text())
 
     whole = prune("whole")
+
     with interrupted_after(0), pytest.raises(KeyboardInterrupt):
         prune("resumed")
     resumed = prune("resumed")
+
     assert resumed["left_dense"] == whole["left_dense"] == EXPECTED["mamba"]
     assert resumed["warnings"] == whole["warnings"]

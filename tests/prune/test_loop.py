@@ -43,14 +43,14 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
     config = FistaPruningConfig(method="wanda", error_correction=error_correction)
     plan = plan_of(llama, config, callbacks=[recorder])
     calibration, _, report = begin(plan, tokens.split(4), None)
-    with evaluation_mode(llama), torch.no_grad():
-        prune_layers(plan, calibration, report, recorder)
     expected = []
-
     for layer in ("model.layers.0", "model.layers.1"):
         for group in GROUPS:
             expected += [("write", name) for name in group] + [("report", name) for name in group]
         expected += [("commit", layer), ("layer", layer)]
+
+    with evaluation_mode(llama), torch.no_grad():
+        prune_layers(plan, calibration, report, recorder)
 
     assert recorder.events == expected
     found = weights(llama)
@@ -68,10 +68,13 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
         (0.0, 0.0, 1),
     ],
 )
-def test_no_stream_runs_that_is_not_needed(llama, tokens, error_correction, residual, passes):
+def test_a_layer_runs_twice_for_a_batch_only_if_both_networks_are_needed(
+    llama, tokens, error_correction, residual, passes
+):
     """The gate of the second layer runs in the dense pass, and up to the down projection; that runs on kept inputs."""
     runs = []
     llama.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
+
     prune(
         llama,
         tokens.split(4),
@@ -80,11 +83,10 @@ def test_no_stream_runs_that_is_not_needed(llama, tokens, error_correction, resi
         residual_correction=residual,
     )
 
-    others = 1 + (
-        2 if residual else 0
-    )  # tracing, and whether the last operator is added to the output
-
-    assert len(runs) == passes * 2 + others
+    # one run traces the layer, and two find whether its last operator is added to the output
+    others = 1 + (2 if residual else 0)
+    num_batches = 2
+    assert len(runs) == passes * num_batches + others
 
 
 @pytest.mark.parametrize(

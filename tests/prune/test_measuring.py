@@ -68,7 +68,9 @@ def bits_of(folder, text: str) -> float:
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "channels:0.25", "layers:0.5", "vocab:0.18"])
-def test_every_pattern_says_the_loss_of_each_text_by_name(dense, texts, tmp_path, capsys, pattern):
+def test_with_every_pattern_report_card_and_output_state_the_loss_of_each_text(
+    dense, texts, tmp_path, capsys, pattern
+):
     output = tmp_path / "pruned"
     flags = ["--pattern", pattern, "--calibration", str(texts / "text.txt"), *QUICK]
     flags += ["--measure", str(texts / "sea.txt"), "--measure", str(texts / "zoo.txt")]
@@ -127,7 +129,9 @@ def test_a_run_that_breaks_its_promise_is_kept_and_not_called_good(dense, texts,
     AutoModelForCausalLM.from_pretrained(output)
 
 
-def test_of_several_runs_the_loss_is_that_of_the_first_model(dense, texts, tmp_path, capsys):
+def test_after_two_runs_the_loss_before_is_that_of_the_first_dense_model(
+    dense, texts, tmp_path, capsys
+):
     flags = ["--calibration", str(texts / "text.txt"), "--measure", str(texts / "sea.txt")]
     first = tmp_path / "first"
     second = tmp_path / "second"
@@ -183,7 +187,9 @@ def test_a_text_that_cant_be_measured_is_refused_before_the_run(
 
 
 @pytest.mark.parametrize("size", [[], ["--target-size", "0.9"]], ids=["pattern", "size"])
-def test_calibration_text_is_not_held_out(dense, texts, tmp_path, capsys, size):
+def test_a_text_that_is_calibrated_on_is_refused_as_a_measured_text(
+    dense, texts, tmp_path, capsys, size
+):
     flags = ["--calibration", str(texts / "sea.txt"), "--measure", str(texts / "sea.txt"), *QUICK]
     flags += size
 
@@ -199,7 +205,7 @@ def test_a_protected_text_needs_a_number_of_at_least_1(dense, tmp_path, capsys, 
     assert "--protect" in capsys.readouterr().err
 
 
-def test_names_and_limits_of_measured_texts_are_checked(dense, tmp_path):
+def test_bad_names_limits_and_contents_of_measured_texts_are_refused(dense, tmp_path):
     pruner = FistaPruner(progress=False)
     wrong = [
         ({"measure": {"a": COMMON_TEXT}, "protect": {"b": 1.1}}, "protect has 'b'"),
@@ -213,7 +219,7 @@ def test_names_and_limits_of_measured_texts_are_checked(dense, tmp_path):
             pruner.prune(str(dense), [], output_dir=tmp_path / "out", **options)
 
 
-def test_a_report_without_texts_has_an_origin_as_before(dense, texts, tmp_path):
+def test_the_origin_in_the_configuration_has_no_texts_if_none_were_measured(dense, texts, tmp_path):
     flags = ["--calibration", str(texts / "text.txt"), *QUICK]
 
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 0
@@ -222,7 +228,7 @@ def test_a_report_without_texts_has_an_origin_as_before(dense, texts, tmp_path):
     assert "texts" not in config["fista_pruning"]["origin"]
 
 
-def test_a_text_has_one_limit(dense, tmp_path, capsys):
+def test_two_limits_for_one_protected_text_are_refused(dense, tmp_path, capsys):
     flags = ["--protect", "zoo.txt=1.02", "--protect", "zoo.txt=1.5"]
 
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 1
@@ -230,7 +236,7 @@ def test_a_text_has_one_limit(dense, tmp_path, capsys):
     assert "'zoo.txt' with 1.02 and with 1.5: pass one of them" in capsys.readouterr().err
 
 
-def test_documentation_of_python_is_not_held_out_of_itself():
+def test_pydoc_is_refused_as_calibration_and_measured_text_at_once():
     message = "^--measure or --protect: 'pydoc' is among the calibration text"
     with pytest.raises(ValueError, match=message):
         require_held_out(["pydoc"], ["c4", "pydoc"])
@@ -290,7 +296,7 @@ def test_a_loaded_model_that_cant_be_measured_after_the_run_stays_pruned(dense, 
     assert (model.model.layers[0].mlp.down_proj.weight == 0).float().mean() > 0.4
 
 
-def test_losses_of_a_model_that_was_trained_afterwards_are_those_before(dense):
+def test_the_card_of_a_retrained_model_calls_its_losses_those_before_retraining(dense):
     model = AutoModelForCausalLM.from_pretrained(dense)
     pruner = FistaPruner(FistaPruningConfig(method="wanda", allocation="uniform"), progress=False)
     tokens = torch.randint(3, 200, (4, 32))

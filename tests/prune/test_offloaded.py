@@ -54,7 +54,7 @@ def test_offloaded_models_become_what_they_become_in_memory(offloaded, config, t
 
     report = FistaPruner(config, progress=False).prune(offloaded, tokens.split(4))
 
-    assert report.totals["num_zeros"] == in_memory.totals["num_zeros"] > 7000
+    assert report.totals["num_zeros"] == in_memory.totals["num_zeros"] > 7000  # of 15,360
     found = weights_of(offloaded)
     for name, parameter in expected.named_parameters():
         assert torch.equal(found[name], parameter), name
@@ -72,7 +72,7 @@ def hooks_of(module) -> list[AlignDevicesHook]:
     return [h for h in getattr(hook, "hooks", [hook]) if isinstance(h, AlignDevicesHook)]
 
 
-def test_a_run_that_fails_leaves_them_as_they_were(offloaded, tokens, monkeypatch):
+def test_a_run_that_fails_leaves_offloaded_weights_as_they_were(offloaded, tokens, monkeypatch):
     originals = FistaPruningConfig(method="wanda").create_method("").prune
     calls = []
 
@@ -83,17 +83,19 @@ def test_a_run_that_fails_leaves_them_as_they_were(offloaded, tokens, monkeypatc
         return originals(problem, pattern)
 
     monkeypatch.setattr("optimum_fista.solve.methods.wanda.Wanda.prune", prune)
+
     with Untouched(offloaded), pytest.raises(KeyboardInterrupt):
         FistaPruner(FistaPruningConfig(method="wanda"), progress=False).prune(
             offloaded, tokens.split(4)
         )
+
     with torch.no_grad():
         assert torch.allclose(
             offloaded(tokens[:2]).logits, tiny_llama()(tokens[:2]).logits, atol=1e-5
         )
 
 
-def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
+def test_a_saved_offloaded_model_reloads_with_all_its_pruned_weights(offloaded, tmp_path, tokens):
     pruner = FistaPruner(FistaPruningConfig(0.5), progress=False)
     pruner.prune(offloaded, tokens.split(4))
     places = getattr(offloaded, "hf_device_map", None)
@@ -111,11 +113,10 @@ def test_saving_an_offloaded_model(offloaded, tmp_path, tokens):
 
 def test_damaged_offloaded_weights_are_named(tiny_folder, tokens):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, device_map={"": "disk"})
-
     loader = model.model.layers[1].mlp.up_proj._hf_hook.weights_map.dataset
-
     assert isinstance(loader, OffloadedWeightsLoader)
     loader.state_dict["model.layers.1.mlp.up_proj.weight"] = torch.full((48, 32), float("nan"))
+
     with pytest.raises(
         ValueError, match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"
     ):

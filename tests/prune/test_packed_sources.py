@@ -18,7 +18,7 @@ from optimum_fista.folder.checkpoint import read_report
     ],
     ids=lambda options: options["pattern"],
 )
-def test_no_weight_is_missing(options, tiny_folder, tmp_path):
+def test_a_model_pruned_from_a_packed_folder_misses_no_weight(options, tiny_folder, tmp_path):
     batches = tiny_tokens().split(4)
     first = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
     first.prune(tiny_folder, batches, output_dir=tmp_path / "packed", packed=True)

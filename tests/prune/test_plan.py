@@ -9,7 +9,7 @@ from optimum_fista import FistaPruningConfig
 from optimum_fista.prune.plan import Budgets
 
 
-def test_a_plan_that_was_made_does_not_change():
+def test_with_budgets_returns_a_new_plan_and_changes_no_other():
     plan = plan_of(tiny_llama(), FistaPruningConfig(pattern="channels:0.25/4+layers:0.5"))
 
     chosen = plan.with_budgets(Budgets(removed_layers=[(1, 2.5)]))
@@ -20,15 +20,15 @@ def test_a_plan_that_was_made_does_not_change():
         chosen.removal = plan.removal
 
 
-def test_overrides_by_name(llama, tokens):
+def test_overrides_set_the_sparsity_or_pattern_of_the_operators_they_name(llama, tokens):
     overrides = {"*.down_proj": "1:4", "*.0.*.q_proj": 0, "*.v_proj": 0.25}
     dense = weights(llama)
+
     report = prune(llama, tokens.split(4), sparsity=0.75, method="wanda", overrides=overrides)
 
     sparsity = {
         name: float((p == 0).double().mean()) for name, p in llama.named_parameters() if p.ndim == 2
     }
-
     assert sparsity.pop("model.layers.0.self_attn.q_proj.weight") == 0
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         sparsity.pop(name)
@@ -43,12 +43,13 @@ def test_overrides_by_name(llama, tokens):
     )
 
 
-def test_patterns_that_match_nothing_are_named(llama, tokens):
+def test_a_warning_names_the_patterns_of_exclude_that_match_nothing(llama, tokens):
     with pytest.warns(
         UserWarning, match=r"exclude: 'lm_head', '\*\.weight' matches no linear operator"
     ):
         report = prune(
             llama, tokens.split(4), method="wanda", exclude=("*.q_proj", "lm_head", "*.weight")
         )
-    assert len(report.operators) == 12
+
+    assert len(report.operators) == 12  # of 14, two of which are q_proj
     assert [message.split(" ")[0] for message in report.warnings] == ["exclude:"]

@@ -43,19 +43,21 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def whole(source: Path, output: Path, config: FistaPruningConfig) -> dict[str, bytes]:
-    """What one process writes."""
+def files_of_one_process(
+    source: Path, output: Path, config: FistaPruningConfig
+) -> dict[str, bytes]:
+    """The files that one process writes, by name."""
     FistaPruner(config, progress=False).prune(source, tiny_tokens().split(4), output_dir=output)
     return files_of(output)
 
 
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory) -> dict[str, bytes]:
-    return whole(source, tmp_path_factory.mktemp("whole") / "pruned", INTRA)
+    return files_of_one_process(source, tmp_path_factory.mktemp("whole") / "pruned", INTRA)
 
 
 @pytest.mark.parametrize("count", [2, LAYERS + 1])
-def test_processes_write_what_one_writes(source, expected, tmp_path, count):
+def test_several_processes_write_the_same_files_as_one(source, expected, tmp_path, count):
     assert exit_codes(launch(count, prune, source, tmp_path / "pruned", INTRA)) == [0] * count
     assert files_of(tmp_path / "pruned") == expected
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
@@ -72,10 +74,12 @@ def test_processes_write_what_one_writes(source, expected, tmp_path, count):
     ],
     ids=["2:4", "held out", "channels and layers removed"],
 )
-def test_other_configurations(source, tmp_path, config):
+def test_two_processes_write_the_same_model_as_one_with_other_configurations(
+    source, tmp_path, config
+):
     assert exit_codes(launch(2, prune, source, tmp_path / "pruned", config)) == [0, 0]
     found = files_of(tmp_path / "pruned")
-    wanted = whole(source, tmp_path / "whole", config)
+    wanted = files_of_one_process(source, tmp_path / "whole", config)
     if config.held_out:  # only one process measures a perplexity, which these files hold
         for name in ("README.md", "config.json", "fista/report.json"):
             assert found.pop(name) != wanted.pop(name)
@@ -105,7 +109,7 @@ def test_a_rank_that_is_killed_loses_its_current_layer(source, expected, tmp_pat
         again = tmp_path / f"again-{count}"
         shutil.copytree(unfinished_folder(output), unfinished_folder(again))
         if count == 1:
-            whole(source, again, INTRA)
+            files_of_one_process(source, again, INTRA)
         else:
             assert exit_codes(launch(count, prune, source, again, INTRA)) == [0] * count
         assert files_of(again) == expected
@@ -126,7 +130,7 @@ def test_a_rank_that_fails_lets_the_others_finish_their_layers(source, expected,
     assert files_of(output) == expected
 
 
-def test_layers_that_wait_for_each_other_are_not_shared():
+def test_several_processes_are_refused_if_layers_need_the_result_of_those_before():
     for config, shown in (
         (FistaPruningConfig(), 0.5),
         (FistaPruningConfig(error_correction="full"), "full"),
@@ -149,7 +153,7 @@ def test_calibration_that_differs_by_rank_is_refused(source, tmp_path):
     assert "rank 1 of 2 failed: ValueError: calibration differ" in (tmp_path / "log-0").read_text()
 
 
-def test_one_process_is_a_run_of_its_own(monkeypatch):
+def test_a_process_that_was_not_launched_with_others_is_its_only_rank(monkeypatch):
     assert launched_processes() == 1
     with joined_ranks("cpu") as ranks:
         assert ranks == Ranks(device="cpu")
@@ -194,9 +198,10 @@ def test_accelerate_launches_the_command(source, tmp_path):
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
 
-def test_torchrun_starts_again_by_itself(source, expected, tmp_path, tmp_path_factory):
+def test_a_run_that_torchrun_restarts_writes_the_same_files(
+    source, expected, tmp_path, tmp_path_factory
+):
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
-
     attempts = tmp_path_factory.mktemp("attempts")
 
     assert torchrun(options, prune_killed_once, source, tmp_path / "pruned", INTRA, attempts) == 0
@@ -205,18 +210,19 @@ def test_torchrun_starts_again_by_itself(source, expected, tmp_path, tmp_path_fa
     assert files_of(tmp_path / "pruned") == expected
 
 
-def cost(share: list[int], costs: list[float]) -> float:
-    """The dense network up to the last pruned layer, and the pruning."""
+def time_of_rank(share: list[int], costs: list[float]) -> float:
+    """The time of a rank: 1 for each layer of the dense network up to its last pruned one, and what pruning costs."""
     pruned = [index for index in share if costs[index]]
     return 1 + pruned[-1] + sum(costs[index] for index in pruned) if pruned else 0
 
 
-def best(unfinished: list[int], costs: list[float], num_ranks: int) -> float:
+def least_time_of_all_splits(unfinished: list[int], costs: list[float], num_ranks: int) -> float:
     """The least time of the slowest rank over all contiguous splits, one by one."""
     cuts = itertools.combinations_with_replacement(range(len(unfinished) + 1), num_ranks - 1)
     ends = [(0, *cut, len(unfinished)) for cut in cuts]
     return min(
-        max(cost(unfinished[a:b], costs) for a, b in itertools.pairwise(end)) for end in ends
+        max(time_of_rank(unfinished[a:b], costs) for a, b in itertools.pairwise(end))
+        for end in ends
     )
 
 
@@ -232,10 +238,14 @@ def best(unfinished: list[int], costs: list[float], num_ranks: int) -> float:
         ([3], [4.0] * 4),
     ],
 )
-def test_no_contiguous_split_is_faster(unfinished, costs, num_ranks):
+def test_layers_are_split_as_well_as_the_best_of_all_contiguous_splits(
+    unfinished, costs, num_ranks
+):
     shares = share_layers(unfinished, costs, num_ranks)
 
     assert len(shares) == num_ranks
     assert [index for share in shares for index in share] == unfinished
-    assert max(cost(share, costs) for share in shares) == best(unfinished, costs, num_ranks)
+    assert max(time_of_rank(share, costs) for share in shares) == least_time_of_all_splits(
+        unfinished, costs, num_ranks
+    )
     assert share_layers([], costs, num_ranks) == [[]] * num_ranks

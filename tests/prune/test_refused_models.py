@@ -14,7 +14,7 @@ UP = "model.layers.1.mlp.up_proj"
 
 
 def refused(model: nn.Module, **options) -> str:
-    """The message, with every weight as it was."""
+    """The message of the ValueError that refuses the model; asserts that every weight is as it was."""
     with Untouched(model), pytest.raises(ValueError) as caught:
         FistaPruner(FistaPruningConfig(**options), progress=False).prune(
             model, tiny_tokens().split(4)
@@ -33,7 +33,7 @@ def refused(model: nn.Module, **options) -> str:
         lambda module: prune.l1_unstructured(module, "weight", 0.2),
     ],
 )
-def test_weights_that_are_computed(change):
+def test_weights_that_are_computed_from_other_tensors_are_refused_unless_excluded(change):
     model = tiny_llama()
     change(model.get_submodule(UP))
 
@@ -47,7 +47,7 @@ def test_weights_that_are_computed(change):
 
 @pytest.mark.parametrize("pattern", ["2:4", "channels:0.1"])
 @pytest.mark.parametrize("prune_base", [True, False])
-def test_adapters(prune_base, pattern):
+def test_a_model_with_an_adapter_is_refused_until_it_is_merged(prune_base, pattern):
     peft = pytest.importorskip("peft")
     adapted = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["v_proj"]))
 
@@ -114,14 +114,13 @@ def overlap_beyond_a_tied_part(model):
 
 
 @pytest.mark.parametrize("change", [tie, tie_to_embedding, overlap, overlap_beyond_a_tied_part])
-def test_weights_that_share_memory(change):
+def test_weights_that_share_memory_without_being_declared_tied_are_refused(change):
     model = tiny_llama(tie_word_embeddings=True)
-
     change(model)
 
-    assert "share memory, and LlamaForCausalLM does not declare them tied" in refused(
-        model, method="wanda"
-    )
+    message = refused(model, method="wanda")
+
+    assert "share memory, and LlamaForCausalLM does not declare them tied" in message
 
 
 def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
@@ -139,13 +138,15 @@ def test_parts_of_one_tensor_that_do_not_overlap_are_pruned():
 
 
 class Blind(torch.autograd.Function):
+    """A copy that has no backward pass."""
+
     @staticmethod
     def forward(context, values):
         return values.clone()
 
 
 @pytest.mark.parametrize("blind", [Blind.apply, torch.no_grad()(lambda values: values.clone())])
-def test_models_that_can_not_be_differentiated_name_uniform(blind):
+def test_a_model_without_gradients_is_refused_with_the_advice_to_allocate_uniformly(blind):
     model = tiny_llama()
     model.lm_head.register_forward_hook(lambda module, inputs, output: blind(output))
 

@@ -30,10 +30,13 @@ def test_sizes_of_channels_are_measured_on_the_first_tokens_alone(monkeypatch):
         report = pruner().prune(tiny_llama(), batches)
         return [operator.input_order for operator in report.operators]
 
-    first = order(BATCHES[:1])
-    all_of_them = order(BATCHES)
+    of_first_batch = order(BATCHES[:1])
+    of_all_batches = order(BATCHES)
     monkeypatch.setattr("optimum_fista.prune.reordering._TOKENS_OF_ORDER", BATCHES[0].numel())
-    assert order(BATCHES)[0] == first[0] != all_of_them[0]
+
+    limited = order(BATCHES)
+
+    assert limited[0] == of_first_batch[0] != of_all_batches[0]
 
 
 def biased_llama():
@@ -48,7 +51,7 @@ def biased_llama():
 @pytest.mark.parametrize(
     "make", [biased_llama, lambda: tiny_model("gpt2"), lambda: tiny_model("phi3")]
 )
-def test_rows_and_columns_move_together_and_more_is_kept(make):
+def test_rows_and_columns_of_a_channel_move_together_and_errors_become_smaller(make):
     dense = make()
     model = make()
     plain = make()
@@ -106,11 +109,10 @@ def streamed(tmp_path_factory):
     return folder
 
 
-def test_files_to_files_gives_the_same_model(streamed):
+def test_reordering_from_files_to_files_gives_the_same_model_as_in_memory(streamed):
     model = biased_llama()
     pruner().prune(model, BATCHES)
     stored = {}
-
     for path in (streamed / "pruned").glob("model*.safetensors"):
         stored |= load_file(path)
 

@@ -26,13 +26,13 @@ def write_and_fail(operator: LinearOperator, error: type[BaseException]) -> None
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_any_exception_restores_the_bits_in_place(operator, error):
+def test_any_exception_restores_the_weights_in_the_same_parameter(operator, error):
     parameter = operator.parameter
-
     before = parameter.detach().clone()
 
     with pytest.raises(error):
         write_and_fail(operator, error)
+
     assert operator.parameter is parameter
     assert torch.equal(parameter, before)
 
@@ -41,7 +41,6 @@ def test_undo_puts_back_what_was_written_since_the_last_commit():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(4, 3))
     first, second = (LinearOperator(f"{index}", module) for index, module in enumerate(model))
     before = [module.weight.detach().clone() for module in model]
-
     sink = ModelSink(model)
 
     with suppress(ValueError), sink.opened("float32"):
@@ -53,6 +52,7 @@ def test_undo_puts_back_what_was_written_since_the_last_commit():
         assert torch.equal(second.parameter, before[1])
         assert not first.parameter.any()
         raise ValueError
+
     assert torch.equal(first.parameter, before[0])
 
 
@@ -61,7 +61,6 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
     before = model[0].weight.detach().clone()
     cpu_offload(model, execution_device=torch.device("cpu"))
     operator = LinearOperator("0", model[0])
-
     sink = ModelSink(model)
 
     with suppress(ValueError), sink.opened("float32"):
@@ -76,6 +75,7 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
             sink.undo()
         assert torch.equal(offloaded_tensor(model[0], "weight"), torch.ones(3, 4))
         raise ValueError
+
     assert torch.equal(offloaded_tensor(model[0], "weight"), before)
 
 

@@ -10,7 +10,9 @@ from optimum_fista.prune import budgets
 
 
 @pytest.mark.parametrize("settings", [{}, {"method": "wanda", "error_correction": "intra"}])
-def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
+def test_where_activations_are_stored_changes_no_weight_and_leaves_no_file(
+    tokens, tmp_path, settings
+):
     results = []
 
     for storage_device in (None, "cpu", torch.device("cpu"), "disk", str(tmp_path), tmp_path):
@@ -21,10 +23,13 @@ def test_activations_may_wait_elsewhere(tokens, tmp_path, settings):
         )
         results.append(weights(model))
         assert not [*tmp_path.iterdir()]
+
     assert all(same(results[0], result) for result in results[1:])
 
 
-def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_path, monkeypatch):
+def test_hidden_states_for_the_gradients_are_kept_in_the_storage_folder_too(
+    tokens, tmp_path, monkeypatch
+):
     places = []
     measure = budgets.measure_sensitivities
 
@@ -42,8 +47,9 @@ def test_hidden_states_on_the_way_to_the_gradients_wait_there_too(tokens, tmp_pa
 
 
 @pytest.mark.parametrize("place", ["moon", Path("no/such/folder")])
-def test_places_that_are_none(tokens, place):
+def test_a_storage_device_that_is_no_device_and_no_folder_is_refused(tokens, place):
     pruner = FistaPruner(progress=False, storage_device=place)
+
     with pytest.raises(
         ValueError,
         match=f"storage_device='{place}': pass a device such as 'cpu', 'disk', or a folder",

@@ -23,6 +23,7 @@ from optimum_fista.prune import journal, named
 from optimum_fista.prune.files import FileSink
 
 LAYERS = 4
+# What a run that was cut off after the second layer reads when it is started again.
 _READ_AGAIN = [
     f"model/model-00002-of-0000{LAYERS + 1}.safetensors",
     "journal/layer-00001.safetensors",
@@ -124,6 +125,7 @@ def cut_off(
     return raised.value
 
 
+# The writes that a run is killed at, by the kind of its model: many of a plain one, and a few of others.
 _WRITES = {
     "plain": [*range(1, 22, 3), *range(22, 27)],
     "multimodal": [9, 24, 26],
@@ -138,12 +140,16 @@ def test_a_run_cut_off_at_any_write_and_started_again_ends_with_the_same_bytes(
 ):
     for writes in _WRITES[source.name][third::3]:
         output = tmp_path / str(writes)
+
         with killed_at_write(writes), pytest.raises(Killed):
             prune(source, output)
+
         assert not output.exists()
         with pytest.raises((OSError, ValueError)):
             AutoModelForCausalLM.from_pretrained(unfinished_folder(output))
+
         prune(source, output)
+
         assert files_of(output) == files_of(whole)
 
 
@@ -156,7 +162,9 @@ def cut_off_half_way(source, tmp_path_factory) -> Path:
     return unfinished_folder(output)
 
 
-def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, monkeypatch):
+def test_half_written_files_of_a_killed_run_are_not_left_in_the_result(
+    source, whole, tmp_path, monkeypatch
+):
     cut_off(monkeypatch, FileSink, "complete", stop, source, tmp_path / "pruned")
     for name in (".tmpq7NgZZ", ".model-00009-of-00009.safetensors.partial"):
         (unfinished_folder(tmp_path / "pruned") / "model" / name).write_bytes(b"half a shard")
@@ -175,7 +183,9 @@ def test_what_a_killed_process_was_writing_is_not_left(source, whole, tmp_path, 
         ("journal/layer-00001.json", "truncated"),
     ],
 )
-def test_what_is_damaged_is_made_again(source, whole, cut_off_half_way, tmp_path, name, damage):
+def test_a_run_that_resumes_on_a_damaged_file_ends_with_the_same_bytes(
+    source, whole, cut_off_half_way, tmp_path, name, damage
+):
     shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
     file = unfinished_folder(tmp_path / "pruned") / name
     data = bytearray(file.read_bytes())
@@ -189,7 +199,9 @@ def test_what_is_damaged_is_made_again(source, whole, cut_off_half_way, tmp_path
     assert files_of(tmp_path / "pruned") == files_of(whole)
 
 
-def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path):
+def test_a_damaged_fingerprint_is_refused_unless_the_run_overwrites(
+    source, cut_off_half_way, tmp_path
+):
     shutil.copytree(cut_off_half_way, unfinished_folder(tmp_path / "pruned"))
     file = unfinished_folder(tmp_path / "pruned") / "journal" / "fingerprint.json"
 
@@ -203,7 +215,7 @@ def test_a_damaged_fingerprint_is_one_error(source, cut_off_half_way, tmp_path):
     prune(source, tmp_path / "pruned", overwrite=True)
 
 
-def test_hidden_states_of_another_chain_of_layers_are_not_taken(
+def test_a_resumed_run_prunes_again_what_follows_a_layer_that_was_made_otherwise(
     source, whole, cut_off_half_way, tmp_path, monkeypatch
 ):
     """Layer 0 is made again and comes out otherwise; the layers after it, which are whole, do not fit it."""
@@ -224,13 +236,15 @@ def test_hidden_states_of_another_chain_of_layers_are_not_taken(
     monkeypatch.setattr(
         journal.Journal,
         "keep_layer",
-        lambda self, index, *a: [kept.append(index), keep(self, index, *a)],
+        lambda self, index, *others: [kept.append(index), keep(self, index, *others)],
     )
+
     prune(source, tmp_path / "pruned")
+
     assert kept == [1, 2, 3]
 
 
-def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monkeypatch):
+def test_a_resumed_run_takes_no_layers_or_budgets_of_another_run(source, tmp_path, monkeypatch):
     """Files of two runs with other methods, copied from one unfinished folder into the other."""
     configs = {
         name: FistaPruningConfig(method=name, error_correction="none")
@@ -254,7 +268,9 @@ def test_layers_and_budgets_of_another_run_are_not_taken(source, tmp_path, monke
 
 
 @pytest.mark.parametrize("source", _WRITES, indirect=True)
-def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch):
+def test_a_run_that_a_full_disk_stopped_keeps_its_finished_layers_and_resumes(
+    source, whole, tmp_path, monkeypatch
+):
     output = tmp_path / "pruned"
     flush = atomic.flush
     flushed = []
@@ -284,7 +300,7 @@ def test_a_full_disk_keeps_what_is_finished(source, whole, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("option", "pruner"), [({"device": "moon"}, {}), ({}, {"storage_device": "moon"})]
 )
-def test_places_that_are_none_are_refused_before_any_work(
+def test_an_unknown_device_is_refused_before_any_work(
     source, tmp_path, monkeypatch, option, pruner
 ):
     monkeypatch.setattr(named, "load_lazily", None)
@@ -332,7 +348,9 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 7 * LAYERS
 
 
-def test_names_and_models_are_told_apart(source, llama, tokens, tmp_path):
+def test_a_name_needs_an_output_folder_and_a_loaded_model_takes_none(
+    source, llama, tokens, tmp_path
+):
     with pytest.raises(ValueError, match=r"model='.*' is a name: pass output_dir as well"):
         FistaPruner(progress=False).prune(str(source), tokens.split(4))
     with pytest.raises(ValueError, match="output_dir is for a model given by name"):
@@ -354,7 +372,7 @@ def perplexity_of(folder: Path, tokens: torch.Tensor) -> float:
     [FistaPruningConfig(0.5), FistaPruningConfig(pattern="channels:0.25+layers:0.25")],
     ids=["default", "smaller"],
 )
-def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, config):
+def test_a_run_reports_the_perplexity_of_the_dense_and_the_pruned_network(source, tmp_path, config):
     tokens = tiny_tokens(11)[8:]
 
     report = prune(source, tmp_path / "out", config, held_out=tokens)
@@ -384,10 +402,11 @@ def test_perplexity_of_both_networks_is_measured_in_passing(source, tmp_path, co
         ("intra", LAYERS - 1, "layer-00000.json"),
     ],
 )
-def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer, correction, lost):
+def test_a_resumed_run_reports_the_same_perplexity_or_none_if_states_were_lost(
+    source, tmp_path, layer, correction, lost
+):
     config = FistaPruningConfig(0.5, method="wanda", error_correction=correction)
     tokens = tiny_tokens(10)[8:]
-
     expected = prune(source, tmp_path / "whole", config, held_out=tokens).perplexity
 
     with interrupted_after(layer), pytest.raises(KeyboardInterrupt):
@@ -395,4 +414,5 @@ def test_an_interrupted_run_measures_the_same_perplexity(source, tmp_path, layer
     if lost:
         unfinished_folder(tmp_path / "out").joinpath("journal", lost).unlink()
     found = prune(source, tmp_path / "out", config, held_out=tokens).perplexity
+
     assert found == (None if lost else expected)
