@@ -47,7 +47,6 @@ def opened_files() -> str:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [5, 0, 0, 3, 4, 2, 1]])
 def test_what_was_appended_is_read_back_in_any_order(store, order):
     wanted = activations()
-
     for tensor in wanted:
         store.append(tensor)
 
@@ -61,7 +60,7 @@ def test_what_was_appended_is_read_back_in_any_order(store, order):
         store[6]
 
 
-def test_reading_and_writing_in_turn(store):
+def test_a_store_can_be_read_and_appended_to_in_turn(store):
     wanted: list[torch.Tensor] = []
     for tensor in activations() * 3:
         store.append(tensor)
@@ -77,6 +76,7 @@ def test_a_store_that_was_cleared_is_empty_and_takes_tensors(store):
     store.clear()
 
     assert len(store) == 0
+
     store.append(second)
     assert torch.equal(store[0], second)
 
@@ -112,29 +112,35 @@ def test_writing_to_a_tensor_that_was_read_changes_the_store_only_if_it_is_in_me
     not Path("/proc/self/maps").exists(), reason="no list of mapped files on this system"
 )
 @pytest.mark.parametrize("staged", [False, True])
-def test_a_store_is_one_file_without_a_name_mapped_while_it_is_read(tmp_path, staged):
+def test_a_store_in_a_folder_is_one_nameless_file_that_is_mapped_only_while_it_is_read(
+    tmp_path, staged
+):
     store = ActivationStore(tmp_path, CPU, staged=staged)
     for _ in range(3):
         store.append(torch.ones(5000))
     assert [float(tensor.sum()) for tensor in store] == [5000] * 3
     store.append(torch.ones(0))
     assert len(store[3]) == 0
+
     store.append(torch.ones(0))  # waits for what is read ahead, which opens the file once more
     assert not [*tmp_path.iterdir()]
     assert opened_files().count(str(tmp_path)) == 1
+
     kept = store.stored_tensors()
     assert mapped_files().count(str(tmp_path)) == 3
     del kept
     assert str(tmp_path) not in mapped_files()
+
     del store
     gc.collect()
+
     assert str(tmp_path) not in opened_files()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("folder", [True, False])
-def test_between_a_gpu_and_elsewhere(tmp_path, folder):
+def test_tensors_of_a_gpu_come_back_to_it_as_they_were_appended(tmp_path, folder):
     device = torch.device("cuda")
     store = ActivationStore(tmp_path if folder else CPU, device)
     wanted = [torch.randn(64, 128, 256, device=device) for _ in range(6)]

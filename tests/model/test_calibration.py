@@ -67,8 +67,9 @@ class Unguarded(Dataset):
 
 
 @pytest.mark.parametrize("loader", [[3, 1, 2], (3, 1, 2), torch.tensor([3, 1, 2]), Unguarded()])
-def test_one_sequence(loader):
+def test_a_single_sequence_is_read_as_a_batch_of_one_row(loader):
     (batch,) = read_batches(loader, 4)
+
     assert batch.input_ids.tolist() == [[3, 1, 2]]
 
 
@@ -113,7 +114,7 @@ def test_what_is_no_iterable_of_batches_is_refused(loader):
 @pytest.mark.parametrize(
     "loader", [[], iter([]), DataLoader([]), torch.empty(0, 4, dtype=torch.int64)]
 )
-def test_no_batch_is_refused(loader):
+def test_a_loader_without_a_batch_is_refused(loader):
     with pytest.raises(ValueError, match="gave no batch: pass at least one batch"):
         read_batches(loader, 16)
 
@@ -126,7 +127,7 @@ def test_no_batch_is_refused(loader):
         {"token_type_ids": torch.zeros(3, 4), "labels": IDS, "pixel_values": None},
     ],
 )
-def test_what_says_nothing_new_changes_nothing(other):
+def test_positions_and_types_that_follow_from_the_ids_change_nothing(other):
     item = {"input_ids": IDS, "attention_mask": MASK}
 
     (batch,) = read_batches([item | other], 16)
@@ -248,12 +249,13 @@ def test_sequences_are_held_out_from_the_end(held_out):
 
 def test_cut_batches_have_a_mask_only_where_they_need_one():
     first, second = hold_out([CalibrationBatch(IDS, MASK.bool())], 2)
+
     assert first.attention_mask is None
     assert torch.equal(second.attention_mask, MASK[1:].bool())
 
 
 @pytest.mark.parametrize(("row", "name"), [(0, "other"), (1, "held-out")])
-def test_both_parts_need_a_real_token(row, name):
+def test_held_out_and_other_sequences_without_a_real_token_are_refused(row, name):
     mask = torch.ones(2, 4, dtype=torch.bool)
     mask[row] = False
 

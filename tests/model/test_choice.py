@@ -39,11 +39,13 @@ def test_fused_experts_of_an_unknown_form_are_refused_unless_they_stay_dense():
     layer.experts = nn.Module()
     layer.experts.mixed = nn.Parameter(torch.zeros(2, 4, 4))
     layer.proj = nn.Linear(4, 4)
+
     with pytest.raises(
         UnsupportedArchitectureError,
         match=r"^layer\.experts \(Module\) keeps .*gate_up_proj.*exclude=\['\*\.experts'\]",
     ):
         find_operators("layer", layer)
+
     assert list(find_operators("layer", layer, ["*.experts"])) == ["layer.proj"]
 
 
@@ -66,7 +68,9 @@ def test_routers_beside_fused_experts_stay_dense():
 def test_convolutions_and_stacked_scales_are_not_taken_for_experts():
     layer = nn.ModuleDict({"conv": nn.Conv1d(4, 4, 3), "linear": nn.Linear(4, 4)})
     layer["linear"].register_parameter("scale", nn.Parameter(torch.ones(1, 1, 4)))
+
     assert list(find_operators("layer", layer)) == ["layer.linear"]
+
     layer["conv"].register_module("experts", nn.ParameterList([torch.ones(2, 3, 4)]))
     with pytest.raises(
         UnsupportedArchitectureError, match=r"^layer\.conv\.experts \(ParameterList\)"

@@ -48,7 +48,7 @@ def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> list[Tensor]:
         ((0.25, 1.0), Correction("full", 0.25, 1.0)),
     ],
 )
-def test_words_and_numbers_are_read_once(given, expected):
+def test_words_and_numbers_are_parsed_to_the_same_corrections(given, expected):
     assert Correction.parse(*given) == expected
 
 
@@ -180,7 +180,7 @@ def test_inputs_that_are_not_finite_are_refused_by_name(value, correction):
 
 
 @pytest.mark.parametrize("share", [1e-3, 1e-2])
-def test_output_errors_with_a_small_share_of_the_dense_inputs(share):
+def test_output_errors_stay_exact_with_a_small_share_of_the_dense_inputs(share):
     """The share divides the difference of the two targets: rounding must not be magnified by it."""
     layer = toy_layer()
     X = torch.cat(reference(layer, "left", hidden_states(1.0))).double()

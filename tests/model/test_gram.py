@@ -9,7 +9,7 @@ from optimum_fista.model.precision import products_as
 
 # 256 inputs are multiplied at once, more are split in halves of whole multiples of 32.
 @pytest.mark.parametrize("size", [1, 257, 640])
-def test_agrees_with_the_product_of_all_tokens(size):
+def test_sums_over_parts_agree_with_the_product_of_all_tokens(size):
     inputs = torch.randn(17, size, generator=torch.Generator().manual_seed(0)) + 0.5
     sums = GroupSums(size, inputs.device)
 

@@ -150,6 +150,7 @@ def test_an_operator_whose_output_is_changed_by_others_is_left_dense():
 
 def test_a_layer_that_overwrites_its_hidden_states_is_refused():
     layer = Calls(lambda layer, x: layer.c(x.add_(layer.b(layer.a(x)))))
+
     with pytest.raises(UnsupportedArchitectureError, match="Calls overwrites the hidden states"):
         trace(layer, "a", "b", "c")
 
@@ -200,7 +201,7 @@ def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations
 
 @pytest.mark.parametrize("stored", [False, True])
 @pytest.mark.parametrize("form", [lambda output: output, lambda output: (output, None)])
-def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path):
+def test_finished_parts_run_once_more_for_each_batch_and_then_never_again(form, stored, tmp_path):
     layer = Layer(form)
     parts, activations = parts_of(layer, tmp_path if stored else CPU)
     expected = [layer(batch) for batch in BATCHES]
@@ -216,7 +217,7 @@ def test_what_is_finished_runs_once_more_and_never_again(form, stored, tmp_path)
     assert not {"forward"} & (vars(layer.first).keys() | vars(layer.second).keys())
 
 
-def test_parts_that_give_out_more_tensors_run_as_ever():
+def test_parts_that_return_more_than_one_tensor_are_not_skipped():
     layer = Layer(lambda output: (output, {"router": output.sum()}))
     parts, activations = parts_of(layer)
     layer.first.runs = 0
@@ -344,6 +345,6 @@ def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_scale_before_the_sum_is_seen(dtype):
+def test_an_operator_whose_output_is_scaled_before_the_sum_is_not_found(dtype):
     """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
     assert "mlp.down_proj" not in added_operators(family_model("minicpm3").to(dtype))

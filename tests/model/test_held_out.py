@@ -37,7 +37,7 @@ def loss_of(model, rows) -> float:
 
 # the second shares a dictionary between its layers
 @pytest.mark.parametrize("family", ["llama", "gemma3n_text"])
-def test_losses_are_those_of_the_whole_model(family, monkeypatch):
+def test_losses_by_single_layers_are_those_of_the_whole_model(family, monkeypatch):
     monkeypatch.setattr(module, "LOGITS_TOGETHER", 5)
     model = family_model(family)
     ids = torch.cat(family_tokens())
@@ -53,7 +53,7 @@ def test_losses_are_those_of_the_whole_model(family, monkeypatch):
     assert held_out.perplexity()["num_tokens"] == 32 + 20
 
 
-def test_sequences_are_taken_until_there_are_enough(monkeypatch):
+def test_held_out_sequences_are_taken_until_there_are_enough_tokens(monkeypatch):
     monkeypatch.setattr(module, "LEAST_TOKENS", 25)
     batches = read_batches(tiny_tokens(8, 12), 64)
 

@@ -137,7 +137,7 @@ def test_what_a_layer_hands_on_besides_hidden_states_is_that_of_the_dense_networ
             assert any(torch.equal(value, tensor) for value in tensors)
 
 
-def test_the_model_is_left_as_it_was():
+def test_a_recording_that_fails_leaves_the_layers_as_they_were():
     model = tiny_model("llama")
     layers = find_decoder_layers(model)
     special = layers.modules[1].forward

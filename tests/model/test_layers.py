@@ -69,11 +69,13 @@ def test_what_is_not_a_causal_language_model_is_refused_by_its_class(model, reas
 def test_encoder_that_runs_as_a_decoder_and_names_no_layers_is_found_by_its_checkpointed_layers():
     model = BertGenerationDecoder(BertGenerationConfig(**BERT, is_decoder=True))
     assert not model._no_split_modules
+
     assert find_decoder_layers(model).name == "bert.encoder.layer"
 
 
 def test_text_decoder_is_chosen_beside_a_vision_encoder():
     layers = find_decoder_layers(family_model("gemma3"))
+
     assert layers.name == "model.language_model.layers"
 
 
@@ -113,4 +115,5 @@ def test_weights_that_operators_share_are_named_with_each_other():
 def test_layers_of_a_vision_encoder_alone_are_not_taken_for_decoder_layers():
     # BLIP declares no layers of its text decoder
     layers = find_decoder_layers(family_model("blip", kind=AutoModelForMultimodalLM))
+
     assert layers.name == "text_decoder.bert.encoder.layer"

@@ -128,7 +128,7 @@ def test_images_of_different_sizes_are_told_apart_by_their_tokens():
     assert torch.equal(second.media["image_grid_thw"], sizes[2:])
 
 
-def test_images_that_were_forgotten_are_missed():
+def test_a_warning_tells_that_tokens_of_images_came_without_images():
     model = media_model("llava")
     batch = {"input_ids": media_batch("llava")["input_ids"]}
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
@@ -276,7 +276,7 @@ def test_features_added_between_layers_are_kept_for_their_tokens_only():
 
 
 @pytest.mark.parametrize("change", ["scaled", "in place"])
-def test_changes_that_are_no_sums_are_refused(change, monkeypatch):
+def test_changes_between_layers_that_are_no_sums_are_refused(change, monkeypatch):
     model = media_model("qwen3_vl")
 
     def process(hidden_states, mask, features):
@@ -296,6 +296,7 @@ def test_changes_that_are_no_sums_are_refused(change, monkeypatch):
 
 def test_no_token_of_an_image_is_a_target():
     model = media_model("llava")
+
     assert targets_of(torch.tensor([5, IMAGE, 7]), model.config).tolist() == [5, -100, 7]
 
 

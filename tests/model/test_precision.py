@@ -35,6 +35,7 @@ def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported,
     monkeypatch.setattr(products.platform, "machine", lambda: "x86_64")
     for unit in UNITS:
         monkeypatch.setattr(torch.cpu, unit, lambda unit=unit: unit == there, raising=False)
+
     assert is_fast(torch.bfloat16, torch.device("cpu")) == (supported and there is not None)
     assert is_fast(torch.bfloat16, torch.device("cuda"))
 
@@ -52,15 +53,18 @@ def test_bfloat16_is_fast_with_units_that_onednn_may_use(monkeypatch, supported,
         ("cuda", torch.bfloat16, False, "float32"),
     ],
 )
-def test_auto_asks_the_device_and_the_checkpoint(monkeypatch, device, stored, fast, chosen):
+def test_auto_chooses_products_by_the_device_and_the_dtype_of_the_checkpoint(
+    monkeypatch, device, stored, fast, chosen
+):
     monkeypatch.setattr(products, "is_fast", lambda *_: fast)
     monkeypatch.setattr(torch.cuda, "is_tf32_supported", lambda: fast)
+
     assert choose_products("auto", torch.device(device), stored) == chosen
     for given in ("float32", "bfloat16"):
         assert choose_products(given, torch.device(device), stored) == given
 
 
-def test_products_of_few_sizes_are_of_zeros_besides():
+def test_bfloat16_rows_are_padded_with_zeros_to_few_sizes():
     sizes = set()
     for count in range(2049):
         rows = torch.ones(count, 1, dtype=torch.bfloat16)
@@ -158,7 +162,7 @@ def test_widened_products_are_those_of_float32_rounded_once():
         assert torch.equal(product, (left.float() @ right.float()).bfloat16())
 
 
-def test_values_are_rounded_as_they_are_multiplied():
+def test_as_multiplied_rounds_values_as_tf32_does():
     values = torch.tensor(
         [1.0, 1 + 2**-11, 1 + 2**-10 + 2**-12, -(1 + 2**-9), 3e38, float("nan"), float("-inf")]
     )

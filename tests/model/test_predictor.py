@@ -79,14 +79,16 @@ def test_gradients_of_the_allocation_are_those_of_whole_logits(family, monkeypat
 
 
 @pytest.mark.parametrize("family", ["llama", "llama4_text"])
-def test_logits_beyond_a_chunk_are_counted_if_a_model_cant_be_cut(family, monkeypatch):
+def test_bytes_of_logits_beyond_a_chunk_are_counted_only_if_a_model_cant_be_cut(
+    family, monkeypatch
+):
     model = family_model(family)
     vocabulary, _ = token_limits(model)
     use_small_chunks(monkeypatch, model, 7)
 
     predictor = Predictor(model)
 
-    expected = 0 if FAMILIES[family] else 13 * vocabulary * 4
+    expected = 0 if FAMILIES[family] else 13 * vocabulary * 4  # 20 positions less 7, 4 bytes each
     assert predictor.bytes_beyond_a_chunk(20, 4) == expected
     assert predictor.bytes_beyond_a_chunk(7, 4) == 0
 
@@ -136,7 +138,7 @@ def test_gradients_of_sequences_with_images_are_those_of_whole_logits(family, mo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_perplexity_is_that_of_whole_logits(family, monkeypatch):
+def test_the_perplexity_by_chunks_is_that_of_whole_logits(family, monkeypatch):
     model = family_model(family)
     windows = torch.cat(family_tokens())
     expected = evaluate_perplexity(model, windows, batch_size=2, progress=False)

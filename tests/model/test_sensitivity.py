@@ -85,7 +85,7 @@ def by_hand(model, operators, rows, padded):
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sums_are_those_of_plain_autograd(family, padded):
+def test_sensitivities_are_those_of_plain_autograd(family, padded):
     rows = [0, 1, 2, 3, 5] if padded else range(6)  # the fifth has one token if there is padding
     model = tiny_model(family)
     operators = operators_of(model)
@@ -114,7 +114,7 @@ def test_sums_are_those_of_plain_autograd(family, padded):
         assert float(gradients.sum()) > 0
 
 
-def test_the_model_is_as_it_was():
+def test_measuring_sensitivities_leaves_the_model_as_it_was():
     model = tiny_model("llama")
     model.lm_head.weight.requires_grad_(False)
 
@@ -147,7 +147,7 @@ def test_gradients_that_are_not_finite_are_an_error():
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon"])
-def test_where_hidden_states_wait_does_not_matter(family, tmp_path):
+def test_sensitivities_are_the_same_with_hidden_states_in_files(family, tmp_path):
     on_device = measure(tiny_model(family))
     in_files = measure(tiny_model(family), storage=tmp_path)
 
@@ -156,7 +156,7 @@ def test_where_hidden_states_wait_does_not_matter(family, tmp_path):
         assert torch.equal(on_device[name].inputs, in_files[name].inputs)
 
 
-def test_hidden_states_of_one_sequence_wait_in_files(tmp_path, monkeypatch):
+def test_files_hold_the_hidden_states_of_one_sequence_at_a_time(tmp_path, monkeypatch):
     events = []  # shapes of tensors that are appended, and lengths of stores that are cleared
     append = ActivationStore.append
     clear = ActivationStore.clear

@@ -98,7 +98,7 @@ def test_masks_are_carried_unless_a_refit_wrote_into_the_zeros(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_pattern_that_slices_break_is_called_unstructured(sparse, tmp_path):
+def test_carried_masks_that_no_longer_fit_their_groups_are_called_unstructured(sparse, tmp_path):
     folder = remove(sparse, tmp_path / "smaller", "channels:0.25/4", True, method="wanda")
 
     patterns = {operator.name: operator.pattern for operator in read_report(folder).carried}
@@ -347,7 +347,7 @@ def test_masks_of_experts_get_the_new_numbers_of_the_experts(family, tmp_path):
             assert torch.equal(weight == 0, dict(model.named_parameters())[name] == 0)
 
 
-def test_a_run_that_does_not_know_the_masks_says_so(tmp_path):
+def test_a_removal_that_does_not_know_the_earlier_masks_says_so(tmp_path):
     model = tiny_llama()
     options = {"progress": False}
     FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), **options).prune(model, BATCHES)

@@ -113,7 +113,10 @@ def test_targets_bring_the_layer_to_the_dense_output():
         experts=experts.module,
     )
     assert targets.corrects_experts
-    for batch, wanted in enumerate(list(targets.expert_targets())):
+
+    found = list(targets.expert_targets())
+
+    for batch, wanted in enumerate(found):
         handle = experts.module.register_forward_hook(
             lambda _, __, output, y=wanted: y.view(output.shape)
         )
@@ -182,7 +185,7 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
     assert padded == without_padding
 
 
-def test_refits_to_noise_are_not_kept():
+def test_experts_are_not_refitted_to_targets_of_noise():
     _, experts, activations, entering = mixture_layer("mixtral")
     wanted = activations.store()
     for hidden in entering:

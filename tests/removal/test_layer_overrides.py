@@ -106,7 +106,6 @@ def test_overrides_are_scaled_and_get_new_numbers():
 
 def test_a_group_of_heads_is_the_same_share_of_the_heads_of_every_layer():
     parts = parts_of(model_with_overrides("gemma4_text"), "heads").parts
-
     sliding, full = parts[0], parts[2]
 
     # of 8 query heads, 4 belong to each of two groups
@@ -153,6 +152,7 @@ def test_a_group_of_heads_is_the_same_share_of_the_heads_of_every_layer():
 def test_a_smaller_model_has_the_overrides_of_its_layers(family, numbers, overrides, tmp_path):
     if family not in CONFIG_MAPPING:
         pytest.skip(f"needs a newer Transformers, which has {family}")
+
     again = assert_shrinks(model_with_overrides(family), tmp_path, **numbers)
 
     assert overrides_of(again.config) == overrides

@@ -44,18 +44,21 @@ def distance(model, other) -> float:
 
 
 @pytest.mark.parametrize("options", [{}, {"error_correction": "none"}])
-def test_layers_that_do_nothing_are_found_and_change_nothing(options):
+def test_layers_that_do_nothing_are_the_ones_removed_and_logits_stay(options):
     model = dense_model()
     with torch.no_grad():
         for layer in (model.model.layers[1], model.model.layers[2]):
             layer.mlp.down_proj.weight.zero_()
             layer.self_attn.o_proj.weight.zero_()
-    expected, stay = logits(model), [model.model.layers[i] for i in (0, 3, 4)]
+    expected = logits(model)
+    stay = [model.model.layers[i] for i in (0, 3, 4)]
     # On its own text the loss is low, so that any layer that does something is missed.
     own = model.generate(TOKENS[:, :1], max_new_tokens=23, do_sample=False, eos_token_id=-1)
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         report = pruner(**options).prune(model, own.split(4))
+
     assert sorted(index for index, _ in report.model["layers_removed"]) == [1, 2]
     assert report.model["layers_kept"] == [0, 3, 4]
     assert 0 < report.seconds["allocation"] < report.seconds["total"]
@@ -69,10 +72,12 @@ def test_layers_that_do_nothing_are_found_and_change_nothing(options):
 
 
 @pytest.mark.parametrize("pattern", ["layers:0.4", TOGETHER])
-def test_the_repair_lowers_the_error(pattern):
+def test_repairing_the_layer_after_a_removed_one_lowers_the_error(pattern):
     dense, repaired, plain = dense_model(), dense_model(), dense_model()
+
     report = pruner(pattern).prune(repaired, BATCHES)
     pruner(pattern, residual_correction=0.0).prune(plain, BATCHES)
+
     assert distance(repaired, dense) < 0.95 * distance(plain, dense)
     after = [
         i
@@ -117,9 +122,11 @@ def streamed(tmp_path_factory):
     return source, folder / "smaller"
 
 
-def test_files_to_files_gives_the_same_model(streamed, tmp_path):
+def test_removal_from_files_to_files_gives_the_same_model_as_in_memory(streamed, tmp_path):
     source, folder = streamed
+
     model = prune_and_save(dense_model(), tmp_path / "saved", BATCHES, pattern=TOGETHER).model
+
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert all(
         torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items()
@@ -163,6 +170,7 @@ def test_a_mixture_whose_experts_no_run_can_prune_is_saved(tmp_path):
     model = prune_and_save(
         family_model("jetmoe"), tmp_path / "smaller", family_tokens(), pattern="layers:0.5"
     ).model
+
     assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
 
 
@@ -175,7 +183,9 @@ def test_the_last_attention_layer_of_a_hybrid_stays():
         model.model.layers[
             1
         ].feed_forward.down_proj.weight.zero_()  # the loss would take this layer first
+
     report = pruner("layers:0.5").prune(model, family_tokens())
+
     assert 1 in report.model["layers_kept"]
     assert model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3).shape == (1, 7)
     with pytest.raises(ValueError, match=r"last of its kind \(.*_attention\): remove fewer"):
@@ -194,13 +204,17 @@ def test_the_last_attention_layer_of_a_hybrid_stays():
         ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1, 2]}, "layers:0.5"),
     ],
 )
-def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
+def test_smaller_models_of_families_load_in_transformers_with_the_settings_of_kept_layers(
+    family, options, pattern, tmp_path
+):
     model = tiny_model(family, **options)
     model.save_pretrained(tmp_path / "source")
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens
         report = pruner(pattern).prune(model, BATCHES)
         pruner(pattern).prune(tmp_path / "source", BATCHES, output_dir=tmp_path / "smaller")
+
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert torch.allclose(logits(loaded), logits(model), atol=1e-6)
     assert verify_checkpoint(tmp_path / "smaller").num_parameters == model.num_parameters()
@@ -217,13 +231,15 @@ def test_families_are_loaded_plainly(family, options, pattern, tmp_path):
 def test_a_failure_at_the_end_brings_all_parts_back():
     model = dense_model()
     model(TOKENS, labels=TOKENS).loss.backward()
-    before, gradients = (
-        dict(model.named_parameters()),
-        {name: p.grad for name, p in model.named_parameters()},
-    )
-    layers, config, expected = list(model.model.layers), model.config, logits(model)
+    before = dict(model.named_parameters())
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    layers = list(model.model.layers)
+    config = model.config
+    expected = logits(model)
+
     with Untouched(model), pytest.raises(KeyboardInterrupt):
         pruner(TOGETHER).prune(model, BATCHES)
+
     assert list(model.model.layers) == layers
     assert all(
         p is before[name] and p.grad is gradients[name] for name, p in model.named_parameters()

@@ -71,7 +71,7 @@ def by_brute_force(make, tokens, total, count):
     ],
     ids=["llama", "gpt2", "opt", "gemma3", "qwen3_moe"],
 )
-def test_the_choice_is_that_of_trying_every_model(make):
+def test_the_layers_chosen_are_those_found_by_trying_every_smaller_model(make):
     model = make()
     tokens = tiny_tokens(6, 12)
     total = len(find_decoder_layers(model))
@@ -85,7 +85,7 @@ def test_the_choice_is_that_of_trying_every_model(make):
     assert len(find_decoder_layers(model)) == total
 
 
-def test_padding_counts_nowhere():
+def test_padding_does_not_change_the_choice_or_the_losses():
     model = tiny_llama(num_hidden_layers=4)
     tokens = tiny_tokens(4, 12)
     padded = torch.cat([tokens, torch.full((4, 3), 3)], dim=1)
@@ -97,7 +97,7 @@ def test_padding_counts_nowhere():
     assert removed == chosen(model, tokens, 2)
 
 
-def test_sequences_after_the_number_of_tokens_count_nowhere():
+def test_sequences_beyond_the_number_of_tokens_do_not_change_the_choice():
     model = tiny_llama(num_hidden_layers=4)
     tokens = tiny_tokens(4, 12)
 
@@ -106,7 +106,7 @@ def test_sequences_after_the_number_of_tokens_count_nowhere():
     assert removed == chosen(model, tokens[:2], 2)
 
 
-def test_weights_and_hidden_states_may_wait_elsewhere(tmp_path):
+def test_the_choice_is_the_same_with_offloaded_weights_and_hidden_states_in_files(tmp_path):
     expected = chosen(tiny_llama(num_hidden_layers=4), tiny_tokens(), 2)
     offloaded = cpu_offload(tiny_llama(num_hidden_layers=4))
 
@@ -137,7 +137,7 @@ def test_a_layer_that_no_configuration_can_do_without_is_passed_over(monkeypatch
         chosen(model, tokens, 4)
 
 
-def test_a_model_whose_loss_is_not_finite_is_damaged():
+def test_a_model_whose_loss_is_not_finite_is_refused():
     model = tiny_llama(num_hidden_layers=3)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
@@ -175,6 +175,6 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused():
         chosen(model, family_tokens()[0], 1)
 
 
-def test_sequences_of_one_token_show_no_loss():
+def test_calibration_with_sequences_of_one_token_only_is_refused():
     with pytest.raises(ValueError, match="no sequence of two tokens"):
         chosen(tiny_llama(), torch.ones(4, 1, dtype=torch.int64), 1)

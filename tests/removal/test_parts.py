@@ -50,14 +50,14 @@ def test_projections_in_one_matrix_shrink_together():
     }
 
 
-def test_a_size_that_is_left_open_is_stated():
+def test_the_smaller_configuration_states_a_size_that_the_dense_one_leaves_open():
     channels = parts_of(tiny_model("gpt2", n_inner=None), "channels")
 
     assert channels.groups == 4 * 32
     assert channels.sizes(96) == {"n_inner": 96}
 
 
-def test_a_size_that_counts_two_for_one_channel_is_stated():
+def test_a_configured_size_that_is_twice_the_channels_stays_twice_the_channels():
     channels = parts_of(family_model("recurrent_gemma"), "channels")
 
     assert channels.groups == 24

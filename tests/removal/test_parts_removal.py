@@ -44,7 +44,9 @@ def saved(tmp_path_factory) -> tuple[torch.nn.Module, Path]:
 
 
 @pytest.mark.parametrize("method", ["obs_admm", "flap", "alps"])
-def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch):
+def test_a_smaller_model_computes_what_the_whole_does_with_zeros_in_the_removed_parts(
+    method, monkeypatch
+):
     dense = tiny_llama()
     model = tiny_llama()
     logits_with_zeros = []
@@ -69,7 +71,7 @@ def test_what_is_left_computes_what_zeros_in_its_place_would(method, monkeypatch
     assert report.totals["num_zeros"] == 0
 
 
-def test_parts_that_nothing_reads_are_found_and_change_nothing():
+def test_parts_that_nothing_reads_are_the_ones_removed_and_logits_stay():
     model = tiny_llama()
     idle_channels = torch.arange(0, 48, 4)
     idle_group = slice(0, 16)
@@ -136,7 +138,9 @@ def test_hooks_of_the_user_are_not_copied():
 
 def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
     _, folder = saved
+
     report = read_report(folder)
+
     shapes = {operator.name: operator.shape for operator in report.operators}
     assert set(shapes.values()) == {(32, 36), (32, 16)}
     assert {operator.pattern for operator in report.operators} == {
@@ -169,6 +173,7 @@ def test_masks_and_reports_are_those_of_the_smaller_weights(saved):
 )
 def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, edit, message):
     folder = with_changed_report(saved[1], tmp_path / "changed", edit)
+
     with pytest.raises(VerificationError, match=message):
         verify_checkpoint(folder)
 
@@ -192,12 +197,14 @@ def test_a_model_that_would_compute_something_else_is_refused(change, dtype, sca
         LlamaMLP, "forward", lambda mlp, x: mlp.down_proj(change(mlp.act_fn(mlp.gate_proj(x))))
     )
     message = "does not return the same without the removed groups"
+
     with Untouched(model), pytest.raises(UnsupportedArchitectureError, match=message):
         pruner("channels:0.25/4").prune(model, BATCHES)
 
 
 def test_a_proof_for_which_there_is_no_memory_is_tried_with_smaller_batches():
-    model, failed = tiny_llama(), []
+    model = tiny_llama()
+    failed = []
 
     def run_out_once(layer, *_):
         if layer.mlp.down_proj.weight.shape[1] == 36 and not failed:
@@ -205,8 +212,10 @@ def test_a_proof_for_which_there_is_no_memory_is_tried_with_smaller_batches():
             raise torch.OutOfMemoryError("no room")
 
     handle = model.model.layers[0].register_forward_hook(run_out_once)
+
     with pytest.warns(match="out of memory in model.layers.0"):
         pruner(method="wanda").prune(model, BATCHES)
+
     handle.remove()
     assert failed
     assert model.config.intermediate_size == 36
@@ -216,6 +225,7 @@ def test_heads_that_one_matrix_computes_are_refused():
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
     )
+
     with Untouched(model), pytest.raises(UnsupportedArchitectureError, match="can't lose heads"):
         pruner("heads:0.5").prune(model, BATCHES)
 
@@ -230,6 +240,7 @@ def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, t
         )  # of layers that are not repaired, and of a model that was pruned before
         first.prune(model, BATCHES)
         second.prune(model, BATCHES)
+
     with pytest.raises(ValueError, match="was pruned again by another FistaPruner: use that one"):
         first.save_pretrained(model, tmp_path / "stale")
     second.save_pretrained(model, tmp_path / "latest")

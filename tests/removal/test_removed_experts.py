@@ -28,7 +28,7 @@ SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
 MIXTURES = [family for family, outcome in read_outcomes().items() if "experts" in outcome.smaller]
 
 
-def pruned(model, pattern="experts:0.5", batches=None, output=None, **options):
+def prune_quietly(model, pattern="experts:0.5", batches=None, output=None, **options):
     """Prune a model, in memory or from a folder to another; returns the pruner and its report."""
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
     batches = family_tokens() if batches is None else batches
@@ -44,7 +44,7 @@ def kept(report):
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
-def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
+def test_experts_that_are_never_chosen_are_removed_and_logits_stay(family):
     model = family_model(family)
     tensors = model.state_dict()
     for part in parts_of(model, "experts").parts:
@@ -53,7 +53,9 @@ def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
         )
         tensors[bias][list(IDLE)] = -1000  # of the router
     expected = logits(model)
-    _, report = pruned(model)
+
+    _, report = prune_quietly(model)
+
     assert set(kept(report)) == {(0, 3)}
     assert {mixture.expert_tokens[expert] for mixture in report.mixtures for expert in IDLE} == {0}
     assert torch.allclose(logits(model), expected, atol=1e-5 * float(expected.abs().max()))
@@ -63,13 +65,17 @@ def test_experts_that_are_never_chosen_go_and_nothing_changes(family):
     "family",
     [pytest.param(name, marks=() if name in SOON else pytest.mark.slow) for name in MIXTURES],
 )
-def test_what_a_family_keeps_loads_plainly_and_is_that_of_the_dense_model(family, tmp_path):
+def test_a_smaller_mixture_loads_in_transformers_and_is_verified_against_the_dense_model(
+    family, tmp_path
+):
     model = family_model(family)
     model.save_pretrained(tmp_path / "dense")
-    pruner, report = pruned(
+
+    pruner, report = prune_quietly(
         model, "experts:0.5+heads:0.5" if family == "mixtral" else "experts:0.5"
     )
     pruner.save_pretrained(model, tmp_path / "smaller")
+
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller")
     assert again.num_parameters() == model.num_parameters() == report.model["num_parameters"]
     assert torch.equal(logits(copy.deepcopy(again)), logits(model))
@@ -84,19 +90,25 @@ def folders(tmp_path_factory):
     """A dense mixture of four decoder layers, and what a run without an interruption makes of it."""
     folder = tmp_path_factory.mktemp("experts")
     tiny_model("mixtral", num_hidden_layers=4).save_pretrained(folder / "dense")
-    _, report = pruned(folder / "dense", "experts:0.5+layers:0.25", output=folder / "smaller")
+    _, report = prune_quietly(
+        folder / "dense", "experts:0.5+layers:0.25", output=folder / "smaller"
+    )
     return folder / "dense", folder / "smaller", report
 
 
 def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, tmp_path):
     dense, smaller, report = folders
+
     with pytest.raises(Killed), killed_at_write(14):
-        pruned(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+        prune_quietly(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
     assert 0 < len(list((tmp_path / "smaller.unfinished" / "journal").glob("layer-*.json"))) < 4
-    pruned(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+    prune_quietly(dense, "experts:0.5+layers:0.25", output=tmp_path / "smaller")
+
     assert files_of(tmp_path / "smaller") == files_of(smaller)
+
     model = tiny_model("mixtral", num_hidden_layers=4)
-    _, here = pruned(model, "experts:0.5+layers:0.25")
+    _, here = prune_quietly(model, "experts:0.5+layers:0.25")
+
     assert kept(here) == kept(report) == kept(read_report(smaller))
     assert len(kept(here)) == 3
     loaded = AutoModelForCausalLM.from_pretrained(smaller).state_dict()
@@ -107,11 +119,10 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, t
 @pytest.mark.parametrize("at", ["layer", "shrink"])
 @pytest.mark.usefixtures("fails_at_the_end")
 def test_a_failure_leaves_the_model_as_it_was(at):
-    model, changed = tiny_model("mixtral"), []
-    before, config = (
-        {name: value.clone() for name, value in model.state_dict().items()},
-        model.config,
-    )
+    model = tiny_model("mixtral")
+    changed = []  # whether the experts of each finished layer were
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = model.config
     batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(8)
 
     class Watch(PruningCallback):
@@ -124,22 +135,27 @@ def test_a_failure_leaves_the_model_as_it_was(at):
     pruner = FistaPruner(
         FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Watch()]
     )
+
     with pytest.raises(KeyboardInterrupt):
         pruner.prune(model, batches)
+
     assert any(changed), "no expert was refitted, so that there was nothing to put back"
     assert model.config is config
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_runs_of_experts_that_the_router_chooses_first_keep_as_many():
+def test_all_groups_of_the_router_keep_equally_many_experts():
     model = tiny_model("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=1)
-    _, report = pruned(model, "experts:0.26")  # 5.92 experts, to the nearest even number
+
+    _, report = prune_quietly(model, "experts:0.26")  # 5.92 experts, to the nearest even number
+
     assert all(sum(expert < 4 for expert in found) == 3 for found in kept(report))
     assert model.config.n_routed_experts == 6
 
 
-def test_without_refits_no_weight_changes():
-    _, report = pruned(tiny_model("mixtral"), expert_refit=False)
+def test_without_refits_the_report_counts_no_refitted_expert():
+    _, report = prune_quietly(tiny_model("mixtral"), expert_refit=False)
+
     assert {mixture.num_refitted for mixture in report.mixtures} == {0}
     assert "2 of 4 experts left in each of 2 mixtures (REAP)" in str(report)
     assert "before refits" not in str(report)
@@ -168,12 +184,12 @@ def edit(folder: Path, change, key="groups_kept") -> None:
     file.write_text(json.dumps(values))
 
 
-def test_what_can_not_go_is_refused_and_the_model_stays():
+def test_removing_experts_that_a_model_lacks_or_too_many_is_refused_and_changes_nothing():
     with (
         Untouched(model := tiny_llama()),
         pytest.raises(UnsupportedArchitectureError, match="can't lose experts: its"),
     ):
-        pruned(model, "experts:0.5")
+        prune_quietly(model, "experts:0.5")
     message = r"^pattern='experts:0.75': 1 of 4 experts would stay .* for which 2 to 3 stay"
     with Untouched(model := tiny_model("mixtral")), pytest.raises(ValueError, match=message):
-        pruned(model, "experts:0.75")
+        prune_quietly(model, "experts:0.75")

@@ -40,22 +40,28 @@ from optimum_fista.removal.smaller_modules import shrink_model
         ("qwen3_moe", {"experts": 3, "layers": [1]}),
     ],
 )
-def test_what_is_left_computes_what_the_whole_does_without_the_rest(family, numbers, tmp_path):
+def test_a_shrunken_model_computes_what_the_whole_does_without_the_removed_parts(
+    family, numbers, tmp_path
+):
     assert generates_alike(assert_shrinks(tiny_model(family), tmp_path, **numbers))
 
 
-def test_experts_of_equal_runs_are_routed_as_before(tmp_path):
+def test_tokens_are_routed_as_before_if_router_groups_keep_equally_many_experts(tmp_path):
     config = tiny_model("deepseek_v3").config
-    config.n_routed_experts, config.n_group, config.topk_group = 8, 2, 1
+    config.n_routed_experts = 8
+    config.n_group = 2
+    config.topk_group = 1
     model = AutoModelForCausalLM.from_config(config)
     plan = plan_for(model, experts=6)
-    kept = {name: [0, 1, 3, 4, 6, 7] for name in plan.parts}
+    kept = {name: [0, 1, 3, 4, 6, 7] for name in plan.parts}  # three of each group of four
     expected = expected_logits(model, plan, kept)
+
     shrink_model(model, plan, kept)
+
     assert_same(logits(model), expected)
 
 
-def test_the_model_stays_the_callers_own():
+def test_shrinking_keeps_the_modules_hooks_dtypes_and_untouched_parameters_of_the_caller():
     model = tiny_model("llama", tie_word_embeddings=True).to(torch.bfloat16).train()
     model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
     calls = []
@@ -69,7 +75,9 @@ def test_the_model_stays_the_callers_own():
     buffer = model.model.rotary_emb.inv_freq
     config = model.config
     plan = plan_for(model, channels=24, layers=[1])
+
     shrink_model(model, plan, some_groups(plan))
+
     assert len(model.model.layers) == 1
     for name, module in model.named_modules():
         assert objects[name.replace("layers.0", "layers.1")] is module
@@ -127,6 +135,7 @@ def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family, offload
 
     with Untouched(model), onloaded(layer.modules()):
         require_same_outputs(plan, name, layer, some_groups(plan), call)
+
     assert sizes[1] < sizes[0]
 
 
@@ -141,14 +150,15 @@ def test_a_decoder_layer_is_proved_on_its_own_and_stays_as_it_is(family, offload
         ("bitnet", {"heads": 1}, "does not run without the removed groups: The size of tensor"),
     ],
 )
-def test_what_shapes_do_not_tell_is_told_by_outputs(family, numbers, reason):
+def test_parts_that_depend_on_removed_groups_are_refused_by_their_outputs(family, numbers, reason):
     model = family_model(family)
     plan = plan_for(model, **numbers)
+
     with pytest.raises(UnsupportedArchitectureError, match=reason):
         require_same_outputs(plan, "", model, some_groups(plan), logits)
 
 
-def test_rows_in_another_order_are_told_by_outputs():
+def test_rows_in_another_order_are_refused_by_their_outputs():
     model = tiny_model("llama")
     plan = plan_for(model, channels=30)
     kept = some_groups(plan)
@@ -164,7 +174,7 @@ def test_rows_in_another_order_are_told_by_outputs():
         require_same_outputs(plan, "", model, kept, call)
 
 
-def test_a_proof_that_runs_out_of_memory_says_nothing_of_the_model():
+def test_a_proof_that_runs_out_of_memory_raises_that_error_and_not_a_refusal():
     model = tiny_model("llama")
     plan = plan_for(model, channels=30)
 
@@ -179,6 +189,7 @@ def test_a_proof_that_runs_out_of_memory_says_nothing_of_the_model():
 
 def test_a_decoder_layer_that_depends_on_its_number_is_refused():
     model = tiny_model("gpt2", scale_attn_by_inverse_layer_idx=True)
+
     with pytest.raises(
         ValueError, match=r"transformer.h.1.attn would have scaling=0.35\d* instead of 0.17"
     ):
@@ -187,6 +198,7 @@ def test_a_decoder_layer_that_depends_on_its_number_is_refused():
 
 def test_a_model_that_no_configuration_describes_is_refused():
     message = r"describes MiniCPM3ForCausalLM with 1 decoder layers: .* would have .* instead of"
+
     with pytest.raises(ValueError, match=message):
         plan_for(family_model("minicpm3"), layers=[0])
 
@@ -194,6 +206,7 @@ def test_a_model_that_no_configuration_describes_is_refused():
 def test_a_model_that_is_not_what_its_configuration_says_is_refused():
     model = tiny_model("llama")
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 47, bias=False)
+
     with pytest.raises(
         ValueError,
         match=r"up_proj.weight has shape \(47, 32\), but LlamaConfig describes \(48, 32\)",

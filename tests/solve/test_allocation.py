@@ -43,7 +43,7 @@ def test_cost_is_the_sum_of_the_smallest_saliencies(sparsity, ties):
 
 
 @pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.8])
-def test_no_zero_is_worth_moving(sparsity):
+def test_moving_zeros_from_one_operator_to_another_never_lowers_the_cost(sparsity):
     costs = {"a": 1.0, "b": 2.5, "c": 0.7}
     sizes = {"a": 40_000, "b": 90_000, "c": 50_001}
 
@@ -70,7 +70,7 @@ def test_zeros_of_operators_are_whole_numbers_and_add_up(sparsity):
 
 
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.9, 0.97])
-def test_extreme_costs_stay_within_reach(sparsity):
+def test_extreme_costs_move_sparsities_no_further_than_the_limits(sparsity):
     sizes = {"costly": 1000, "free": 1000, "usual": 10_000}
     costs = {"costly": 1e9, "free": 0.0, "usual": 1.0}
 
@@ -84,8 +84,8 @@ def test_extreme_costs_stay_within_reach(sparsity):
 HALF = Unstructured(0.5)
 
 
-def parts(made, *sizes):
-    """A problem cut into operators of these numbers of outputs."""
+def split_by_outputs(made, *sizes):
+    """The problem of an example as several operators, one after another, of `sizes` outputs each."""
     problem = made.problem
     cut = []
     start = 0
@@ -111,7 +111,7 @@ def test_equal_weights_prune_the_operators_as_one(name, corrected):
     method = create_method(name)
     equal_weights = [torch.full((4,), 7.0), torch.full((8,), 7.0)]
 
-    stacked = prune_stacked(method, parts(made, 4, 8), [HALF, HALF], equal_weights)
+    stacked = prune_stacked(method, split_by_outputs(made, 4, 8), [HALF, HALF], equal_weights)
 
     whole = method.prune(made.problem, HALF)
     assert torch.equal(torch.cat([pruned.mask for pruned in stacked]), whole.mask)
@@ -122,7 +122,7 @@ def test_equal_weights_prune_the_operators_as_one(name, corrected):
 @pytest.mark.parametrize("name", METHODS)
 def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0, dtype=torch.float32)
-    problems = parts(made, 5, 7)
+    problems = split_by_outputs(made, 5, 7)
     dense_weights = [problem.weight.clone() for problem in problems]
     patterns = [Unstructured(0.3), Unstructured(0.7)]
     output_weights = [torch.rand(5) + 0.1, 10 * torch.rand(7)]
@@ -141,12 +141,12 @@ def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, co
         assert pruned.fit_error == pytest.approx(error, rel=1e-3)
 
 
-def test_scores_are_weighted_by_the_square_root():
+def test_scores_are_multiplied_by_the_square_roots_of_output_weights():
     made = example(8, 16)
     weights = torch.rand(8, generator=torch.Generator().manual_seed(1)).double() + 0.2
-    (pruned,) = prune_stacked(create_method("wanda"), [made.problem], [HALF], [weights])
-
     scores = made.weight.abs() * made.problem.gram.diagonal().sqrt() * weights.sqrt()[:, None]
+
+    (pruned,) = prune_stacked(create_method("wanda"), [made.problem], [HALF], [weights])
 
     assert torch.equal(pruned.mask, HALF.mask(scores))
 
@@ -159,7 +159,7 @@ def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
     (pruned,) = prune_stacked(create_method(name), [made.problem], [HALF], [weights])
 
     assert torch.isfinite(pruned.weight).all()
-    num_kept = pruned.mask.sum(1)
+    num_kept = pruned.mask.sum(1)  # of the 64 weights of each output
     without_gradient = num_kept[weights == 0]
     with_gradient = num_kept[weights > 0]
     assert int(without_gradient.min()) >= 4
@@ -168,8 +168,8 @@ def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
 
 def test_without_any_gradient_all_outputs_weigh_the_same():
     made = example(6, 16)
+
     (pruned,) = prune_stacked(create_method("obs_admm"), [made.problem], [HALF], [torch.zeros(6)])
 
     whole = create_method("obs_admm").prune(made.problem, HALF)
-
     assert torch.equal(pruned.mask, whole.mask)

@@ -9,9 +9,9 @@ from optimum_fista.solve.linalg import damped_cholesky, damped_inverse
 def test_factor_reproduces_the_damped_matrix(damping):
     gram = example(2, 10).problem.gram
     copied = gram.clone()
-    factor, message = damped_cholesky(gram.clone, damping)
-
     damped = gram + damping * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
+
+    factor, message = damped_cholesky(gram.clone, damping)
 
     assert torch.allclose(factor @ factor.T, damped, rtol=1e-10)
     assert torch.equal(factor, factor.tril())
@@ -19,7 +19,7 @@ def test_factor_reproduces_the_damped_matrix(damping):
     assert torch.equal(gram, copied)
 
 
-def test_damping_that_had_to_be_raised_is_told():
+def test_a_message_tells_that_damping_had_to_be_raised():
     # Eigenvalues -0.005 and 2.005: only damping above 0.005 makes it positive definite.
     gram = torch.tensor([[1.0, 1.005], [1.005, 1.0]], dtype=torch.float64)
 
@@ -29,14 +29,14 @@ def test_damping_that_had_to_be_raised_is_told():
     assert torch.allclose(factor @ factor.T, gram + 0.01 * torch.eye(2))
 
 
-def test_singular_matrix_without_damping_is_told_too():
+def test_a_message_tells_that_a_singular_matrix_was_damped_without_being_asked():
     factor, message = damped_cholesky(torch.ones(3, 3, dtype=torch.float64).clone, 0.0)
 
     assert message == "the Gram matrix needed damping 0.0001 instead of 0"
     assert torch.allclose(factor @ factor.T, torch.ones(3, 3).double() + 1e-4 * torch.eye(3))
 
 
-def test_zero_matrix_has_a_factor():
+def test_a_matrix_of_zeros_is_damped_by_one_times_the_damping():
     factor, message = damped_cholesky(torch.zeros(3, 3).clone, 0.01)
 
     assert torch.allclose(factor, 0.1 * torch.eye(3))
@@ -62,6 +62,6 @@ def test_damped_inverse_is_the_inverse():
     )
 
 
-def test_a_negative_matrix_fails_loudly():
+def test_the_inverse_of_a_negative_matrix_is_an_error():
     with pytest.raises(torch.linalg.LinAlgError):
         damped_inverse(-torch.eye(4), 0.5)

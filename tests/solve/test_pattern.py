@@ -70,7 +70,7 @@ REFUSED += [
 
 
 @pytest.mark.parametrize(("given", "message"), REFUSED)
-def test_what_makes_no_sense_is_refused(given, message):
+def test_texts_sparsities_and_scopes_that_are_no_pattern_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         parse_pattern(**given)
 
@@ -127,7 +127,7 @@ def test_violation_names_the_group_or_row_whose_count_is_wrong():
     assert Unstructured(0.5).violation(mask) is None
 
 
-def test_parts_of_a_matrix_share_its_zeros():
+def test_masks_of_parts_of_a_matrix_keep_as_many_weights_together_as_that_of_the_whole():
     scores = random_scores((5, 13))
     pattern = Unstructured(0.3)
 
@@ -157,7 +157,7 @@ class Runs(SparsityPattern):
 
 
 @pytest.mark.parametrize("scope", ["matrix", "row"])
-def test_a_new_pattern_is_a_class_with_a_name(scope):
+def test_a_subclass_is_parsed_by_its_text_and_keeps_the_groups_with_the_largest_squares(scope):
     matrix = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
     squares_of_runs = matrix.square().unflatten(1, (-1, 3)).sum(-1)  # [6, 8]
     competing = squares_of_runs if scope == "row" else squares_of_runs.view(1, -1)
@@ -171,7 +171,7 @@ def test_a_new_pattern_is_a_class_with_a_name(scope):
 
 
 @pytest.mark.parametrize("scope", ["matrix", "row"])
-def test_a_new_pattern_knows_what_breaks_it(scope):
+def test_a_subclass_finds_torn_groups_and_refuses_rows_that_do_not_fit(scope):
     pattern = Runs(0.25, scope, width=3)
     matrix = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
     torn = pattern.mask(matrix)
@@ -190,7 +190,7 @@ METHODS_AND_SCOPES = [
 
 
 @pytest.mark.parametrize(("name", "scope"), METHODS_AND_SCOPES)
-def test_methods_prune_to_a_new_pattern(name, scope):
+def test_every_method_prunes_to_the_pattern_of_a_subclass(name, scope):
     pattern = Runs(0.25, scope, width=3)
     options = {"block_size": 8} if name == "sparsegpt" else {}
 
@@ -200,7 +200,7 @@ def test_methods_prune_to_a_new_pattern(name, scope):
 
 
 @pytest.mark.parametrize("shape", [(1,), (8,), (9,), (3, 5), (2, 3, 7), (64, 33)])
-def test_masks_as_bits_come_back(shape):
+def test_unpack_mask_is_the_inverse_of_pack_mask(shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(len(shape))) < 0.5
 
     packed = pack_mask(mask)
@@ -210,7 +210,7 @@ def test_masks_as_bits_come_back(shape):
     assert torch.equal(unpack_mask(packed, shape), mask)
 
 
-def test_layout_is_row_major_with_the_lowest_bit_first():
+def test_masks_are_packed_row_by_row_with_the_lowest_bit_first():
     mask = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 1, 1]]).bool()
 
     assert pack_mask(mask).tolist() == [0b00001101, 0b00000011]
@@ -218,7 +218,7 @@ def test_layout_is_row_major_with_the_lowest_bit_first():
 
 
 @pytest.mark.parametrize(("size", "dtype"), [(2, torch.uint8), (4, torch.uint8), (3, torch.int64)])
-def test_number_of_bytes_must_fit_the_shape(size, dtype):
+def test_packed_masks_of_another_size_or_dtype_are_refused(size, dtype):
     with pytest.raises(
         ValueError, match=rf"packed has {size} values of {dtype}: .* needs 3 values of torch.uint8"
     ):

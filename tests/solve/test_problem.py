@@ -53,19 +53,17 @@ def test_small_changes_of_the_weights_keep_their_digits_in_float32():
 
 def test_seminorm_is_the_norm_of_the_outputs():
     made = example(4, 6, seed=2)
-
     difference = torch.randn(4, 6, dtype=torch.float64)
 
-    assert made.problem.seminorm(difference) == pytest.approx(
-        float((made.inputs @ difference.T).norm()), rel=1e-9
-    )
+    seminorm = made.problem.seminorm(difference)
+
+    assert seminorm == pytest.approx(float((made.inputs @ difference.T).norm()), rel=1e-9)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
-def test_error_of_damaged_weights_is_not_mistaken_for_zero(corrected):
+def test_the_error_of_weights_with_a_nan_is_nan(corrected):
     made = example(4, 6, corrected=corrected)
     damaged = made.weight.clone()
-
     damaged[1, 2] = math.nan
 
     assert math.isnan(made.problem.squared_error(damaged))
@@ -75,7 +73,6 @@ def test_error_of_damaged_weights_is_not_mistaken_for_zero(corrected):
 
 def test_statistics_know_their_diagonal_mean_and_lipschitz_constant():
     made = example(2, 6)
-
     statistics = made.problem.statistics
 
     assert torch.allclose(statistics.diagonal, made.inputs.square().sum(0))
@@ -87,19 +84,18 @@ def test_statistics_know_their_diagonal_mean_and_lipschitz_constant():
     assert statistics.gram.diagonal().min() > 0, "diagonal must be a copy"
 
 
-def test_shapes_are_checked_and_named():
+def test_a_weight_that_does_not_fit_the_statistics_is_refused_by_name():
     statistics = InputStatistics(torch.eye(4), 9)
 
     with pytest.raises(ValueError, match=r"h\.0\.fc has shape \(2, 3\).*\(4, 4\)"):
         LayerProblem(torch.zeros(2, 3), statistics, name="h.0.fc")
 
 
-def test_inner_product_sums_rows_in_float64():
+def test_inner_products_of_float32_tensors_are_summed_in_float64():
     values = torch.ones(2**12, 1)
+    values[0] = 2.0**13
 
-    values[0] = 2.0**13  # 2^26 + 2^12 - 1 has no float32
-
-    assert inner(values, values) == 2.0**26 + 2**12 - 1
+    assert inner(values, values) == 2.0**26 + 2**12 - 1  # which float32 can't hold
     left = torch.randn(4, 5)
     right = torch.randn(4, 5)
     assert inner(left, right) == pytest.approx(
@@ -107,7 +103,7 @@ def test_inner_product_sums_rows_in_float64():
     )
 
 
-def test_relative_error_of_outputs_that_vanish():
+def test_a_relative_norm_to_zero_is_zero_or_infinite():
     assert relative_norm(0.0, 0.0) == 0
     assert relative_norm(1.0, 0.0) == math.inf
     assert relative_norm(1.0, 4.0) == 0.5
@@ -124,7 +120,7 @@ def gram_of(spectrum: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("seed", range(2))
-def test_agrees_with_eigvalsh_from_above(dtype, seed):
+def test_the_largest_eigenvalue_agrees_with_eigvalsh_and_is_not_below(dtype, seed):
     inputs = torch.randn(60, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     gram = inputs.T @ inputs
 
@@ -136,28 +132,30 @@ def test_agrees_with_eigvalsh_from_above(dtype, seed):
 
 
 @pytest.mark.parametrize("outlier", [1e2, 1e7])
-def test_a_few_dominant_inputs_do_not_mislead_it(outlier):
+def test_the_largest_eigenvalue_is_found_beside_a_few_dominant_inputs(outlier):
     inputs = torch.randn(80, 50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     inputs[:, [7, 31]] *= torch.tensor([outlier, 0.7 * outlier])
     gram = inputs.T @ inputs
 
+    estimate = largest_eigenvalue(gram.float())
+
     exact = float(torch.linalg.eigvalsh(gram)[-1])
+    assert exact * (1 - 1e-6) <= estimate <= exact * (1 + 2e-4)
 
-    assert exact * (1 - 1e-6) <= largest_eigenvalue(gram.float()) <= exact * (1 + 2e-4)
 
-
-def test_largest_direction_away_from_the_largest_diagonal_entry():
+def test_the_largest_eigenvalue_is_found_away_from_the_largest_diagonal_entry():
     # One isolated input of energy 20 beside forty inputs of energy 1 that all point the same way (eigenvalue 40).
     gram = torch.ones(41, 41, dtype=torch.float64)
     gram[0, :] = gram[:, 0] = 0
-
     gram[0, 0] = 20
 
     assert largest_eigenvalue(gram) == pytest.approx(40, rel=2e-4)
 
 
 @pytest.mark.parametrize("others", [0.9, 0.999])
-def test_gradient_steps_with_its_inverse_contract_even_where_the_spectrum_is_crowded(others):
+def test_gradient_steps_by_the_inverse_of_the_largest_eigenvalue_contract_a_crowded_spectrum(
+    others,
+):
     gram = gram_of(torch.cat([torch.ones(1), torch.full((99,), others)]))
 
     estimate = largest_eigenvalue(gram)
@@ -167,7 +165,7 @@ def test_gradient_steps_with_its_inverse_contract_even_where_the_spectrum_is_cro
     assert float(torch.linalg.eigvalsh(step).abs().max()) < 0.2
 
 
-def test_zero_and_rank_one_matrices():
+def test_the_largest_eigenvalue_of_zero_and_rank_one_matrices_is_found():
     assert largest_eigenvalue(torch.zeros(5, 5)) == 0
     vector = torch.arange(1.0, 5.0)
     assert largest_eigenvalue(torch.outer(vector, vector)) == pytest.approx(30, rel=1e-4)

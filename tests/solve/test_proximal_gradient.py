@@ -61,7 +61,7 @@ def test_optimality_conditions_hold_at_convergence(corrected, fraction):
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("fraction", FRACTIONS)
-def test_agrees_with_scikit_learn(corrected, fraction):
+def test_fista_agrees_with_the_lasso_of_scikit_learn(corrected, fraction):
     made = example(4, 9, corrected=corrected, seed=5)
     l1_penalty = fraction * critical_penalty(made)
     # scikit-learn divides the squared error, ours not the penalty, by the number of tokens.
@@ -91,7 +91,7 @@ def beck_teboulle(gram, target, start, l1_penalty, lipschitz, iterations: int) -
     return x
 
 
-def test_every_iterate_is_the_published_one():
+def test_every_iterate_of_fista_is_that_of_the_published_algorithm():
     made = example(4, 8, corrected=True, seed=3)
     problem = made.problem
     l1_penalty = 0.02 * critical_penalty(made)
@@ -146,7 +146,7 @@ def test_zero_gram_matrix_gives_zero_weights():
     assert solution.iterations == 0
 
 
-def test_stops_where_the_iterates_stop_moving():
+def test_fista_stops_sooner_with_a_larger_tolerance():
     made = example(4, 6)
     problem = made.problem
 

@@ -30,7 +30,7 @@ def least_squares(made: Example, mask: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("start", ["zero", "dense"])
-def test_agrees_with_least_squares_on_every_rows_support(corrected, start):
+def test_a_refit_agrees_with_least_squares_on_the_kept_inputs_of_every_row(corrected, start):
     made = example(7, 12, corrected=corrected)
     mask = random_mask(7, 12)
     start_weight = torch.zeros(7, 12).double() if start == "zero" else made.weight
@@ -49,20 +49,20 @@ def test_agrees_with_least_squares_on_every_rows_support(corrected, start):
     assert 0 < steps < 200
 
 
-def test_float32_comes_close_in_the_default_number_of_iterations():
+def test_a_refit_in_float32_comes_close_to_least_squares_in_20_iterations():
     made = example(8, 24, dtype=torch.float32)
     mask = parse_pattern("2:4").mask(made.weight.abs())
     problem = made.problem
+
     weight, _ = refit(problem.gram, problem.target, made.weight, mask, max_iterations=20)
+
     best = made.squared_error(least_squares(made, mask))
-
     before = made.squared_error(made.weight * mask)
-
     assert best * (1 - 1e-5) <= made.squared_error(weight) < best + 0.05 * (before - best)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_objective_falls_in_every_step(dtype):
+def test_the_error_falls_in_every_step_of_a_refit(dtype):
     made = example(9, 16, corrected=True, dtype=dtype)
     mask = random_mask(9, 16, seed=4)
     problem = made.problem
@@ -80,7 +80,7 @@ def test_objective_falls_in_every_step(dtype):
     assert min(drops) > 0
 
 
-def test_the_start_and_the_target_stay_as_they_are():
+def test_a_refit_changes_neither_its_start_nor_its_target():
     made = example(9, 16, corrected=True)
     start = made.weight.clone()
     target = made.problem.target.clone()
@@ -92,7 +92,9 @@ def test_the_start_and_the_target_stay_as_they_are():
 
 
 @pytest.mark.parametrize("tolerance", [0.3, 1e-2, 1e-4])
-def test_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_tolerance(tolerance):
+def test_a_refit_stops_as_soon_as_the_preconditioned_residual_has_fallen_by_the_tolerance(
+    tolerance,
+):
     made = example(9, 16, corrected=True)
     mask = random_mask(9, 16)
     problem = made.problem
@@ -167,6 +169,7 @@ def test_the_ridge_of_whole_columns_is_that_of_the_noise(corrected):
     inputs = made.inputs[:, kept]
     rest = made.outputs - inputs @ torch.linalg.lstsq(inputs, made.outputs).solution
     error = float(rest.square().sum()) / (1 - 8 / 200)
+    # 8 columns are kept of 12, and there are 200 tokens
     ridge = 8 * (8 / 200) * error / (made.squared_error(made.weight * kept) - error)
     assert 0.01 < ridge < 1
 
@@ -183,11 +186,11 @@ def test_a_copy_of_an_input_takes_over_without_a_ridge():
     inputs = made.inputs.clone()
     inputs[:, 3] = inputs[:, 5]
     problem = LayerProblem(made.weight, InputStatistics(inputs.T @ inputs, 200))
-    weight, _ = refit_columns(problem, torch.arange(12) != 3)
     expected = made.weight.clone()
     expected[:, 5] += expected[:, 3]
-
     expected[:, 3] = 0
+
+    weight, _ = refit_columns(problem, torch.arange(12) != 3)
 
     assert torch.allclose(weight, expected, atol=1e-3)
 

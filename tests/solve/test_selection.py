@@ -29,7 +29,7 @@ def sorting_oracle(scores: np.ndarray, count: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [1, 3, 100])
 @pytest.mark.parametrize("count", [0, 1, 6, 12, 13, 20])
-def test_rows_agree_with_sorting(dtype, levels, count):
+def test_keep_largest_in_rows_agrees_with_sorting_every_row(dtype, levels, count):
     scores = random_scores(9, 13, levels, dtype)
 
     mask = keep_largest_in_rows(scores, count)
@@ -40,30 +40,32 @@ def test_rows_agree_with_sorting(dtype, levels, count):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [1, 3, 100])
 @pytest.mark.parametrize("count", [-1, 0, 1, 30, 64, 90, 91, 100])
-def test_matrix_agrees_with_sorting_all_of_it(dtype, levels, count):
+def test_keep_largest_agrees_with_sorting_the_whole_matrix(dtype, levels, count):
     scores = random_scores(7, 13, levels, dtype)
-
     expected = sorting_oracle(scores.double().numpy().reshape(1, -1), max(count, 0)).reshape(7, 13)
 
-    assert np.array_equal(keep_largest(scores, count).numpy(), expected)
+    mask = keep_largest(scores, count)
+
+    assert np.array_equal(mask.numpy(), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("levels", [1, 3, 100])
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (1, 4), (2, 4), (3, 4), (4, 8), (5, 8), (16, 32)])
-def test_groups_agree_with_sorting_each(dtype, levels, n, m):
+def test_keep_largest_in_groups_agrees_with_sorting_every_group(dtype, levels, n, m):
     scores = random_scores(5, 2 * m, levels, dtype)
-
     expected = sorting_oracle(scores.double().numpy().reshape(-1, m), n).reshape(5, 2 * m)
 
-    assert np.array_equal(keep_largest_in_groups(scores, n, m).numpy(), expected)
+    mask = keep_largest_in_groups(scores, n, m)
+
+    assert np.array_equal(mask.numpy(), expected)
 
 
 def test_scores_that_are_not_contiguous_are_read_in_row_order():
     scores = random_scores(12, 8, 3, torch.float32).T
-
     assert not scores.is_contiguous()
     copied = scores.contiguous()
+
     assert torch.equal(keep_largest(scores, 40), keep_largest(copied, 40))
     assert torch.equal(keep_largest_in_rows(scores, 5), keep_largest_in_rows(copied, 5))
     assert torch.equal(keep_largest_in_groups(scores, 2, 4), keep_largest_in_groups(copied, 2, 4))
@@ -87,6 +89,6 @@ def test_kth_smallest_of_many_values_is_exact(values, share):
 
     k = max(1, round(share * size))
 
-    assert float(kth_smallest_magnitude(scores[None], k)) == float(
-        scores.abs().sort().values[k - 1]
-    )
+    found = kth_smallest_magnitude(scores[None], k)
+
+    assert float(found) == float(scores.abs().sort().values[k - 1])

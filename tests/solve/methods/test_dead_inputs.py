@@ -31,7 +31,7 @@ def problem_of(inputs, weight):
 
 @pytest.mark.parametrize("loudness", [0.0, 1e-6, 5e-4])
 @pytest.mark.parametrize(("name", "options"), METHOD_OPTIONS, ids=str)
-def test_their_weights_go_first(name, options, loudness):
+def test_weights_of_dead_inputs_are_removed_first(name, options, loudness):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
     live = torch.ones(COLUMNS, dtype=torch.bool)
@@ -52,7 +52,9 @@ def test_their_weights_go_first(name, options, loudness):
 
 @pytest.mark.parametrize("loudness", [0.0, 1e-6])
 @pytest.mark.parametrize("name", SEEING)
-def test_groups_remove_them_first_and_keep_dense_weights(name, loudness):
+def test_in_groups_weights_of_dead_inputs_go_first_and_those_that_stay_keep_their_values(
+    name, loudness
+):
     inputs, weight, dead = inputs_and_weight()
     inputs[:, dead] *= loudness
     is_dead = torch.zeros(COLUMNS, dtype=torch.bool)
@@ -86,7 +88,7 @@ def test_a_problem_of_dead_inputs_only_keeps_exactly_half(name):
     assert pruned.fit_error == 0
 
 
-def test_statistics_of_inputs_that_are_alive_are_as_they_were():
+def test_statistics_of_inputs_that_are_all_alive_are_the_plain_sums():
     inputs, _, _ = inputs_and_weight()
 
     statistics = InputStatistics(inputs.T @ inputs, len(inputs))

@@ -31,7 +31,7 @@ def test_swaps_shrink_the_expected_error_of_rows_and_keep_the_pattern(pattern):
     assert torch.equal(pruned.weight, torch.where(pruned.mask, made.weight, 0.0))
 
 
-def test_a_high_threshold_is_wanda():
+def test_with_a_high_threshold_dsnot_swaps_nothing_and_keeps_the_mask_of_wanda():
     made = example(8, 12)
     pattern = Unstructured(0.5, "row")
 

@@ -56,7 +56,7 @@ def least_error_of_size(made: Example, row: int, size: int) -> float:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("warm_start", list(STARTS))
 @pytest.mark.parametrize("refit_iterations", [0, 20])
-def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refit_iterations):
+def test_fista_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refit_iterations):
     method = Fista(warm_start=warm_start, refit_iterations=refit_iterations)
     counts_by_row = warm_start == "wanda" and pattern.span is None
     pattern_of_start = replace(pattern, scope="row") if counts_by_row else pattern
@@ -79,7 +79,9 @@ def test_is_never_worse_than_its_warm_start(warm_start, pattern, corrected, refi
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5), parse_pattern("2:4")])
 @pytest.mark.parametrize("corrected", [False, True])
-def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
+def test_the_error_of_fista_is_near_that_of_the_best_mask_of_all_and_never_below(
+    pattern, corrected
+):
     method = Fista(max_iterations=200, patience=8, refit_iterations=50)
 
     of_method = 0.0
@@ -107,7 +109,7 @@ def test_the_best_subset_bounds_it_from_below_and_is_near(pattern, corrected):
 
 
 @pytest.mark.parametrize("columns", [20, 21])
-def test_wanda_as_a_start_counts_its_zeros_by_row(columns, solved_by):
+def test_wanda_as_a_warm_start_keeps_only_weights_that_it_keeps_row_by_row(columns, solved_by):
     made = example(12, columns)
     pattern = Unstructured(0.5)
     asked = solved_by(lambda start, _: -start)  # never better than the start
@@ -134,7 +136,7 @@ def test_fewer_tokens_than_weights_kept_in_a_row_do_not_blow_the_weights_up(toke
     assert pruned.fit_error < 1e-3
 
 
-def test_result_tells_the_penalty_and_that_an_iteration_limit_ended_it():
+def test_a_result_states_its_penalty_and_that_an_iteration_limit_ended_it():
     made = example(10, 20, corrected=True)
     critical = float(made.problem.target.abs().max())
 
@@ -145,7 +147,7 @@ def test_result_tells_the_penalty_and_that_an_iteration_limit_ended_it():
     assert "max_iterations=2" in pruned.message
 
 
-def test_result_tells_the_penalty_and_whether_it_converged():
+def test_a_result_states_its_penalty_and_that_it_converged():
     made = example(10, 20, corrected=True)
     critical = float(made.problem.target.abs().max())
     method = Fista(max_iterations=100_000, tolerance=1e-5, warm_start="wanda")
@@ -157,7 +159,7 @@ def test_result_tells_the_penalty_and_whether_it_converged():
     assert pruned.message == ""
 
 
-def test_a_warm_start_that_needed_help_is_told():
+def test_a_result_states_that_its_warm_start_needed_more_damping():
     made = example(4, 8)
     gram = made.problem.statistics.gram
     mean = gram.diagonal().mean()
@@ -171,7 +173,7 @@ def test_a_warm_start_that_needed_help_is_told():
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.0), Unstructured(0.0, "row")])
-def test_nothing_to_prune_changes_nothing(pattern):
+def test_a_sparsity_of_zero_changes_no_weight(pattern):
     made = example(4, 8)
 
     pruned = Fista().prune(made.problem, pattern)
@@ -191,7 +193,7 @@ def test_nothing_to_prune_changes_nothing(pattern):
         ("rounding_share", 1.0),
     ],
 )
-def test_options_are_validated_when_constructed(option, value):
+def test_bad_options_are_refused_when_the_method_is_constructed(option, value):
     with pytest.raises(ValueError, match=rf"{option}={value!r}: pass"):
         Fista(**{option: value})
 
@@ -213,8 +215,8 @@ def solved_by(monkeypatch):
     return solve
 
 
-def rounded_start():
-    """A problem, and what Wanda makes of it in the first pattern."""
+def problem_and_start():
+    """A problem, and what Wanda makes of it in the first pattern, for the search to start from."""
     made = example(6, 8)
     return made, Wanda().prune(made.problem, PATTERNS[0])
 
@@ -222,7 +224,7 @@ def rounded_start():
 @pytest.mark.parametrize("patience", [1, 3])
 @pytest.mark.parametrize("damage", [-1.0, math.nan])
 def test_a_search_that_never_improves_returns_the_start(solved_by, patience, damage):
-    made, rounded = rounded_start()
+    made, rounded = problem_and_start()
     asked = solved_by(lambda start, _: start * damage)
 
     best = Fista(patience=patience).search_penalty(made.problem, PATTERNS[0], rounded)
@@ -236,8 +238,8 @@ def test_a_search_that_never_improves_returns_the_start(solved_by, patience, dam
     assert best.iterations == 7 * patience
 
 
-def test_failures_count_from_the_last_improvement_and_trials_start_from_it(solved_by):
-    made, rounded = rounded_start()
+def test_patience_counts_failures_since_the_last_improvement_and_trials_start_from_that(solved_by):
+    made, rounded = problem_and_start()
     better, _ = refit(made.problem.gram, made.problem.target, rounded.weight, rounded.mask)
     answers = iter([-better, -better, better, -better, -better, -better, better])
     asked = solved_by(lambda start, _: next(answers))
@@ -253,8 +255,10 @@ def test_failures_count_from_the_last_improvement_and_trials_start_from_it(solve
 
 
 @pytest.mark.parametrize("share", [0.05, 0.95])
-def test_rounding_share_is_the_threshold_between_the_two(solved_by, share):
-    made, rounded = rounded_start()
+def test_the_penalty_rises_if_the_share_of_rounding_in_the_error_is_above_rounding_share(
+    solved_by, share
+):
+    made, rounded = problem_and_start()
     # Rounding moves these weights by about half of their total error.
     answer = rounded.weight * 1.6 + 0.25 * made.weight * ~rounded.mask
     mask = PATTERNS[0].mask(answer)
@@ -269,24 +273,25 @@ def test_rounding_share_is_the_threshold_between_the_two(solved_by, share):
     assert (second_penalty > first_penalty) is (share == 0.05)
 
 
-def test_bisection_is_on_a_logarithmic_scale_below_the_critical_penalty(solved_by):
-    made, rounded = rounded_start()
-    asked = solved_by(lambda start, _: -rounded.weight)
-    Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded)
-
+def test_penalties_are_bisected_on_a_logarithmic_scale_below_the_critical_one(solved_by):
+    made, rounded = problem_and_start()
+    asked = solved_by(lambda start, _: -rounded.weight)  # so that every trial fails
     critical = float(made.problem.target.abs().max())
+
+    Fista(patience=100, max_trials=3).search_penalty(made.problem, PATTERNS[0], rounded)
 
     assert [penalty / critical for _, penalty in asked] == pytest.approx(
         [1e-3, 10**-4.5, 10**-5.25]
     )
 
 
-def test_zero_target_needs_no_trial(solved_by):
+def test_a_target_of_zero_returns_the_start_without_a_trial(solved_by):
     made = example(4, 8)
     made.problem.target.zero_()
     rounded = Wanda().prune(made.problem, PATTERNS[0])
-
     asked = solved_by(lambda start, _: start)
 
-    assert Fista().search_penalty(made.problem, PATTERNS[0], rounded).weight is rounded.weight
+    best = Fista().search_penalty(made.problem, PATTERNS[0], rounded)
+
+    assert best.weight is rounded.weight
     assert asked == []

@@ -7,7 +7,7 @@ from optimum_fista.solve.patterns import Columns, Unstructured
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 
 
-def test_columns_are_scored_by_weights_and_variances():
+def test_flap_keeps_the_columns_with_the_largest_squared_weights_times_variances():
     made = example(6, 16)
     scores = made.weight.square().sum(0) * made.inputs.var(0, correction=0)
 
@@ -19,9 +19,11 @@ def test_columns_are_scored_by_weights_and_variances():
 @pytest.mark.parametrize(
     "pattern", [Columns(0.5), Columns(0.25, width=4), Unstructured(0.5), Unstructured(0.6, "row")]
 )
-def test_kept_weights_take_over_what_the_others_did_on_average(pattern):
+def test_kept_weights_of_flap_make_up_for_the_mean_of_what_was_removed(pattern):
     made = example(6, 16, correlation=0.0, tokens=2000)
+
     pruned = Flap().prune(made.problem, pattern)
+
     plain = made.problem.fit_error(made.weight * pruned.mask)
     mean = made.inputs.mean(0)
     variance = made.inputs.var(0, correction=0)
@@ -35,7 +37,7 @@ def test_kept_weights_take_over_what_the_others_did_on_average(pattern):
     assert pruned.fit_error < plain
 
 
-def test_a_constant_input_is_removed_at_no_cost():
+def test_flap_removes_a_constant_input_nearly_without_an_error():
     made = example(6, 16, tokens=500)
     inputs = made.inputs.clone()
     inputs[:, 3] = 40.0

@@ -61,9 +61,8 @@ class Quieter(METHODS["wanda"]):
     name = "quieter"
 
 
-def test_the_decorator_alone_registers(monkeypatch):
+def test_register_makes_a_class_known_by_its_name_and_defining_it_does_not(monkeypatch):
     monkeypatch.setattr("optimum_fista.solve.method.METHODS", METHODS.copy())
-
     known = sys.modules["optimum_fista.solve.method"].METHODS
 
     assert "quieter" not in known
@@ -72,7 +71,7 @@ def test_the_decorator_alone_registers(monkeypatch):
     assert register(Quieter) is Quieter, "a notebook's cell that runs again"
 
 
-def test_names_are_given_and_of_one_class():
+def test_a_method_without_a_name_or_with_that_of_another_is_refused():
     class Impostor(Quieter):
         name = "wanda"
 
@@ -88,9 +87,10 @@ def test_names_are_given_and_of_one_class():
     assert METHODS["wanda"].__name__ == "Wanda"
 
 
-def test_unknown_option_lists_the_known():
+def test_an_unknown_option_is_refused_with_a_list_of_the_known_ones():
     with pytest.raises(ValueError) as refused:
         create_method("sparsegpt", damping=0.1, blocksize=4, actorder=True)
+
     assert str(refused.value) == (
         "method 'sparsegpt' has no option 'actorder', 'blocksize': it takes damping, block_size."
     )
@@ -133,7 +133,9 @@ def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name, patterns
         LayerProblem(torch.randn(9, 16).double(), made.problem.statistics),
         made.problem,
     ]
+
     together = create_method(name).prune_sharing(problems[: len(patterns)], patterns)
+
     for problem, pattern, pruned in zip(problems, patterns, together, strict=False):
         alone = create_method(name).prune(problem, pattern)
         assert torch.equal(pruned.mask, alone.mask)
@@ -146,12 +148,11 @@ def test_a_method_of_the_package_states_what_memory_it_takes(name):
     assert isinstance(vars(METHODS[name]).get("memory_factors"), MemoryFactors)
 
 
-def test_a_method_without_factors_of_its_own_is_counted_as_the_largest(monkeypatch):
+def test_the_largest_memory_factors_are_the_largest_of_all_methods_that_state_them(monkeypatch):
     small = MemoryFactors(9.0, 0.5)
     large = MemoryFactors(0.5, 9.0, 9.0)
     monkeypatch.setattr(METHODS["wanda"], "memory_factors", small)
     monkeypatch.setattr(METHODS["fista"], "memory_factors", large)
-
     monkeypatch.setattr(METHODS["alps"], "memory_factors", None)
 
     assert largest_memory_factors() == MemoryFactors(9.0, 9.0, 9.0)

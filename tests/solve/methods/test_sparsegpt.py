@@ -53,7 +53,7 @@ def naive_mask(
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize(("block_size", "damping"), [(8, 0.01), (128, 0.3)])
-def test_agrees_with_explicit_inverses(pattern, block_size, damping):
+def test_sparsegpt_agrees_with_explicit_inverses_of_the_hessian(pattern, block_size, damping):
     made = example(6, 16)
     weight, mask = naive(made.weight, made.problem.gram, pattern, damping, block_size)
 
@@ -77,7 +77,9 @@ EXACT += [
 
 @pytest.mark.parametrize(("shape", "pattern"), [*EXACT, ((3, 13), Unstructured(0.0))])
 @pytest.mark.parametrize("block_size", [1, 3, 8, 128])
-def test_counts_are_exact_whatever_the_blocks(shape, pattern, block_size):
+def test_sparsegpt_removes_exactly_as_many_weights_with_every_block_size(
+    shape, pattern, block_size
+):
     made = example(*shape)
 
     pruned = SparseGPT(block_size=block_size).prune(made.problem, pattern)
@@ -86,7 +88,7 @@ def test_counts_are_exact_whatever_the_blocks(shape, pattern, block_size):
     assert (pruned.weight[~pruned.mask] == 0).all()
 
 
-def test_target_of_a_corrected_problem_is_not_looked_at():
+def test_sparsegpt_finds_the_same_weights_with_and_without_a_corrected_target():
     made = example(4, 8, corrected=True)
     plain = LayerProblem(made.weight, made.problem.statistics)
 
@@ -97,6 +99,6 @@ def test_target_of_a_corrected_problem_is_not_looked_at():
     assert pruned.fit_error != expected.fit_error, "the error is that of the target"
 
 
-def test_groups_that_do_not_fit_are_refused():
+def test_groups_that_do_not_divide_a_row_are_refused():
     with pytest.raises(ValueError, match="weight has rows of 10 inputs"):
         SparseGPT().prune(example(3, 10).problem, parse_pattern("2:4"))

@@ -22,7 +22,9 @@ SPLITTING = ("admm", "alps", "obs_admm")
 @pytest.mark.parametrize("name", SPLITTING)
 @pytest.mark.parametrize("corrected", [False, True])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_errors_beat_sparsegpts(name, corrected, pattern):
+def test_splitting_methods_nearly_always_have_smaller_errors_than_sparsegpt(
+    name, corrected, pattern
+):
     pattern = parse_pattern(pattern)
 
     wins = 0
@@ -32,11 +34,11 @@ def test_errors_beat_sparsegpts(name, corrected, pattern):
         by_sparsegpt = create_method("sparsegpt").prune(made.problem, pattern)
         wins += pruned.fit_error < by_sparsegpt.fit_error
 
-    assert wins >= 5
+    assert wins >= 5  # of 6
 
 
 @pytest.mark.parametrize("name", SPLITTING)
-def test_close_to_the_best_subset_of_a_tiny_problem(name):
+def test_splitting_methods_come_close_to_the_best_subset_of_a_tiny_problem(name):
     options = {"ridge": 1e-3} if name == "obs_admm" else {}
     method = create_method(name, **options)
 
@@ -79,7 +81,7 @@ def test_scaling_an_input_and_its_weights_changes_nothing_but_damping(name):
     assert pruned.fit_error == pytest.approx(pruned_scaled.fit_error, rel=1e-4)
 
 
-def test_alps_settles_and_says_when_it_does_not():
+def test_alps_converges_and_says_if_an_iteration_limit_ended_it():
     problem = example(16, 24, correlation=2.0).problem
 
     settled = create_method("alps").prune(problem, Unstructured(0.5))
@@ -91,7 +93,7 @@ def test_alps_settles_and_says_when_it_does_not():
 
 
 @pytest.mark.parametrize(("tokens", "ridge"), [(1500, 0.012), (100_000, 0.003), (12, 0.5)])
-def test_obs_admm_ridge_follows_the_tokens(tokens, ridge):
+def test_the_ridge_of_obs_admm_shrinks_with_the_number_of_tokens(tokens, ridge):
     made = example(6, 12)
     problem = LayerProblem(made.weight, InputStatistics(made.problem.gram, tokens))
 
@@ -159,7 +161,7 @@ class LiveMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize(("rows", "columns", "matrices"), [(32768, 128, 2.5), (128, 1024, 5.5)])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_obs_admm_keeps_to_its_working_set(pattern, rows, columns, matrices):
+def test_obs_admm_takes_no_more_memory_than_its_working_set(pattern, rows, columns, matrices):
     problem = large_problem(rows, columns)
 
     with torch.no_grad(), LiveMemory() as memory:
@@ -227,7 +229,7 @@ def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(surgeon_of
         assert float(part.square().sum()) == pytest.approx(float(error.square().sum()), rel=1e-9)
 
 
-def test_iterations_by_hand():
+def test_iterations_agree_with_the_equations_written_out():
     made = example(4, 8)
     gram = made.problem.gram
     target = made.problem.target
@@ -235,7 +237,7 @@ def test_iterations_by_hand():
     state = SplitState(target.__getitem__, made.weight.clone())
     sparse = made.weight.clone()
     dual = torch.zeros_like(target)
-    for rho in (2.0, 2.0, 5.0, 3.0):
+    for rho in (2.0, 2.0, 5.0, 3.0):  # equal, rising and falling penalties
         damped = gram + rho * torch.eye(8, dtype=gram.dtype)
         weight = (target - dual + rho * sparse) @ torch.linalg.inv(damped)
         point = weight + dual / rho

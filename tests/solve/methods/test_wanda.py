@@ -10,7 +10,7 @@ from optimum_fista.solve.patterns import Unstructured
 @pytest.mark.parametrize(
     ("rows", "columns", "sparsity"), [(4, 8, 0.5), (5, 9, 0.5), (3, 7, 0.3), (6, 11, 0.85)]
 )
-def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, corrected):
+def test_wanda_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, corrected):
     made = example(rows, columns, corrected=corrected)
     zeros = round(sparsity * columns)
     norms = torch.linalg.vector_norm(made.inputs, dim=0)  # from the activations
@@ -19,6 +19,5 @@ def test_keeps_the_largest_scores_of_every_row(rows, columns, sparsity, correcte
     pruned = Wanda().prune(made.problem, Unstructured(sparsity, "row"))
 
     expected = torch.ones(rows, columns, dtype=torch.bool).scatter(1, order[:, :zeros], False)
-
     assert torch.equal(pruned.mask, expected)
     assert torch.equal(pruned.weight, torch.where(expected, made.weight, 0.0))

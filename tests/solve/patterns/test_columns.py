@@ -28,14 +28,14 @@ def test_parse_is_the_inverse_of_text(text, pattern):
 
 
 @pytest.mark.parametrize("groups", [1, 9, 1536])
-def test_exact_counts(groups):
+def test_a_count_of_columns_is_kept_exactly_and_survives_its_text(groups):
     for kept in range(1, groups + 1, max(1, groups // 50)):
         pattern = Columns.keeping(kept, groups, 2)
         assert pattern.num_kept((3, 2 * groups)) == 3 * 2 * kept
         assert parse_pattern(str(pattern)) == pattern
 
 
-def test_halves_are_rounded_as_those_of_channels():
+def test_halves_are_rounded_to_even_numbers_as_those_of_channels():
     assert [Columns(0.5).num_kept((1, n)) for n in (9, 11)] == [4, 6]
     assert [PartShare("channels", 0.5).num_kept(n) for n in (21, 23)] == [10, 12]
 
@@ -61,9 +61,8 @@ def test_keeps_the_groups_with_the_largest_sums(pattern, levels):
         assert (mask == mask[:1]).all()
 
 
-def test_the_mask_of_a_large_matrix_needs_all_of_its_rows():
+def test_the_mask_of_a_large_matrix_agrees_with_sums_over_all_rows():
     matrix = random(4000, 300)
-
     pattern = Columns(0.5)
 
     assert torch.equal(pattern.mask(matrix), pattern.mask(matrix.double().square(), squared=True))
@@ -108,9 +107,10 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("pattern", "columns", "message"), REFUSED)
-def test_what_does_not_fit_is_refused(pattern, columns, message):
+def test_a_pattern_of_columns_that_does_not_fit_a_matrix_is_refused(pattern, columns, message):
     with pytest.raises(ValueError) as refused:
         pattern.require_shape((3, columns), "down")
+
     assert str(refused.value).startswith(message)
     with pytest.raises(ValueError, match=f"{columns // pattern.width} groups|does not divide"):
         pattern.mask(random(3, columns))
@@ -163,7 +163,7 @@ def test_methods_that_decide_row_by_row_say_what_to_take(name):
 
 
 @pytest.mark.parametrize("name", TAKING)
-def test_inputs_that_are_zero_are_removed_for_free(name):
+def test_columns_of_inputs_that_are_zero_are_removed_without_an_error(name):
     made = example(6, 24, dtype=torch.float32)
     dead = torch.tensor([1, 2, 7, 12, 20, 23])
     inputs = made.inputs.index_fill(1, dead, 0.0)

@@ -30,7 +30,7 @@ def test_parse_is_the_inverse_of_text(text):
     assert parse_pattern(text, 1 - n / m) == pattern
 
 
-def test_pairs_are_another_pattern():
+def test_a_pattern_of_pairs_is_not_equal_to_that_of_single_weights():
     assert parse_pattern("4:8") != PAIRS
 
 
@@ -86,8 +86,8 @@ def test_keeps_the_pairs_with_the_largest_sums_of_scores():
     assert int(PAIRS.mask(torch.ones(6, 24)).sum()) == 72
 
 
-def test_squares_add_up_and_magnitudes_do_not():
-    # sums of squares 9, 9.68, 4, 7.22
+def test_pairs_are_compared_by_sums_of_squares_and_not_of_magnitudes():
+    # By sums of squares, 9, 9.68, 4 and 7.22, the first two pairs win; by magnitudes, 3, 4.4, 2 and 3.8, the second and the last would.
     row = torch.tensor([[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]])
 
     assert PAIRS.mask(row).tolist() == [[True, True, True, True, False, False, False, False]]

@@ -10,7 +10,7 @@ from optimum_fista.solve.patterns.whole_parts import PartShare
 @pytest.mark.parametrize(
     "text", ["channels:0.25", "heads:0.5", "channels:0.3/32+heads:0.25", "channels:1e-06"]
 )
-def test_text(text):
+def test_parse_is_the_inverse_of_text(text):
     pattern = parse_pattern(text)
 
     assert isinstance(pattern, WholeParts)
@@ -30,7 +30,9 @@ def test_text(text):
         ("heads", 0.55, None, 2, 1),  # the nearest number is a tenth away
     ],
 )
-def test_count(kind, share, multiple, number, kept):
+def test_as_many_parts_are_kept_as_the_share_says_in_whole_steps(
+    kind, share, multiple, number, kept
+):
     assert PartShare(kind, share, multiple).num_kept(number) == kept
 
 
@@ -52,7 +54,7 @@ def test_count(kind, share, multiple, number, kept):
         (PartShare("channels", 0.5, 100), 48, "none can go in steps of 100"),
     ],
 )
-def test_shares_that_leave_none_or_all(part, number, message):
+def test_shares_that_leave_no_part_or_all_are_refused(part, number, message):
     with pytest.raises(ValueError, match=message):
         part.num_kept(number)
 
@@ -90,7 +92,9 @@ def test_a_share_that_would_be_rounded_by_more_than_a_tenth_is_refused(part, num
     ("kind", "number", "multiple"),
     [("heads", 3, None), ("layers", 61, None), ("channels", 1536, None), ("channels", 96, 32)],
 )
-def test_possible_shares_are_accepted_and_remove_what_they_say(kind, number, multiple):
+def test_the_shares_that_a_refusal_offers_are_accepted_and_remove_what_it_says(
+    kind, number, multiple
+):
     with pytest.raises(ValueError, match="would stay") as raised:
         PartShare(kind, 1e-6, multiple).num_kept(number)
 
@@ -103,12 +107,12 @@ def test_possible_shares_are_accepted_and_remove_what_they_say(kind, number, mul
 
 
 @pytest.mark.parametrize("text", ["channels:0", "channels:1", "heads:1.5", "channels:0.5/0"])
-def test_texts_that_make_no_sense(text):
+def test_texts_with_an_impossible_share_or_step_are_refused(text):
     with pytest.raises(ValueError, match=r"pass a share of the .* in \(0, 1\)"):
         parse_pattern(text)
 
 
-def test_a_single_matrix_has_no_parts():
+def test_a_pattern_of_whole_parts_is_refused_for_a_single_matrix():
     pattern = parse_pattern("channels:0.25")
 
     with pytest.raises(
