@@ -87,7 +87,8 @@ def test_keeps_the_pairs_with_the_largest_sums_of_scores():
 
 
 def test_pairs_are_compared_by_sums_of_squares_and_not_of_magnitudes():
-    # By sums of squares, 9, 9.68, 4 and 7.22, the first two pairs win; by magnitudes, 3, 4.4, 2 and 3.8, the second and the last would.
+    # By sums of squares, 9, 9.68, 4 and 7.22, the first two pairs win.
+    # By sums of magnitudes, 3, 4.4, 2 and 3.8, the second and the last would.
     row = torch.tensor([[3.0, 0.0, 2.2, 2.2, 2.0, 0.0, 1.9, 1.9]])
 
     assert PAIRS.mask(row).tolist() == [[True, True, True, True, False, False, False, False]]
