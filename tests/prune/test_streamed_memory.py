@@ -24,6 +24,7 @@ MIB = 2**20
 def peaks(
     depths: tuple[int, ...], hidden: int, ffn: int, length: int, *, fewer_steps: bool = False
 ) -> list[dict]:
+    """Measurements of runs on models of several numbers of layers; the sizes are those of a layer and of sequences."""
     settings = {"hidden": hidden, "ffn": ffn, "num_samples": 8, "sequence_length": length}
     arguments = Namespace(**settings, storage_device=None, fewer_steps=fewer_steps)
     return [measure(arguments, layers) for layers in depths]

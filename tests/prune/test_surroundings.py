@@ -15,6 +15,7 @@ from optimum_fista.pruner import FistaPruner
 
 
 def surroundings(model):
+    """What a call must not change, by name: settings of the process, random states, and what hangs on the model."""
     return {
         # Libraries that are imported on the way may add finders of their own.
         "import machinery": [
@@ -48,7 +49,6 @@ def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(index % 3 > 0)
     save_tiny_folder(tmp_path / "dense")
-
     steps = {
         "prune in memory": lambda: prune(model, batches),
         "streamed prune": lambda: FistaPruner(progress=False).prune(
@@ -60,6 +60,8 @@ def test_calls_leave_the_process_and_the_model_as_they_were(tmp_path):
 
     for name, step in steps.items():
         before = surroundings(model)
+
         step()
+
         after = surroundings(model)
         assert {key for key in before if before[key] != after[key]} == set(), name

@@ -133,7 +133,7 @@ def test_a_share_is_removed_and_tokens_that_are_asked_for_stay(dense, tmp_path):
     assert asked_for <= set(kept)
 
 
-def test_batches_count_as_texts(dense, tmp_path):
+def test_batches_of_ids_keep_the_same_tokens_as_their_texts(dense, tmp_path):
     ids = bpe_tokenizer()(TEXT, return_tensors="pt")["input_ids"]
     texts = (text for text in (TEXT, ""))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -147,7 +147,7 @@ def test_batches_count_as_texts(dense, tmp_path):
     assert torch.equal(kept_tokens(tmp_path / "texts"), kept_tokens(tmp_path / "batches"))
 
 
-def test_what_a_chat_template_writes_stays(dense, tmp_path):
+def test_tokens_that_a_chat_template_writes_stay(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "dense")
     rare = set(bpe_tokenizer().encode(" zebras"))
     refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"
@@ -351,7 +351,7 @@ def test_a_row_of_no_token_that_is_named_may_lie_between_tokens(dense, tmp_path)
     verify_checkpoint(tmp_path / "smaller", dense=folder)
 
 
-def test_weights_of_pickle_lie_beside_those_of_an_adapter(dense, tmp_path):
+def test_weights_in_a_pickle_are_cut_although_an_adapter_lies_beside_them(dense, tmp_path):
     folder = shutil.copytree(dense, tmp_path / "dense")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
@@ -460,7 +460,7 @@ def test_a_table_of_another_number_of_rows_is_refused_by_verify(smaller, tmp_pat
         verify_checkpoint(twice)
 
 
-def test_a_table_that_is_older_than_the_embedding_is_replaced(dense, smaller, tmp_path):
+def test_a_table_that_no_longer_fits_the_embedding_is_replaced(dense, smaller, tmp_path):
     # somebody has added rows to the embedding of the smaller model
     resized = shutil.copytree(dense, tmp_path / "resized")
     shutil.copytree(smaller / "fista", resized / "fista")
@@ -470,7 +470,7 @@ def test_a_table_that_is_older_than_the_embedding_is_replaced(dense, smaller, tm
     assert_same_table(tmp_path / "again", smaller)
 
 
-def test_another_dtype_is_not_used_with_a_warning(dense, tmp_path):
+def test_another_dtype_is_ignored_with_a_warning(dense, tmp_path):
     pruner = FistaPruner(FistaPruningConfig(pattern="vocab:unused"), progress=False)
 
     with pytest.warns(
@@ -614,7 +614,7 @@ def test_bad_input_gives_one_error_and_nothing_is_written(dense, tmp_path, spoil
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 
-def test_a_model_in_memory_is_refused():
+def test_removing_tokens_of_a_model_in_memory_is_refused():
     pruner = FistaPruner(FistaPruningConfig(pattern="vocab:0.1"))
 
     with pytest.raises(ValueError, match="pass the model's folder or Hub id, and output_dir"):
@@ -673,7 +673,7 @@ def write_table(folder: Path, content: dict) -> None:
 
 
 def test_the_table_of_kept_tokens_is_read(tmp_path):
-    assert kept_tokens(tmp_path) is None
+    assert kept_tokens(tmp_path) is None  # no table yet
 
     write_table(tmp_path, {"kept": [0, 2, 5], "num_tokens": 6})
 
