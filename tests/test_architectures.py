@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family_does_as_the_page_says(family, tmp_path):
+def test_a_family_has_the_outcome_that_the_page_promises(family, tmp_path):
     outcome = try_family(family, tmp_path / "model")
     promised = TABLE.get(family)
     if promised is None:
@@ -34,7 +34,7 @@ def test_family_does_as_the_page_says(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", [*FAMILIES[::24], "opt", "mixtral", "gemma3n_text"])
-def test_whole_parts_of_a_family_can_go_as_the_page_says(family):
+def test_parts_that_can_be_removed_from_a_family_are_those_on_the_page(family):
     if family in TABLE and TABLE[family].status == "works":
         assert what_can_go(family) == TABLE[family].smaller
 
@@ -42,17 +42,17 @@ def test_whole_parts_of_a_family_can_go_as_the_page_says(family):
 @pytest.mark.parametrize(
     "family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3", "blip-2", "kosmos-2", "step3p7"]
 )
-def test_multimodal_family_does_as_the_page_says(family, tmp_path):
+def test_a_multimodal_family_has_the_outcome_that_the_page_promises(family, tmp_path):
     promised = MULTIMODAL_TABLE[family]
     outcome = try_family(family, tmp_path / "model", multimodal=True)
     assert replace(outcome, smaller=promised.smaller) == promised
 
 
-def test_parts_of_a_multimodal_family_can_go_as_the_page_says():
+def test_parts_that_can_be_removed_from_a_multimodal_family_are_those_on_the_page():
     assert what_can_go("qwen3_vl_moe", multimodal=True) == MULTIMODAL_TABLE["qwen3_vl_moe"].smaller
 
 
-def test_readme_and_page_count_what_was_found():
+def test_readme_and_page_count_the_families_that_work():
     works, multimodal = (
         sum(o.status == "works" for o in table.values()) for table in (TABLE, MULTIMODAL_TABLE)
     )

@@ -48,7 +48,7 @@ def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):
         ("4", 1 / 8 + 2**-11),
     ],
 )
-def test_gguf_files_hold_the_weights(benchmark, tmp_path, bits, largest_error, family):
+def test_gguf_files_hold_the_weights_of_the_model(benchmark, tmp_path, bits, largest_error, family):
     """Transformers reads a model back with errors of at most so many times the largest weight of a matrix."""
     model = tiny_llama(intermediate_size=64, tie_word_embeddings=True)
     if family == "gemma3_text":
@@ -143,7 +143,9 @@ def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
         compared("--num-samples", "5")
 
 
-def test_speed_of_every_variant(benchmark, tmp_path, monkeypatch):
+def test_the_speed_script_records_tokens_per_second_of_every_variant(
+    benchmark, tmp_path, monkeypatch
+):
     script = benchmark("speed")
     output = tmp_path / "speed.json"
     model = tiny_llama()

@@ -16,7 +16,7 @@ def through_json(config: FistaPruningConfig) -> FistaPruningConfig:
     return FistaPruningConfig.from_dict(json.loads(json.dumps(config.to_dict())))
 
 
-def test_scope_is_that_of_the_method_unless_given():
+def test_the_scope_is_that_of_the_method_unless_given():
     assert FistaPruningConfig(method="wanda").pattern_for(DOWN).scope == "row"
     assert FistaPruningConfig(method="wanda", scope="matrix").pattern_for(DOWN).scope == "matrix"
     assert FistaPruningConfig(method="magnitude", scope="row").pattern_for(DOWN).scope == "row"
@@ -61,13 +61,13 @@ def test_options_are_checked_when_constructed(options, message):
 
 @pytest.mark.parametrize("option", [f.name for f in dataclasses.fields(FistaPruningConfig)])
 @pytest.mark.parametrize("value", [{"a": []}, [3], "", "word", 3, 2.5, True, None])
-def test_values_of_any_type_are_options_or_named(option, value):
+def test_a_value_of_any_type_is_kept_through_json_or_refused(option, value):
     with contextlib.suppress(ValueError):
         config = FistaPruningConfig.from_dict({"method": "fista"} | {option: value})
         assert through_json(config) == config
 
 
-def test_options_of_methods_have_types():
+def test_options_of_methods_of_a_wrong_type_are_refused():
     for name, value in (("patience", "3"), ("rounding_share", None), ("warm_start", 3)):
         with pytest.raises(ValueError, match=f"{name}|method_options"):
             FistaPruningConfig(method="fista", method_options={name: value})
@@ -98,7 +98,7 @@ def test_options_are_frozen_and_detached_from_the_callers():
         config.sparsity = 0.1
 
 
-def test_overrides_first_match_wins():
+def test_the_first_override_that_matches_decides():
     config = FistaPruningConfig(
         0.6, overrides={"*.3.*.down_proj": "1:4", "*.down_proj": 0.25, "*.q_proj": 0}
     )
@@ -111,7 +111,7 @@ def test_overrides_first_match_wins():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_options_left_open_are_as_the_method_has_them(name):
+def test_options_left_open_take_the_defaults_of_the_method(name):
     defaults = method_class(name).defaults
 
     resolved = FistaPruningConfig(method=name).resolved()
@@ -127,7 +127,7 @@ def test_options_left_open_are_as_the_method_has_them(name):
     assert resolved.resolved() == resolved
 
 
-def test_who_shares_the_zeros():
+def test_only_operators_without_an_override_share_the_zeros():
     config = FistaPruningConfig(overrides={"*.q_proj": 0.25, "*.k_proj": "2:4"})
 
     assert config.shares_budget(DOWN)
@@ -139,7 +139,7 @@ def test_who_shares_the_zeros():
     assert FistaPruningConfig(method="alps", allocation="fisher").shares_budget(DOWN)
 
 
-def test_include_and_exclude():
+def test_include_and_exclude_decide_which_operators_stay_dense():
     config = FistaPruningConfig(include="*.mlp.*", exclude=["*.0.*"])
 
     assert config.include == ("*.mlp.*",)
@@ -163,7 +163,7 @@ def test_include_and_exclude():
         ),
     ],
 )
-def test_json_round_trip(config, tmp_path):
+def test_a_configuration_is_the_same_after_writing_and_reading_json(config, tmp_path):
     assert through_json(config) == config
 
     config.save_pretrained(tmp_path / "saved")
@@ -195,7 +195,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path):
         FistaPruningConfig.from_pretrained(tmp_path / "empty")
 
 
-def test_json_that_is_no_configuration(tmp_path):
+def test_json_that_is_no_configuration_is_refused(tmp_path):
     file = tmp_path / "half.json"
     file.write_text("{")
 
@@ -210,14 +210,14 @@ def test_json_that_is_no_configuration(tmp_path):
         FistaPruningConfig.from_pretrained(file)
 
 
-def test_unknown_options_are_named():
+def test_unknown_options_are_refused_by_name():
     with pytest.raises(
         ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"
     ):
         FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
 
 
-def test_paper_settings():
+def test_the_paper_configuration_has_the_settings_of_the_paper():
     config = FistaPruningConfig.paper(0.5)
 
     assert config.method == "fista"

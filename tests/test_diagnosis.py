@@ -20,7 +20,7 @@ def doctor(monkeypatch, capsys):
     return run
 
 
-def test_a_machine_that_prunes(doctor):
+def test_a_machine_that_prunes_rightly_passes_all_checks(doctor):
     code, shown = doctor("cpu")
 
     assert code == 0
@@ -31,7 +31,7 @@ def test_a_machine_that_prunes(doctor):
     assert str(Path.home()) not in shown
 
 
-def test_rates_and_the_dtype_of_a_run(doctor, monkeypatch):
+def test_rates_and_the_dtype_of_products_are_shown(doctor, monkeypatch):
     rates = {torch.float32: 97.4, torch.bfloat16: 0.043, torch.float16: 1234.5}
     monkeypatch.setattr(diagnosis, "_rate", lambda _, dtype: rates[dtype])
 
@@ -52,7 +52,7 @@ def test_rates_and_the_dtype_of_a_run(doctor, monkeypatch):
     )
 
 
-def test_a_device_that_prunes_wrongly(doctor, monkeypatch):
+def test_a_device_that_prunes_wrongly_fails_the_check(doctor, monkeypatch):
     prune = FistaPruner.prune
     pruned_models = []
 
@@ -75,7 +75,7 @@ def test_a_device_that_prunes_wrongly(doctor, monkeypatch):
     assert shown.endswith("\nchecks that failed: 1\n")
 
 
-def test_a_device_that_computes_nothing(doctor, monkeypatch):
+def test_a_device_that_computes_nothing_fails_the_check(doctor, monkeypatch):
     monkeypatch.setattr(diagnosis, "_describe", lambda device: "no description")
 
     code, shown = doctor("cpu", "meta")

@@ -115,7 +115,9 @@ def undisturbed(tmp_path_factory):
         (prune_files, all_at_once),
     ],
 )
-def test_a_run_sets_its_own_and_restores_the_callers(around, run, undisturbed, tmp_path):
+def test_a_run_sets_its_own_environment_and_restores_the_callers(
+    around, run, undisturbed, tmp_path
+):
     model = tiny_llama()
     tokens = tiny_tokens()
     inside = Inside()

@@ -88,7 +88,7 @@ def test_an_estimate_has_the_operators_and_numbers_of_the_run(family, config):
     assert estimate.left_dense == report.left_dense
 
 
-def test_a_model_of_405_billion_parameters_needs_no_weights():
+def test_a_model_of_405_billion_parameters_is_estimated_without_weights():
     estimate = estimated(**LARGE_RUN, storage_device="cpu")
     assert estimate.model.num_parameters() == 405_853_388_800
     assert 30 < held(estimate, "device") / 2**30 < 60
@@ -111,7 +111,7 @@ def test_every_expert_has_gram_matrices():
     assert sizes[1] - sizes[0] == 2 * 4 * (32**2 + 48**2)
 
 
-def test_activations_wait_where_they_are_told_to():
+def test_activations_are_counted_where_the_storage_device_puts_them():
     near, far, disk = (
         estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk")
     )
@@ -201,7 +201,7 @@ def test_held_out_logits_of_a_large_vocabulary_are_counted():
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
 
 
-def test_a_machine_that_is_busy_with_other_work_tries_a_layer_too(monkeypatch):
+def test_a_layer_is_timed_even_on_a_machine_that_is_busy_with_other_work(monkeypatch):
     def busy_clock():
         return 1e6 * time.perf_counter()
 

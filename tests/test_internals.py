@@ -99,7 +99,7 @@ def test_decoder_layers_are_not_split():
     assert internals.classes_not_split(nn.Linear(1, 1)) == set()
 
 
-def test_names_that_are_not_saved():
+def test_names_that_a_model_does_not_save_are_known():
     model = tiny_llama()
     assert hasattr(PreTrainedModel, "_keys_to_ignore_on_save")
 
@@ -228,7 +228,7 @@ def test_a_quantizer_prepares_a_model():
     assert prepared == [(model, {"device_map": "cpu"})]
 
 
-def test_an_operation_changes_nothing():
+def test_the_operation_unchanged_returns_its_input():
     tensors = {"a": [torch.ones(1)]}
     assert internals.unchanged().convert(tensors) is tensors
 
@@ -361,7 +361,7 @@ def test_convolutions_of_all_dimensions_are_known():
     assert not internals.is_convolution(nn.Linear(1, 1))
 
 
-def test_leaves_and_tensors_of_nested_values():
+def test_leaves_and_tensors_of_nested_values_are_found():
     values = {"a": [torch.ones(1), None], "b": (2, {"c": torch.zeros(1)})}
 
     leaves = internals.leaves_of(values)
@@ -373,7 +373,7 @@ def test_leaves_and_tensors_of_nested_values():
     assert (replaced["a"][1], replaced["b"][0]) == (None, 2)
 
 
-def test_the_units_of_the_processor_are_asked():
+def test_functions_that_ask_for_units_of_the_processor_exist():
     """Their names are there; the answer depends on the processor."""
     for kind in ("bf16", "fp16"):
         assert callable(getattr(torch.ops.mkldnn, f"_is_mkldnn_{kind}_supported"))

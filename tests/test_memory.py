@@ -45,7 +45,7 @@ from optimum_fista.memory import (
     ],
     ids=str,
 )
-def test_every_device_and_library_has_its_own_words(error):
+def test_errors_of_every_device_and_library_are_recognised_as_out_of_memory(error):
     assert is_out_of_memory(error)
 
 
@@ -61,7 +61,7 @@ def test_every_device_and_library_has_its_own_words(error):
     ],
     ids=repr,
 )
-def test_other_errors(error):
+def test_other_errors_are_not_taken_for_out_of_memory(error):
     assert not is_out_of_memory(error)
 
 
@@ -88,7 +88,7 @@ def test_the_meta_device_does_not_say_what_is_free():
 SIZE = 64 << 20
 
 
-def test_what_was_freed_again_is_seen():
+def test_memory_that_was_freed_again_counts_in_the_peak():
     before = psutil.Process().memory_info().rss
 
     with watched_memory(torch.device("cpu")) as peak:

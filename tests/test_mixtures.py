@@ -98,7 +98,7 @@ def test_channels_that_leave_no_shared_expert_are_refused(benchmark, dense):
         benchmark("mixture_start").split(dense, tiny_tokens(), active=4, **options)
 
 
-def test_clusters_are_of_equal_size_and_hold_what_is_alike(benchmark):
+def test_clusters_are_of_equal_size_and_hold_similar_rows(benchmark):
     generator = torch.Generator().manual_seed(0)
     directions = torch.eye(3).repeat(1, 4)
     points = directions.repeat_interleave(5, 0) + 0.1 * torch.randn(15, 12, generator=generator)
@@ -158,7 +158,7 @@ def test_the_penalty_is_one_for_even_use_and_has_a_gradient(benchmark, dense):
     assert mixture.model.layers[3].mlp.gate.weight.grad.abs().max() > 0
 
 
-def test_the_information_of_experts_about_domains(benchmark):
+def test_the_information_is_zero_for_equal_use_and_highest_for_experts_apart(benchmark):
     same = torch.full((3, 1, 6), 1 / 6)
     apart = torch.zeros(3, 1, 6)
     for domain in range(3):

@@ -28,7 +28,7 @@ class Outer:
         Outer("b", [(1, 0.5), (2, 1)], {16: Inner(0.5, (1, 2)), 32: Inner(1, ())}, Inner(2.0)),
     ],
 )
-def test_json_gives_the_record_back(record):
+def test_a_record_is_the_same_after_writing_and_reading_json(record):
     assert as_record(Outer, json.loads(json.dumps(dataclasses.asdict(record)))) == record
 
 
@@ -43,6 +43,6 @@ def test_json_gives_the_record_back(record):
         ({"name": "a", "pairs": [[1]]}, "pairs="),
     ],
 )
-def test_what_is_no_such_record_is_refused(values, message):
+def test_values_that_make_no_such_record_are_refused(values, message):
     with pytest.raises(TypeError, match=message):
         as_record(Outer, values)

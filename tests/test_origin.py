@@ -119,7 +119,7 @@ def test_a_model_that_was_never_pruned_has_no_origin(entry):
         {"num_parameters": 0, "steps": [{"pattern": "2:4"}]},
     ],
 )
-def test_an_origin_that_can_not_be_read_is_not_known(origin):
+def test_an_origin_that_can_not_be_read_counts_as_unknown(origin):
     entry = {"pattern": "2:4", "pruned_before": ["layers:0.5"], "origin": origin}
 
     found = read_origin(SimpleNamespace(fista_pruning=entry))
@@ -156,5 +156,5 @@ def test_perplexities_on_unknown_tokens_are_not_comparable():
         ({}, "not known"),
     ],
 )
-def test_what_a_step_removed_in_words(numbers, words):
+def test_the_parts_that_a_step_removed_are_put_in_words(numbers, words):
     assert StepReport("2:4", **numbers).removal == words

@@ -60,7 +60,7 @@ def test_dropout_is_off_while_pruning(tokens):
     assert same(*results)
 
 
-def test_report_describes_the_run(llama, tokens):
+def test_the_report_describes_the_run(llama, tokens):
     pruner = FistaPruner(FistaPruningConfig(pattern="2:4", seed=5), progress=False)
 
     report = pruner.prune(llama, tokens.split(4), calibration_source="pydoc")

@@ -34,7 +34,7 @@ def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
     refuse(llama, broken(), LookupError, "no more data")
 
 
-def test_damaged_weights_are_named(llama, tokens):
+def test_damaged_weights_are_refused_by_name(llama, tokens):
     llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
     refuse(
         llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"
@@ -55,7 +55,7 @@ def test_damaged_activations_of_the_last_layer_undo_the_layers_before(
     refuse(llama, tokens.split(4), match=message, error_correction=error_correction)
 
 
-def test_outputs_that_overflow_are_warned_of(llama, tokens):
+def test_outputs_that_overflow_give_a_warning(llama, tokens):
     """Weights that float32 holds, but not the squares of what they make."""
     llama.model.layers[1].mlp.down_proj.weight.data.fill_(1e30)
 
@@ -69,12 +69,12 @@ def test_outputs_that_overflow_are_warned_of(llama, tokens):
     assert len([warning for warning in report.warnings if "NaN or Inf" in warning]) == 1
 
 
-def test_quantized_models(llama, tokens):
+def test_a_quantized_model_is_refused(llama, tokens):
     llama.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     refuse(llama, tokens.split(4), match="quantized by 'gptq': prune the unquantized model")
 
 
-def test_models_that_are_not_in_memory(tokens):
+def test_a_model_whose_weights_are_not_loaded_is_refused(tokens):
     with torch.device("meta"):
         model = tiny_llama()
     with pytest.raises(
@@ -83,7 +83,7 @@ def test_models_that_are_not_in_memory(tokens):
         FistaPruner(progress=False).prune(model, tokens.split(4))
 
 
-def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
+def test_weights_of_integers_and_objects_that_are_no_models_are_refused(llama, tokens):
     layer = llama.model.layers[0].mlp.up_proj
     layer.weight = nn.Parameter(layer.weight.detach().to(torch.int8), requires_grad=False)
 
@@ -95,14 +95,14 @@ def test_models_of_integers_and_things_that_are_no_models(llama, tokens):
         FistaPruner().prune(nn.Linear(4, 4), tokens.split(4))
 
 
-def test_nothing_to_prune(llama, tokens):
+def test_a_configuration_that_leaves_every_operator_dense_is_refused(llama, tokens):
     message = refuse(llama, tokens.split(4), UnsupportedArchitectureError, include=("*.experts.*",))
 
     assert "include=['*.experts.*']" in message
     assert "found 14, all left dense: model.layers.0.self_attn.q_proj (not in include), " in message
 
 
-def test_pattern_that_does_not_divide_a_row_is_found_before_any_work(tokens):
+def test_a_pattern_that_does_not_divide_a_row_is_refused_before_any_work(tokens):
     model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
     refuse(
         model,

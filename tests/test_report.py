@@ -74,7 +74,7 @@ def test_the_summary_for_people_has_the_numbers():
     )
 
 
-def test_held_out_errors_are_compared_with_those_of_the_same_operators():
+def test_held_out_errors_are_compared_with_fit_errors_of_the_same_operators():
     first, second = TWO.operators
     first = dataclasses.replace(first, held_out_fit_error=0.25)
     third = dataclasses.replace(

@@ -103,7 +103,7 @@ def model_of(family, monkeypatch):
 
 
 @pytest.mark.parametrize("family", FITTING)
-def test_families_compute_the_same(family, monkeypatch):
+def test_a_rotated_model_of_any_family_computes_the_same(family, monkeypatch):
     model = model_of(family, monkeypatch)
     ids = some_tokens(4)
 
@@ -217,7 +217,7 @@ def test_the_ratio_of_errors_that_a_rotation_reports_is_that_of_pruning_to_the_p
     assert reported_ratio < 0.9
 
 
-def test_heads_turn_too(monkeypatch):
+def test_rotating_heads_too_lowers_the_error(monkeypatch):
     ratios = []
     for rate in (example._RATE_OF_HEADS, 0.0):
         monkeypatch.setattr(example, "_RATE_OF_HEADS", rate)
@@ -228,7 +228,7 @@ def test_heads_turn_too(monkeypatch):
     assert ratios[0] < ratios[1] - 0.01
 
 
-def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path):
+def test_a_rotated_model_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path):
     _, output = rotate(tiny_folder, steps=20)
     config = FistaPruningConfig(pattern="2:4", reorder_channels=True)
 
@@ -255,7 +255,7 @@ def test_it_is_pruned_and_recovered_like_any_other(tiny_folder, rotate, tmp_path
         rotate(tmp_path / "p", "again")
 
 
-def test_weights_are_rounded_once(rotate, tmp_path):
+def test_rotated_weights_are_rounded_only_once(rotate, tmp_path):
     source = saved(tiny_llama(), tmp_path / "source")
 
     _, once = rotate(source, "once", dtype="bfloat16")
@@ -266,7 +266,7 @@ def test_weights_are_rounded_once(rotate, tmp_path):
     assert json.loads((once / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_the_licence_comes_along(tiny_folder, rotate, tmp_path):
+def test_readme_and_licence_are_copied(tiny_folder, rotate, tmp_path):
     source = saved(tiny_llama(), tmp_path / "source")
     (source / "README.md").write_text("---\nlicense: llama3.2\n---\n")
     (source / "LICENSE").write_text("text")
@@ -290,7 +290,7 @@ def test_a_rotation_that_does_not_help_is_not_written(rotate, tmp_path):
     assert not (tmp_path / "rotated").exists()
 
 
-def test_operators_of_zeros_are_rotated(rotate, tmp_path):
+def test_a_model_with_operators_of_zeros_can_be_rotated(rotate, tmp_path):
     model = tiny_llama()
     attention = model.model.layers[1].self_attn
     for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -302,7 +302,7 @@ def test_operators_of_zeros_are_rotated(rotate, tmp_path):
     torch.testing.assert_close(logits(output), logits(source), rtol=1e-3, atol=1e-4)
 
 
-def test_the_seed_decides(tiny_folder, rotate):
+def test_the_seed_decides_which_rotation_is_found(tiny_folder, rotate):
     tensors = []
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         _, folder = rotate(tiny_folder, name, seed=seed)
@@ -361,7 +361,9 @@ def test_a_model_of_the_user_is_replaced_only_if_asked(tiny_folder, rotate):
     assert bytes_of(output) != before
 
 
-def test_the_command(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_the_command_rotates_once_and_refuses_a_folder_that_holds_a_model(
+    tiny_folder, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "sea.txt").write_text(TEXT)
     flags = ["--model", str(tiny_folder), "--output", str(tmp_path / "out")]
     flags += ["--calibration", str(tmp_path / "sea.txt")]

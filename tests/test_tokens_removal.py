@@ -16,19 +16,19 @@ from optimum_fista.tokens_removal import TokensRemoval
         ("vocab:unused/1", TokensRemoval(None, 1)),
     ],
 )
-def test_a_request_is_read_and_written(text, request_):
+def test_a_request_for_fewer_tokens_is_read_and_written(text, request_):
     assert TokensRemoval.read(text) == request_
     assert str(request_) == text
     assert FistaPruningConfig(pattern=text).tokens_removal == request_
 
 
 @pytest.mark.parametrize("text", ["2:4", "channels:0.25", "unstructured"])
-def test_patterns_of_other_kinds_are_no_requests(text):
+def test_patterns_of_other_kinds_are_not_read_as_requests(text):
     assert TokensRemoval.read(text) is None
     assert FistaPruningConfig(pattern=text).tokens_removal is None
 
 
-def test_a_request_is_no_pattern():
+def test_a_request_is_refused_as_a_pattern_of_weights():
     with pytest.raises(ValueError, match=r"pattern='vocab:0\.35': pass 'unstructured'"):
         parse_pattern("vocab:0.35")
 

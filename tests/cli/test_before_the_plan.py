@@ -31,7 +31,7 @@ def refused(tiny_folder, text_file, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_an_empty_text(refused, tmp_path):
+def test_an_empty_text_is_refused(refused, tmp_path):
     (tmp_path / "empty.txt").write_text("")
 
     error = refused("--calibration", tmp_path / "empty.txt")
@@ -39,7 +39,7 @@ def test_an_empty_text(refused, tmp_path):
     assert "empty.txt' is empty; pass a file with text" in error
 
 
-def test_a_text_that_is_too_short(refused, tmp_path):
+def test_a_text_that_is_too_short_is_refused(refused, tmp_path):
     (tmp_path / "short.txt").write_text("one two three")
 
     error = refused("--calibration", tmp_path / "short.txt")
@@ -49,7 +49,7 @@ def test_a_text_that_is_too_short(refused, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["text", "self"])
-def test_a_model_without_a_tokenizer(refused, tiny_folder, text_file, tmp_path, source):
+def test_a_model_without_a_tokenizer_is_refused(refused, tiny_folder, text_file, tmp_path, source):
     model = tmp_path / "model"
     shutil.copytree(tiny_folder, model, ignore=shutil.ignore_patterns("tokenizer*"))
 
@@ -59,7 +59,7 @@ def test_a_model_without_a_tokenizer(refused, tiny_folder, text_file, tmp_path, 
 
 
 @pytest.mark.parametrize("source", ["text", "self"])
-def test_sequences_that_are_longer_than_the_model_takes(refused, text_file, source):
+def test_sequences_that_are_longer_than_the_model_takes_are_refused(refused, text_file, source):
     calibration = text_file if source == "text" else "self"
 
     error = refused("--calibration", calibration, "--sequence-length", 100_000)
@@ -78,7 +78,7 @@ def test_numbers_that_are_too_small_are_refused(refused, flag, number, least):
 
 
 @pytest.mark.parametrize("source", ["text", "self"])
-def test_a_disk_that_is_full(refused, text_file, monkeypatch, source):
+def test_an_output_on_a_full_disk_is_refused(refused, text_file, monkeypatch, source):
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(2**30, 2**30, 1000))
 
     error = refused("--calibration", text_file if source == "text" else "self")
@@ -86,7 +86,7 @@ def test_a_disk_that_is_full(refused, text_file, monkeypatch, source):
     assert "of disk, and 0.98kiB are free there: make room, or pass --output" in error
 
 
-def test_a_configuration_without_weights(refused, tiny_folder, tmp_path):
+def test_a_configuration_without_weights_is_refused(refused, tiny_folder, tmp_path):
     shutil.copy(tiny_folder / "config.json", tmp_path)
 
     error = refused(model=tmp_path / "config.json")

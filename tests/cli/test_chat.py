@@ -80,7 +80,7 @@ def test_without_a_template_every_line_is_continued_on_its_own(ask, tiny_folder)
     assert any(lines)
 
 
-def test_with_a_template_the_conversation_goes_on(ask, folder_with_template):
+def test_with_a_template_a_question_is_answered_after_all_earlier_turns(ask, folder_with_template):
     first, second = ask("sea\nsky\n", folder_with_template, *SIX_TOKENS)
 
     speaker = speaker_of(folder_with_template)
@@ -90,7 +90,7 @@ def test_with_a_template_the_conversation_goes_on(ask, folder_with_template):
     assert [turn["role"] for turn in speaker.turns] == ["user", "assistant"]
 
 
-def test_the_oldest_turns_are_forgotten_so_that_a_long_conversation_goes_on(folder_with_template):
+def test_a_conversation_longer_than_the_context_drops_its_oldest_turns(folder_with_template):
     speaker = speaker_of(folder_with_template)  # of 64 positions
 
     speaker.answer("sea")
@@ -100,7 +100,7 @@ def test_the_oldest_turns_are_forgotten_so_that_a_long_conversation_goes_on(fold
     assert speaker.turns[0]["content"] != "sea"
 
 
-def test_a_question_that_is_too_long_is_no_part_of_the_conversation(folder_with_template):
+def test_a_question_that_is_too_long_is_not_added_to_the_conversation(folder_with_template):
     speaker = speaker_of(folder_with_template)
     speaker.answer("sea")
     turns = [*speaker.turns]
@@ -111,7 +111,7 @@ def test_a_question_that_is_too_long_is_no_part_of_the_conversation(folder_with_
     assert speaker.turns == turns
 
 
-def test_a_question_that_is_too_long_ends_nothing(chatted, tiny_folder):
+def test_questions_after_one_that_is_too_long_are_still_answered(chatted, tiny_folder):
     code, printed = chatted(f"the sea\n{'x' * 80}\nthe sea\n", tiny_folder, *SIX_TOKENS)
 
     answer = continued(tiny_folder, "the sea")
@@ -123,7 +123,7 @@ def test_a_question_that_is_too_long_ends_nothing(chatted, tiny_folder):
     )
 
 
-def test_a_template_that_fails_is_one_error_a_question(chatted, tiny_folder, tmp_path):
+def test_a_template_that_fails_gives_one_error_for_each_question(chatted, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     (folder / "chat_template.jinja").write_text("{{ raise_exception('roles must alternate') }}")
 
@@ -150,7 +150,9 @@ def test_nan_weights_end_the_chat_with_one_error(chatted, tiny_folder, tmp_path)
     )
 
 
-def test_beside_another_model_and_packed_folders(ask, tiny_folder, pruned_folder, tmp_path):
+def test_a_packed_folder_and_the_model_beside_it_both_answer_a_question(
+    ask, tiny_folder, pruned_folder, tmp_path
+):
     packed = tmp_path / "packed"
     pack_folder(pruned_folder, packed)
 
@@ -175,7 +177,7 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-def test_ctrl_c_stops_an_answer_and_ctrl_d_ends(tiny_folder, tmp_path):
+def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_chat(tiny_folder, tmp_path):
     """In a real terminal, as a user has it."""
     parent, child = pty.openpty()
     command = ["chat", tiny_folder, "--beside", tiny_folder, "--device", "cpu"]

@@ -247,14 +247,16 @@ def run(folders, text_file, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("kind", "command", "damages"), CASES, ids=lambda value: value if type(value) is str else ""
 )
-def test_damage_is_one_line_and_exit_code_1(run, kind, command, damages):
+def test_each_damage_gives_one_line_of_error_and_exit_code_1(run, kind, command, damages):
     for name, damage in damages.items():
         code, lines = run(kind, command, damage)
         assert (code, len(lines)) == (1, 1), f"{name}: exit code {code}, {lines}"
 
 
 @pytest.mark.parametrize("command", ["prune", "dry run", "evaluate"])
-def test_code_of_a_model_is_never_run_nor_asked_for(run, command, tmp_path, monkeypatch):
+def test_code_of_a_model_is_never_run_and_no_question_about_it_is_asked(
+    run, command, tmp_path, monkeypatch
+):
     def evil(folder: Path) -> None:
         classes = {
             "AutoConfig": "code.Config",

@@ -43,7 +43,7 @@ def sizes_of(shown: str) -> dict[str, int]:
     return sizes
 
 
-def test_the_demo_shows_every_run_a_smaller_model_and_commands_that_exist(
+def test_the_demo_shows_each_run_and_a_smaller_model_and_proposes_valid_commands(
     arguments, tmp_path, capsys
 ):
     assert main(arguments) == 0
@@ -104,7 +104,7 @@ def test_a_text_too_short_to_fit_and_to_measure_on_is_refused(arguments, monkeyp
     )
 
 
-def test_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch, capsys):
+def test_the_demo_without_its_model_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
 
     assert main(["demo", "--output", str(tmp_path / "demo")]) == 1
@@ -127,7 +127,7 @@ def test_the_demo_replaces_a_model_only_if_it_is_told_to(
     )
 
 
-def test_make_demo_works_twice_in_a_row(arguments, capsys):
+def test_the_command_of_make_demo_works_twice_in_a_row(arguments, capsys):
     makefile = (ROOT / "Makefile").read_text()
     (recipe,) = re.findall(r"^\t\$\(BIN\)/optimum-fista (demo .*)", makefile, re.MULTILINE)
     command = [*arguments, *re.findall(r"--overwrite", recipe)]

@@ -13,7 +13,7 @@ from optimum_fista.cli.main import execute, main
 QUICK = ["--num-samples", "8", "--sequence-length", "16", "--device", "cpu", "--method", "wanda"]
 
 
-def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_work(
+def test_a_run_prints_its_plan_its_cost_and_next_commands_that_work(
     tiny_folder, text_file, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -74,7 +74,9 @@ def test_a_run_says_what_it_will_do_what_it_cost_and_the_next_commands_which_wor
     )
 
 
-def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_path):
+def test_a_run_warns_of_an_earlier_pruning_and_reports_a_rounded_sparsity(
+    pruned_folder, text_file, tmp_path
+):
     flags = ["--sparsity", "0.6", *QUICK, "--calibration", str(text_file)]
 
     with pytest.warns(
@@ -89,7 +91,7 @@ def test_a_pruned_model_and_rounded_rows_are_said(pruned_folder, text_file, tmp_
     )
 
 
-def test_a_warning_is_one_line_without_code():
+def test_a_warning_is_printed_as_one_line_without_code():
     before = warnings.formatwarning
     shown = []
 
@@ -107,7 +109,7 @@ def test_a_warning_is_one_line_without_code():
     assert warnings.formatwarning is before
 
 
-def test_help_shows_the_options_of_every_day_alone(capsys):
+def test_help_shows_only_the_options_for_everyday_use(capsys):
     shown = {}
 
     for flag in ("--help", "--help-all"):

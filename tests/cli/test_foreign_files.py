@@ -131,7 +131,7 @@ def command(
     return kind, flags
 
 
-def test_no_command_line_changes_a_file_of_others(world, tmp_path, monkeypatch):
+def test_no_command_changes_a_file_that_it_did_not_write(world, tmp_path, monkeypatch):
     ended: Counter = Counter()
 
     for seed in range(40):

@@ -54,9 +54,7 @@ def lines(picture: str) -> list[dict]:
     ]
 
 
-def test_other_images_give_other_weights_and_no_run_goes_on_with_them(
-    prune, tmp_path, capsys, caplog
-):
+def test_other_images_give_other_weights_and_do_not_resume_a_run(prune, tmp_path, capsys, caplog):
     with interrupted_after(1):
         assert prune(lines("red")) == 130
     assert prune(lines("blue")) == 1
@@ -104,7 +102,7 @@ def test_other_images_give_other_weights_and_no_run_goes_on_with_them(
         ),
     ],
 )
-def test_bad_lines_are_named(prune, capsys, line, message):
+def test_lines_that_can_not_be_used_are_refused_before_the_plan(prune, capsys, line, message):
     assert prune([line] * 3) == 1
 
     said = capsys.readouterr().err.splitlines()
@@ -113,7 +111,7 @@ def test_bad_lines_are_named(prune, capsys, line, message):
     assert not [path for path in Path().iterdir() if path.suffix not in (".png", ".jsonl")]
 
 
-def test_images_without_a_processor_and_for_commands_of_text_are_refused(
+def test_images_are_refused_without_a_processor_and_by_commands_that_take_text(
     prune, folder, tiny_folder, capsys
 ):
     assert prune(lines("red"), "--num-samples", "6") == 1

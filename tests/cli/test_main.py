@@ -62,7 +62,7 @@ def test_help_fits_two_screens(command, monkeypatch, capsys):
     )
 
 
-def test_help_of_the_whole_names_every_command(capsys):
+def test_help_of_the_program_names_every_command(capsys):
     assert run("--help") == 0
 
     shown = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_help_of_the_whole_names_every_command(capsys):
 
 
 @pytest.mark.parametrize("flag", ["--sparsty", "--sparsty=0.5"])
-def test_a_flag_that_is_misspelt_is_answered_by_its_command(flag, capsys):
+def test_a_misspelt_flag_is_answered_with_the_usage_of_its_command(flag, capsys):
     assert run("prune", "model", flag) == 2
 
     said = capsys.readouterr().err
@@ -170,7 +170,7 @@ def test_optimum_cli_passes_the_exit_code_on(tmp_path, monkeypatch, capsys):
         (MemoryError("no more"), "error: out of memory (no more): pass a smaller --batch-size"),
     ],
 )
-def test_errors_are_one_line_and_exit_with_1(error, shown, monkeypatch, capsys):
+def test_errors_are_printed_as_one_line_and_exit_with_1(error, shown, monkeypatch, capsys):
     def fail(arguments):
         raise error
 
@@ -192,7 +192,7 @@ def test_an_interrupt_exits_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
-def test_a_bug_is_not_hidden(monkeypatch):
+def test_an_error_that_is_a_bug_keeps_its_traceback(monkeypatch):
     def fail(arguments):
         raise AttributeError("a bug")
 

@@ -36,7 +36,7 @@ def require_private(folder: Path, home: Path) -> None:
     assert b"tiny" in (folder / "fista" / "report.json").read_bytes()
 
 
-def test_a_streamed_run_and_what_is_made_of_its_folder(home):
+def test_folders_of_a_streamed_run_name_no_private_path(home):
     model = home / "models/tiny"
     text = home / "texts/sea.txt"
     prune = ["prune", str(model), "--calibration", str(text), *QUICK]
@@ -51,7 +51,7 @@ def test_a_streamed_run_and_what_is_made_of_its_folder(home):
         require_private(home / name, home)
 
 
-def test_a_model_in_memory(home):
+def test_the_folder_of_a_model_in_memory_names_no_private_path(home):
     source = home / "models" / "tiny"
     model = AutoModelForCausalLM.from_pretrained(source)
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -27,7 +27,7 @@ def shown_of(capsys, model, **options) -> str:
     return capsys.readouterr().err
 
 
-def test_a_bar_shows_operators_and_layers_and_is_taken_away(capsys):
+def test_a_bar_shows_operators_and_layers_and_disappears_at_the_end(capsys):
     shown = shown_of(capsys, tiny_llama(num_hidden_layers=3), method="wanda")
 
     assert "\r0 of 3 decoder layers done: mlp.up_proj, fit error 0." in shown

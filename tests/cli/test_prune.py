@@ -99,7 +99,7 @@ def test_flags_override_a_configuration_file(prune, tmp_path):
         ),
     ],
 )
-def test_errors_are_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
+def test_errors_are_printed_as_one_line(prune, tmp_path, capsys, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("taken").touch()
@@ -160,9 +160,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(
-    prune, tmp_path, monkeypatch, capsys
-):
+def test_an_interrupted_run_resumes_with_the_text_it_sampled(prune, tmp_path, monkeypatch, capsys):
     with interrupted_after(0):
         assert prune("--calibration", "self", "--method", "wanda") == 130
 
@@ -181,7 +179,7 @@ def test_a_run_that_was_interrupted_goes_on_with_the_text_it_sampled(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_model_that_writes_its_own_text_is_measured_on_another(prune, tmp_path, capsys):
+def test_a_model_that_writes_its_own_text_is_measured_on_another_text(prune, tmp_path, capsys):
     assert prune("--method", "wanda", "--calibration", "self") == 0
 
     perplexity = report_of(tmp_path / "out")["perplexity"]
@@ -220,7 +218,9 @@ def test_sampled_text_that_is_damaged_or_of_another_model_is_sampled_again(
     assert torch.equal(tokens(keep), wanted)
 
 
-def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch, capsys):
+def test_a_run_of_other_settings_in_the_same_folder_needs_overwrite(
+    prune, tmp_path, monkeypatch, capsys
+):
     with interrupted_after(0):
         assert prune("--method", "wanda") == 130
 
@@ -237,7 +237,7 @@ def test_a_run_of_other_settings_in_the_same_folder(prune, tmp_path, monkeypatch
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
 
 
-def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path, monkeypatch):
+def test_sampled_text_is_kept_if_another_run_is_begun(prune, tmp_path, monkeypatch):
     monkeypatch.setattr(journal.Journal, "keep_budgets", interrupt)
     mine = ["--calibration", "self", "--method", "wanda"]
 
@@ -252,7 +252,7 @@ def test_text_that_took_hours_is_kept_whatever_is_begun_with_it(prune, tmp_path,
     assert kept.read_bytes() == whole
 
 
-def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, text_file, capsys):
+def test_a_resumed_run_uses_the_batch_size_of_its_first_start(prune, text_file, capsys):
     with interrupted_after(0):
         assert prune("--method", "wanda", "--batch-size", "4") == 130
     assert prune("--method", "wanda") == 0
@@ -263,7 +263,7 @@ def test_a_run_that_resumes_takes_the_batches_it_began_with(prune, text_file, ca
     )
 
 
-def test_names_of_folders(tmp_path, monkeypatch):
+def test_the_default_output_is_named_by_the_model_and_the_pattern(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("4fe1b2").mkdir()
     Path("my model").symlink_to("4fe1b2")
@@ -276,7 +276,7 @@ def test_names_of_folders(tmp_path, monkeypatch):
     assert default_output("model.v2", parts) == Path("model.v2-channels-0.25-8-heads-0.5")
 
 
-def test_a_short_text_is_for_the_calibration_alone(prune, tmp_path, capsys):
+def test_a_short_text_is_used_for_the_calibration_alone(prune, tmp_path, capsys):
     (tmp_path / "short.txt").write_text(TEXT[: 8 * 16])  # a token a letter
 
     assert prune("--method", "wanda", "--calibration", tmp_path / "short.txt") == 0

@@ -74,7 +74,9 @@ def test_a_run_that_may_be_killed_is_announced(tiny_folder, tmp_path, capsys, mo
         assert capsys.readouterr().err.count("warning: this run is estimated to need") == words
 
 
-def test_a_model_that_can_not_be_estimated_is_pruned(tiny_folder, tmp_path, capsys, monkeypatch):
+def test_a_model_that_can_not_be_estimated_is_pruned_nevertheless(
+    tiny_folder, tmp_path, capsys, monkeypatch
+):
     def fail(*arguments, **options):
         raise RuntimeError("no such operation on meta tensors")
 

@@ -93,7 +93,7 @@ def test_the_card_and_the_page_are_about_the_first_model_and_have_a_row_for_each
         assert "</td><td>".join(cells[1:]) in page
 
 
-def test_a_perplexity_on_another_text_is_not_known_on_this_one(folders, capsys):
+def test_a_perplexity_on_another_text_is_not_compared(folders, capsys):
     (folders / "other.txt").write_text(TEXT.replace("sea", "lake"))
     prune(folders, "half", "other", "2:4", text="other.txt")
     printed = capsys.readouterr().out
@@ -109,7 +109,7 @@ def test_a_perplexity_on_another_text_is_not_known_on_this_one(folders, capsys):
     assert card.count("| not known on this text |") == 1
 
 
-def test_all_that_is_gone_is_counted_if_both_runs_remove_parts(folders, capsys):
+def test_parts_that_two_runs_removed_are_counted_together(folders, capsys):
     prune(folders, "half", "smaller", "channels:0.25/4")
     printed = capsys.readouterr().out
     size = read_report(folders / "half").model["dense_num_parameters"]
@@ -144,7 +144,7 @@ def test_a_result_is_verified_against_the_model_that_its_last_run_began_with(fol
     assert "pass the model that the last run began with, 'half'" in error
 
 
-def test_a_first_model_that_is_nowhere_is_not_guessed(folders, tmp_path, capsys):
+def test_a_first_model_that_is_not_found_is_not_guessed(folders, tmp_path, capsys):
     (tmp_path / "half").symlink_to(folders / "half")
     (tmp_path / "sea.txt").write_text(TEXT)
     prune(tmp_path, "half", "zeros", "2:4")
@@ -154,7 +154,7 @@ def test_a_first_model_that_is_nowhere_is_not_guessed(folders, tmp_path, capsys)
     assert "# MODEL is the model that was pruned first: its folder or Hub id" in printed
 
 
-def test_the_history_of_an_older_folder_is_not_known(folders, tmp_path):
+def test_the_history_of_a_folder_of_an_older_version_is_unknown(folders, tmp_path):
     (tmp_path / "half").mkdir()
     for file in (folders / "half").iterdir():
         if file.name != "config.json":

@@ -288,7 +288,7 @@ def test_a_method_that_removes_no_channels_leaves_tokens(
     assert "trial" not in printed
 
 
-def test_a_limit_is_tried_also_if_only_channels_can_go(dense, texts, tmp_path, capsys):
+def test_a_limit_is_tried_even_if_only_channels_can_go(dense, texts, tmp_path, capsys):
     flags = ["--protect", f"{texts / 'sea.txt'}=1.01"]
     words = command(dense, texts, tmp_path / "sized", *flags, calibration="self")
 
@@ -299,7 +299,7 @@ def test_a_limit_is_tried_also_if_only_channels_can_go(dense, texts, tmp_path, c
     assert names_in(tmp_path) == []
 
 
-def test_a_disk_that_is_too_small_for_a_trial_is_said_before(
+def test_a_disk_that_is_too_small_for_a_trial_is_reported_before_the_trial(
     dense, texts, tmp_path, capsys, monkeypatch
 ):
     disk = SimpleNamespace(free=1000)
@@ -312,7 +312,7 @@ def test_a_disk_that_is_too_small_for_a_trial_is_said_before(
     assert names_in(tmp_path) == []
 
 
-def test_half_of_the_tokens_is_a_candidate_too(tmp_path):
+def test_removing_half_of_the_tokens_is_a_candidate_too(tmp_path):
     words = " ".join(f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrst")
     dense = save(tmp_path / "dense", spare=0, words=words, intermediate_size=200)
     parsed = build_parser().parse_args(command(dense, tmp_path, tmp_path / "sized", size=0.7))

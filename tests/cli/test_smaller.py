@@ -22,7 +22,7 @@ def smaller(tiny_folder, text_file, tmp_path_factory):
     return folder
 
 
-def test_what_was_removed_is_said_wherever_zeros_would_be(smaller, capsys):
+def test_every_output_names_the_removed_parts_in_place_of_zeros(smaller, capsys):
     assert str(read_report(smaller)).startswith(
         f"4 operators pruned by wanda, {REMOVED}; fit error"
     )
@@ -60,7 +60,7 @@ def test_removed_decoder_layers_are_named_and_a_page_needs_a_pruned_operator(
         assert f"<p>Decoder layers {named}" in (output / "fista" / "report.html").read_text()
 
 
-def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, capsys):
+def test_removed_experts_are_counted_in_every_command(text_file, tmp_path, capsys):
     dense = tmp_path / "dense"
     folder = tmp_path / "smaller"
     tiny_model("mixtral").save_pretrained(dense)
@@ -84,7 +84,9 @@ def test_experts_that_went_are_counted_in_every_command(text_file, tmp_path, cap
     )
 
 
-def test_a_share_that_is_rounded_says_what_it_became(text_file, tmp_path, monkeypatch, capsys):
+def test_a_rounded_share_is_printed_beside_the_share_that_was_asked_for(
+    text_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     tiny_llama(num_hidden_layers=3).save_pretrained("model")
     tiny_tokenizer().save_pretrained("model")

@@ -197,7 +197,7 @@ def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_ra
     assert read_report(folder).model["num_parameters"] <= 0.9 * parameters_of(dense)
 
 
-def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(
+def test_all_texts_are_read_but_the_first_suffices_if_they_have_all_tokens(
     dense, text, tmp_path, capsys
 ):
     (tmp_path / "all.txt").write_text(f"{TEXT} {text_of(RARE)} {''.join(map(chr, range(256)))}")
@@ -241,7 +241,7 @@ def test_all_texts_are_read_and_the_first_is_enough_if_they_have_all_tokens(
         ),
     ],
 )
-def test_sizes_that_make_no_sense(dense, text, tmp_path, capsys, flags, message):
+def test_sizes_that_make_no_sense_are_refused(dense, text, tmp_path, capsys, flags, message):
     text = ["--calibration", str(text)]
 
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *text, *QUICK, *flags]) == 1

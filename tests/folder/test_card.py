@@ -32,7 +32,7 @@ def text_of_saved_card(saved) -> str:
     return ModelCard.load(saved.folder / "README.md").text
 
 
-def test_saved_card_has_the_numbers(saved):
+def test_the_saved_card_has_the_numbers_of_the_report(saved):
     totals = saved.report.totals
 
     text = text_of_saved_card(saved)
@@ -47,7 +47,7 @@ def test_saved_card_has_the_numbers(saved):
     assert "| zeros | the same share in every operator |" in text
 
 
-def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
+def test_the_card_tells_how_the_zeros_were_shared(saved_by_rows):
     first, second, *_ = saved_by_rows.report.operators
     operators = [
         dataclasses.replace(first, sparsity=0.125),
@@ -64,7 +64,9 @@ def test_card_tells_how_the_zeros_were_shared(saved_by_rows):
 @pytest.mark.parametrize(
     ("retrained", "before"), [(False, ""), (True, ", before retraining")], ids=["pruned", "trained"]
 )
-def test_card_says_whether_the_perplexity_is_that_before_a_training(saved, retrained, before):
+def test_the_card_says_whether_its_perplexity_was_measured_before_a_training(
+    saved, retrained, before
+):
     perplexity = {"dense": 20.0, "pruned": 30.0, "num_tokens": 1000, "text": "sea.txt"}
     report = dataclasses.replace(saved.report, perplexity=perplexity, retrained=retrained)
 
@@ -76,7 +78,7 @@ def test_card_says_whether_the_perplexity_is_that_before_a_training(saved, retra
     ) in text
 
 
-def test_saved_card_has_one_row_for_every_kind_of_operator(saved):
+def test_the_saved_card_has_one_row_for_every_kind_of_operator(saved):
     operators = [o for o in saved.report.operators if o.name.endswith("mlp.down_proj.weight")]
     errors = [o.fit_error for o in operators]
     outputs = [o.output_error for o in operators]
@@ -102,7 +104,7 @@ def test_the_configuration_in_the_card_makes_the_model_again(saved):
         ("", None, "LlamaForCausalLM, 2:4"),
     ],
 )
-def test_base_model_is_a_hub_id(saved, name, base_model, title):
+def test_the_base_model_of_the_card_is_a_hub_id(saved, name, base_model, title):
     card = card_of(saved, name=name)
 
     assert card.data.base_model == base_model
@@ -130,7 +132,7 @@ def test_the_card_names_the_base_model_and_the_data_set_as_the_hub_does(saved):
     assert data.datasets == ["allenai/c4"]
 
 
-def test_the_hub_is_told_of_no_base_model_and_data_set_that_it_lacks(saved):
+def test_the_card_names_no_base_model_or_data_set_that_the_hub_lacks(saved):
     data = ModelCard.load(saved.folder / "README.md").data
 
     assert data.library_name == "transformers"
@@ -161,7 +163,7 @@ def test_a_card_of_the_dense_model_that_can_not_be_read_changes_nothing(saved, t
         assert model_card(saved.report, dense=folder) == without_dense
 
 
-def test_held_out_errors_have_a_line_and_a_column(saved):
+def test_the_card_has_a_line_and_a_column_of_held_out_errors(saved):
     totals = saved.report.totals
     operators = [
         dataclasses.replace(o, held_out_fit_error=2 * o.fit_error) for o in saved.report.operators
@@ -186,7 +188,7 @@ def test_held_out_errors_have_a_line_and_a_column(saved):
     assert "held-out" not in model_card(saved.report)
 
 
-def test_text_of_others_is_no_markdown(saved):
+def test_markdown_in_names_is_escaped_in_the_card(saved):
     source = "[click](http://x)\n# Title\n__e__ $1$"
     report = dataclasses.replace(
         changed(saved.report, name="/models/a|b *c* <img src=x> `d`"),
@@ -223,7 +225,7 @@ def recovered(report, **changes):
     )
 
 
-def test_card_of_a_recovered_model_with_masks(saved):
+def test_the_card_of_a_recovered_model_with_masks_has_the_numbers_of_the_recovery(saved):
     text = model_card(recovered(saved.report))
 
     assert "in one shot and then retrained under its masks, by" in text
@@ -242,7 +244,7 @@ def test_card_of_a_recovered_model_with_masks(saved):
         {"layers_removed": [[1, 3.5]], "layers_kept": [0]},
     ],
 )
-def test_card_of_a_recovered_model_that_is_smaller_claims_nothing_of_other_tensors(saved, parts):
+def test_the_card_of_a_smaller_recovered_model_claims_nothing_about_other_tensors(saved, parts):
     size = saved.report.model["num_parameters"]
     smaller = {"num_parameters": size - 100, "dense_num_parameters": size}
     report = dataclasses.replace(changed(saved.report, **smaller, **parts), operators=[])
@@ -315,7 +317,7 @@ def test_the_code_in_the_card_of_a_class_that_transformers_lacks_trusts_its_own(
     assert loading.arguments == ", trust_remote_code=True"
 
 
-def test_card_says_what_removed_tokens_cost(saved):
+def test_the_card_says_what_the_removed_tokens_cost(saved):
     size = saved.report.model["num_parameters"]
     model = saved.report.model | {"dense_num_parameters": size + 100}
     model["vocabulary"] = {"kept": 60, "before": 1000}

@@ -35,7 +35,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         checkpoint_files(tmp_path)
 
 
-def test_a_misspelt_folder_is_refused_with_the_name_that_is_near(saved):
+def test_a_misspelt_folder_is_refused_with_the_closest_name(saved):
     misspelt = saved.folder.with_name(f"{saved.folder.name}s")
 
     message = rf"no such folder\. Did you mean '.*/{saved.folder.name}'\?"

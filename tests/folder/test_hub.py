@@ -65,14 +65,14 @@ def failure(process: CompletedProcess) -> str:
     return process.stderr.rpartition("Traceback")[2]
 
 
-def test_repository_holds_the_folder(hub, model_folder, tmp_path):
+def test_the_repository_holds_the_files_of_the_folder(hub, model_folder, tmp_path):
     url = printed(push(hub, model_folder, tmp_path))
 
     assert hub.files(REPO_ID) == bytes_of(model_folder)
     assert url == f"{hub.endpoint}/{REPO_ID}/commit/{hub.repositories[REPO_ID].branches['main']}"
 
 
-def test_revision_is_a_branch_of_its_own(hub, model_folder, tmp_path):
+def test_a_revision_is_pushed_as_a_branch_of_its_own(hub, model_folder, tmp_path):
     for _ in range(2):  # absent, then present
         printed(push(hub, model_folder, tmp_path, revision="sparse/2:4", private=True))
 
@@ -101,7 +101,7 @@ def test_weights_and_the_page_of_an_earlier_model_are_deleted(hub, model, model_
     assert hub.files(REPO_ID) == other_files | bytes_of(new)
 
 
-def test_files_of_others_stay_here(hub, model_folder, tmp_path):
+def test_files_that_the_package_did_not_write_are_not_uploaded(hub, model_folder, tmp_path):
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
     notes = {"notes.txt", "fista/mine.txt", "[a-z]*.json", "mine.safetensors"}
     for name in notes:
@@ -116,7 +116,7 @@ def test_files_of_others_stay_here(hub, model_folder, tmp_path):
     assert "README.md" not in warning
 
 
-def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(
+def test_a_card_that_the_hub_refuses_gives_one_error_before_anything_is_uploaded(
     hub, model_folder, tmp_path
 ):
     hub.refused_in_cards = ["license"]
@@ -130,7 +130,7 @@ def test_a_card_that_the_hub_refuses_is_one_error_before_anything_is_uploaded(
 
 
 @pytest.mark.parametrize("broken", ["/api/repos/create", "/branch/", "/commit/"])
-def test_failure_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken):
+def test_a_push_that_failed_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken):
     hub.broken = broken
 
     message = failure(push(hub, model_folder, tmp_path, revision="sparse"))
@@ -148,7 +148,7 @@ def test_failure_at_any_step_can_be_retried(hub, model_folder, tmp_path, broken)
     [({"token": "hf_wrong"}, "401"), ({"repo_id": "someone/tiny"}, "403")],
     ids=["token", "namespace"],
 )
-def test_a_refused_token_or_namespace_is_one_error(hub, model_folder, tmp_path, options, status):
+def test_a_refused_token_or_namespace_gives_one_error(hub, model_folder, tmp_path, options, status):
     message = failure(push(hub, model_folder, tmp_path, **options))
 
     assert f"safe at {model_folder}" in message
@@ -157,7 +157,7 @@ def test_a_refused_token_or_namespace_is_one_error(hub, model_folder, tmp_path, 
     assert hub.repositories == {}
 
 
-def test_a_hub_that_is_not_reached_is_one_error(model_folder, tmp_path):
+def test_a_hub_that_is_not_reached_gives_one_error(model_folder, tmp_path):
     with HubStandIn() as stopped:
         pass
 
@@ -209,7 +209,7 @@ def test_a_push_in_offline_mode_is_refused_before_a_run(hub, monkeypatch):
         require_push(REPO_ID)
 
 
-def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_folder, tmp_path):
+def test_a_private_push_to_an_existing_public_repository_is_refused(hub, model_folder, tmp_path):
     printed(push(hub, model_folder, tmp_path))
     hub.requests.clear()
 
@@ -221,7 +221,7 @@ def test_private_is_not_ignored_for_an_existing_public_repository(hub, model_fol
 
 
 @pytest.mark.parametrize("missing", ["fista/files.json", "config.json", "model.safetensors"])
-def test_incomplete_folder_is_refused(model_folder, tmp_path, missing):
+def test_an_incomplete_folder_is_refused(model_folder, tmp_path, missing):
     folder = shutil.copytree(model_folder, tmp_path / "pruned")
     (folder / missing).unlink()
 
@@ -231,7 +231,7 @@ def test_incomplete_folder_is_refused(model_folder, tmp_path, missing):
 
 
 @pytest.mark.parametrize("repo_id", ["", "a/b/c", "a--b"])
-def test_repo_id_that_is_no_name_is_refused(model_folder, repo_id):
+def test_an_invalid_repo_id_is_refused(model_folder, repo_id):
     with pytest.raises(ValueError, match=r"^repo_id='.* pass 'namespace/name'") as caught:
         push_folder(model_folder, repo_id)
 

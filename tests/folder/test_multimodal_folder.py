@@ -76,7 +76,9 @@ def test_a_model_without_a_class_that_writes_text_is_refused():
         model_class(T5Config())
 
 
-def test_offloaded_packed_and_streamed_are_the_same_with_all_files(folders, tmp_path):
+def test_offloaded_packed_and_streamed_runs_write_the_same_weights_with_all_files(
+    folders, tmp_path
+):
     dense = folders("qwen3_vl")
     streamed = tmp_path / "streamed"
     packed = tmp_path / "packed"
@@ -145,7 +147,7 @@ def prune(source, output, pattern, **options):
     return pruner.prune(source, batches, output_dir=output, device="cpu", **options)
 
 
-def test_decoder_layers_go_and_an_interrupted_run_resumes(llava, tmp_path):
+def test_an_interrupted_run_that_removes_decoder_layers_resumes(llava, tmp_path):
     before = bytes_of(llava)
     output = tmp_path / "out"
     prune(llava, tmp_path / "whole", "layers:0.5")
@@ -244,7 +246,7 @@ def test_recover_trains_the_decoder_layers_of_a_packed_multimodal_folder(
         assert (output / name).read_bytes() == (llava / name).read_bytes()
 
 
-def test_from_the_hub_to_the_hub(llava, hub, tmp_path):
+def test_a_model_of_the_hub_is_pruned_by_its_id_and_pushed_with_all_files(llava, hub, tmp_path):
     output = str(tmp_path / "out")
     code = f"""
         import torch

@@ -63,7 +63,7 @@ def no_waiting_for_the_disk(monkeypatch):
         monkeypatch.setattr(module, "flush", lambda path: None)
 
 
-def test_another_rank_may_remove_what_it_offloaded_at_the_same_time(tmp_path, monkeypatch):
+def test_a_folder_that_another_rank_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
     remove = shutil.rmtree
 
     def the_other_was_first(path):
@@ -122,7 +122,7 @@ def test_whenever_it_is_killed_the_old_or_the_new_folder_is_there(tmp_path, ther
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(tmp_path):
+def test_a_folder_that_appears_between_two_renames_and_the_old_one_are_kept(tmp_path):
     for step in itertools.count():
         folder = write_model(tmp_path / str(step) / "model", OLD, "old")
         with pytest.raises(Killed), killed_at(step):
@@ -143,7 +143,7 @@ def test_a_folder_that_came_between_two_renames_is_kept_and_the_old_one_as_well(
     assert contents(folder.parent) == {f"model/{name}": "new" for name in NEW}
 
 
-def test_a_model_that_cant_be_put_there_leaves_the_old_one(tmp_path, monkeypatch):
+def test_a_model_that_cant_be_moved_into_place_leaves_the_old_one(tmp_path, monkeypatch):
     folder = write_model(tmp_path / "model", OLD, "old")
     rename = Path.rename
 
@@ -185,7 +185,7 @@ def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
     require_output(folder, True)
 
 
-def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path):
+def test_a_file_that_is_added_during_the_run_and_the_new_model_are_kept(tmp_path):
     folder = write_model(tmp_path / "model", OLD, "old")
 
     with locked_output(folder) as unfinished:
@@ -203,7 +203,7 @@ def test_a_file_that_comes_during_the_run_is_kept_and_the_model_as_well(tmp_path
     assert contents(tmp_path) == {f"model/{name}": "new" for name in NEW}
 
 
-def test_what_commands_write_about_a_model_goes_with_it(tmp_path):
+def test_files_that_commands_write_about_a_model_count_as_its_files(tmp_path):
     folder = write_model(tmp_path / "model", OLD, "old")
 
     for name in ("fista/report.html", "README.md", "notes.txt"):
@@ -317,7 +317,7 @@ def test_weights_can_be_read_by_those_who_may_read_the_other_files(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kind):
+def test_a_file_or_folder_with_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kind):
     unfinished = tmp_path / "model.unfinished"
     write_files(tmp_path / "elsewhere", ("journal/optimum-fista",), "foreign")
     if kind == "folder":
@@ -335,7 +335,7 @@ def test_what_has_the_name_of_the_unfinished_folder_is_not_touched(tmp_path, kin
     assert contents(tmp_path) == before
 
 
-def test_layers_of_a_streamed_run_are_not_thrown_away_unasked(tmp_path):
+def test_layers_of_an_unfinished_run_are_deleted_only_if_asked(tmp_path):
     with locked_output(tmp_path / "model") as unfinished:
         of_run = ("journal/fingerprint.json", "model/shard")
         write_files(unfinished, (*of_run, "journal/offload-a/weight.dat"), "layers")
@@ -375,7 +375,7 @@ def test_another_process_is_refused_until_the_first_is_gone(tmp_path):
     assert set(contents(tmp_path / "model").values()) == {"new"}
 
 
-def test_many_threads_never_mix_their_models(tmp_path):
+def test_threads_that_write_at_once_never_mix_their_models(tmp_path):
     done = []
     failures = []
 
@@ -410,7 +410,7 @@ def test_many_threads_never_mix_their_models(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_damaged_list_makes_every_file_somebodys(tmp_path):
+def test_a_damaged_list_of_files_protects_every_file(tmp_path):
     folder = write_model(tmp_path / "model", OLD, "old")
     (folder / "fista" / "files.json").write_text(json.dumps([*OLD]))
 
@@ -438,7 +438,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
         ("invalid header", errno.EIO),
     ],
 )
-def test_errors_of_safetensors_are_errors_of_the_system(tmp_path, text, number):
+def test_an_error_of_safetensors_becomes_an_os_error(tmp_path, text, number):
     with (
         pytest.raises(OSError, match=r"serializing.*: '.*/model'") as caught,
         errors_of_writing(tmp_path / "model"),
@@ -448,6 +448,6 @@ def test_errors_of_safetensors_are_errors_of_the_system(tmp_path, text, number):
     assert caught.value.errno == number
 
 
-def test_a_name_that_an_error_has_stays(tmp_path):
+def test_the_file_name_that_an_error_already_has_is_kept(tmp_path):
     with pytest.raises(OSError, match="another"), errors_of_writing(tmp_path):
         raise OSError(errno.ENOSPC, "full", "another")

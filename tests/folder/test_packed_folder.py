@@ -55,7 +55,9 @@ def test_a_packed_folder_is_smaller_and_is_made_dense_again(family, pruned, tmp_
     assert files_of(tmp_path / "again") == files_of(dense)
 
 
-def test_a_tensor_of_experts_is_read_once_for_the_masks_of_all(pruned, tmp_path, monkeypatch):
+def test_a_fused_tensor_is_read_once_for_the_masks_of_all_its_experts(
+    pruned, tmp_path, monkeypatch
+):
     packed = tmp_path / "packed"
     pack_folder(pruned("granitemoe"), packed)
     report = read_report(packed)
@@ -178,7 +180,9 @@ print("equal")
 """
 
 
-def test_the_import_is_enough_after_transformers(pruned, tmp_path):
+def test_importing_the_package_after_transformers_suffices_to_load_a_packed_folder(
+    pruned, tmp_path
+):
     """A process can't load a packed folder before it imports this package. (The next test imports it first.)"""
     pack_folder(pruned("llama"), tmp_path / "packed")
     code = f"{WITHOUT}import optimum_fista.packed\n{WITH}"
@@ -188,7 +192,7 @@ def test_the_import_is_enough_after_transformers(pruned, tmp_path):
     assert result.stdout == "refused\nequal\n", result.stdout + result.stderr
 
 
-def test_pushed_and_pulled_like_any_model(hub, pruned, tmp_path):
+def test_a_packed_folder_is_pushed_and_loaded_like_any_model(hub, pruned, tmp_path):
     """By name, bit for bit, also if a dense model lay there before."""
     pack_folder(pruned("llama"), tmp_path / "packed")
     folders = [str(pruned("llama")), str(tmp_path / "packed")]
@@ -275,7 +279,7 @@ def widened(name):
 @pytest.mark.parametrize(
     ("family", "name"), [("llama", NAME), ("gpt2", "transformer.h.1.mlp.c_fc.weight")]
 )
-def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
+def test_a_packed_shape_that_the_model_does_not_have_is_refused(family, name, pruned, tmp_path):
     pack_folder(pruned(family), tmp_path / "packed")
     edit(tmp_path / "packed", widened(name))
 
@@ -292,7 +296,7 @@ def test_shapes_are_those_of_the_model(family, name, pruned, tmp_path):
         {"weights": None},
     ],
 )
-def test_names_in_the_configuration_are_names(settings):
+def test_configured_values_that_are_no_plain_names_are_refused(settings):
     """A pattern that takes for ever would hang `from_pretrained`; another file would be read."""
     (argument,) = settings
 
@@ -328,7 +332,7 @@ def test_an_output_that_holds_a_model_is_refused(pruned):
         pack_folder(pruned("gpt2"), pruned("llama"))
 
 
-def test_only_dense_models_are_made_of_packed_folders():
+def test_a_packed_folder_can_only_be_loaded_as_a_dense_model():
     message = "runtime='sparse': a packed folder is loaded as a dense model"
     with pytest.raises(ValueError, match=message):
         FistaPackedConfig(runtime="sparse")
@@ -339,7 +343,7 @@ def test_the_configuration_of_packed_weights_is_refused_for_others(tiny_folder):
         LlamaForCausalLM.from_pretrained(tiny_folder, quantization_config=FistaPackedConfig())
 
 
-def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
+def test_a_nonzero_weight_outside_its_mask_is_refused(pruned, tmp_path):
     folder = shutil.copytree(pruned("llama"), tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")
     tensors[NAME][tensors[NAME] == 0] = 1.0
@@ -352,7 +356,7 @@ def test_a_weight_outside_its_mask_is_not_lost_in_silence(pruned, tmp_path):
     assert not (tmp_path / "packed").exists()
 
 
-def test_files_of_others_come_along_and_replace_none(pruned, tmp_path, caplog):
+def test_files_of_the_user_are_copied_and_replace_no_file_of_the_model(pruned, tmp_path, caplog):
     folder = shutil.copytree(pruned("llama"), tmp_path / "folder")
     output = tmp_path / "packed"
     (folder / "sub").mkdir()

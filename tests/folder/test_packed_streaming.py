@@ -46,7 +46,7 @@ def whole(source, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral", "gpt_oss", "granitemoe"])
-def test_the_same_folder_as_packed_afterwards(family, tmp_path):
+def test_a_packed_run_writes_the_folder_that_packing_afterwards_writes(family, tmp_path):
     tiny_model(family).to(torch.bfloat16).save_pretrained(tmp_path / "source")
     prune(tmp_path / "source", tmp_path / "dense")
     packing = pack_folder(tmp_path / "dense", tmp_path / "afterwards")
@@ -89,7 +89,9 @@ def test_dense_bytes_of_pruned_operators_are_never_written(source, tmp_path, mon
 
 
 @pytest.mark.parametrize("writes", range(1, 21, 5))
-def test_a_run_cut_off_at_any_write_goes_on_to_the_same_bytes(source, whole, tmp_path, writes):
+def test_a_run_that_is_cut_off_at_any_write_resumes_to_the_same_bytes(
+    source, whole, tmp_path, writes
+):
     with killed_at_write(writes), pytest.raises(Killed):
         prune(source, tmp_path / "packed", packed=True)
 

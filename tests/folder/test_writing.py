@@ -53,7 +53,7 @@ def test_plain_transformers_loads_the_same_bits(saved, saved_by_rows, saved_gpt2
     assert process.stdout.strip() == "bit-equal", process.stderr
 
 
-def test_a_saved_folder_has_these_files_and_nothing_is_beside_it(saved, saved_gpt2):
+def test_a_saved_folder_has_only_the_expected_files_and_nothing_is_beside_it(saved, saved_gpt2):
     expected = {
         "config.json",
         "generation_config.json",
@@ -93,7 +93,7 @@ def test_the_key_in_the_configuration_has_the_numbers_of_the_model(saved):
     assert (saved.folder / entry["masks"]).is_file()
 
 
-def test_the_report_is_saved(saved):
+def test_the_saved_report_is_read_as_it_was(saved):
     report = json.loads((saved.folder / "fista/report.json").read_text())
 
     assert report == json.loads(saved.report.to_json())
@@ -106,7 +106,7 @@ def test_the_report_is_saved(saved):
 
 
 @pytest.mark.parametrize("name", ["saved", "saved_by_rows", "saved_gpt2"])
-def test_masks_are_one_bit_a_weight_and_say_what_was_kept(name, request):
+def test_masks_have_one_bit_for_each_weight_and_mark_what_was_kept(name, request):
     example = request.getfixturevalue(name)
     weights = example.model.state_dict()
 

@@ -164,7 +164,7 @@ def test_keys_of_the_decoder_that_stand_at_the_top_too_get_the_new_values_there(
     assert content_of(config, source) == source | {"num_hidden_layers": 2, "text_config": section}
 
 
-def test_the_section_of_a_part_is_its_source():
+def test_the_section_of_a_part_gives_its_keys():
     source = {
         "model_type": "qwen2_vl",
         "text_config": {"model_type": "qwen2_vl_text", "hidden_size": 64},

@@ -17,7 +17,7 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-def test_files_and_links_inside_are_of_the_folder(folder):
+def test_files_and_links_that_stay_inside_belong_to_the_folder(folder):
     (folder / "NOTICE").symlink_to("LICENSE")
     (folder / "other").symlink_to("sub", target_is_directory=True)
 
@@ -25,7 +25,7 @@ def test_files_and_links_inside_are_of_the_folder(folder):
         assert not leads_out(folder / name, folder)
 
 
-def test_links_out_of_the_folder_and_to_nothing_lead_out(folder, tmp_path):
+def test_links_out_of_the_folder_and_broken_links_do_not_belong_to_the_folder(folder, tmp_path):
     (folder / "NOTICE").symlink_to(tmp_path / "secret")
     (folder / "beside").symlink_to(tmp_path, target_is_directory=True)
     (folder / "self").symlink_to("self")

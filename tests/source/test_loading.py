@@ -38,7 +38,7 @@ def test_a_folder_is_loaded_with_its_tokenizer(tiny_folder):
     assert not model.training
 
 
-def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+def test_a_folder_without_a_tokenizer_gives_none_or_an_error_if_one_is_required(tmp_path):
     tiny_llama().config.save_pretrained(tmp_path)
 
     assert load_tokenizer(str(tmp_path)) is None
@@ -46,7 +46,7 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
         require_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_of_old_files_is_one(tmp_path):
+def test_a_tokenizer_is_loaded_from_files_of_the_old_format(tmp_path):
     GPT2Config(vocab_size=3, bos_token_id=0, eos_token_id=0).save_pretrained(tmp_path)
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1, "ab": 2}')
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
@@ -106,7 +106,7 @@ def test_a_model_loaded_from_gguf_by_transformers_itself_can_be_saved(gguf_folde
     assert verify_checkpoint(tmp_path / "pruned").num_operators == 14
 
 
-def test_folders_without_one_model(tmp_path):
+def test_a_folder_with_no_model_or_with_several_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"with neither a config\.json nor a \.gguf file: pass"):
         load_model(str(tmp_path))
 
@@ -183,7 +183,7 @@ def test_a_configuration_that_is_passed_stays_as_it_is(tmp_path):
     assert config.to_dict() == before
 
 
-def test_a_path_that_is_no_folder_offers_the_closest(tmp_path):
+def test_a_path_that_is_no_folder_is_refused_with_the_closest_one(tmp_path):
     (tmp_path / "absnt").mkdir()
 
     sentence = (
@@ -203,7 +203,7 @@ def test_a_path_that_is_no_folder_offers_the_closest(tmp_path):
         ("offline", r"can't be reached \(.*offline mode is enabled.*\)"),
     ],
 )
-def test_a_misspelt_name_fails_at_once_and_offers_the_closest(
+def test_a_misspelt_name_is_refused_at_once_with_the_closest_one(
     state, why, hub, tmp_path, monkeypatch
 ):
     """One request, and no retries, which take Transformers a minute."""
@@ -222,7 +222,7 @@ def test_a_misspelt_name_fails_at_once_and_offers_the_closest(
     assert sum("model-5O" in request for request in hub.requests) == (state == "open")
 
 
-def test_a_model_in_the_cache_is_not_asked_for(monkeypatch):
+def test_a_model_in_the_cache_is_loaded_without_requests(monkeypatch):
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "config.json")
     monkeypatch.setattr(loading, "get_hf_file_metadata", None)
     loading._require_on_hub("tester/cached")
@@ -285,7 +285,7 @@ def test_text_for_a_gguf_file_is_cut_without_its_weights(gguf_folder, tmp_path, 
     assert tokens.shape == (3, 8)
 
 
-def test_the_collector_waits_while_a_gguf_file_is_read(gguf_folder, monkeypatch):
+def test_the_garbage_collector_is_off_while_a_gguf_file_is_read(gguf_folder, monkeypatch):
     def read(name, **options):
         assert not gc.isenabled()
         raise OSError("no file")
@@ -305,7 +305,7 @@ def test_a_gguf_file_without_its_package_names_the_extra(tmp_path, monkeypatch):
         load_model(str(tmp_path), device="cpu")
 
 
-def test_offloading_that_was_asked_for_is_no_warning(tiny_folder, tmp_path, caplog):
+def test_no_warning_comes_of_an_offloading_that_was_asked_for(tiny_folder, tmp_path, caplog):
     loading.load_lazily(str(tiny_folder), tmp_path / "offload", device="cpu")
 
     assert "meta device" not in caplog.text

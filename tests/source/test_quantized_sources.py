@@ -107,7 +107,7 @@ def test_a_quantized_source_is_pruned_as_the_model_that_transformers_dequantizes
 
 
 @without_compressed_tensors
-def test_scales_of_nvfp4_have_scales(tmp_path):
+def test_weights_in_nvfp4_are_multiplied_by_both_levels_of_scales(tmp_path):
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import preset_name_to_scheme
 
@@ -167,7 +167,7 @@ def test_weights_in_the_layout_of_autofp8_are_multiplied_by_their_scales(tmp_pat
     assert torch.equal(read_model(str(source)).lm_head.weight, expected["lm_head.weight"])
 
 
-def test_experts_go_from_a_model_in_the_layout_of_autofp8_with_their_scales(tmp_path):
+def test_experts_in_the_layout_of_autofp8_are_removed_with_their_scales(tmp_path):
     source = auto_fp8_qwen3_moe(tmp_path / "source")
     before = load_file(source / "model.safetensors")
 
@@ -286,7 +286,7 @@ def test_a_weight_without_its_scale_is_refused(refusal, tmp_path):
     assert f"{name} has dtype F8_E4M3, and Transformers finds no scales for it: " in refusal()
 
 
-def test_the_estimate_is_of_a_result_in_16_bits(tmp_path):
+def test_the_estimate_assumes_a_result_in_16_bits(tmp_path):
     source = fp8_deepseek(tmp_path / "source")
 
     estimate = Estimate(

@@ -94,7 +94,7 @@ def fp8_with_more_tokens(folder: Path) -> Path:
         ),
     ],
 )
-def test_stored_tensors_are_cut_as_those_of_the_model_are(tmp_path, family, options):
+def test_stored_tensors_are_cut_like_those_of_the_model(tmp_path, family, options):
     model = family_model(family) if family == "ernie4_5_moe" else tiny_model(family)
     model.save_pretrained(tmp_path / "source")
 
@@ -348,7 +348,7 @@ def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, g
     prune(source, tmp_path / "out", pattern=pattern, method="wanda", dtype="bfloat16")
 
 
-def test_packed_numbers_are_not_cut(tmp_path):
+def test_cutting_weights_of_packed_numbers_is_refused(tmp_path):
     pytest.importorskip("compressed_tensors")
     source = compressed_qwen3_moe(tmp_path / "source", "W4A16")
     with pytest.raises(
@@ -358,7 +358,7 @@ def test_packed_numbers_are_not_cut(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_heads_go_with_their_scales(tmp_path):
+def test_heads_are_removed_with_their_scales(tmp_path):
     """`kv_b_proj` has 32 rows for each head, two blocks of 16; `o_proj` has one block of columns."""
     source = fp8_deepseek(tmp_path / "source", nope=16)
 

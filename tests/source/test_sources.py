@@ -159,7 +159,7 @@ def recover_quickly(folder: Path, teacher: Path, output: Path) -> None:
     )
 
 
-def test_files_beside_the_weights_come_along(tmp_path, caplog):
+def test_files_beside_the_weights_are_copied(tmp_path, caplog):
     source = folder_with_code(tmp_path / "my source")
     output = tmp_path / "out"
     (source / "gone.safetensors").symlink_to("blob")
@@ -180,7 +180,7 @@ def test_files_beside_the_weights_come_along(tmp_path, caplog):
     assert model_files(output) > BESIDE.keys()
 
 
-def test_files_beside_the_weights_come_along_when_a_model_is_recovered(tmp_path):
+def test_files_beside_the_weights_are_copied_when_a_model_is_recovered(tmp_path):
     source = folder_with_code(tmp_path / "source")
     output = tmp_path / "out"
     pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
@@ -222,7 +222,7 @@ def test_a_generation_configuration_that_nobody_changed_is_copied(tmp_path, monk
     assert validated_by == [validate, validate]  # nothing is replaced in the process
 
 
-def test_small_files_of_the_hub_are_fetched(hub, tmp_path):
+def test_small_files_of_a_hub_model_are_copied_and_other_formats_are_not_fetched(hub, tmp_path):
     source = folder_with_code(tmp_path / "source")
     code = f"""
         import logging
@@ -372,7 +372,7 @@ def test_tensors_that_the_class_does_not_load_are_in_a_recovered_model(tmp_path)
         ),
     ],
 )
-def test_what_is_copied_is_said_before_and_after_a_run(tmp_path, capsys, pattern, sentence):
+def test_copied_tensors_are_named_before_and_after_a_run(tmp_path, capsys, pattern, sentence):
     source, _ = folder_with_more_tokens(tmp_path / "source")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -483,7 +483,9 @@ def test_files_that_no_longer_fit_a_model_in_memory_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["today's", "of old versions"])
-def test_binary_files_are_read_too(tmp_path, zipped):
+def test_tensors_that_the_class_does_not_load_are_copied_from_pytorch_bin_files_too(
+    tmp_path, zipped
+):
     source = tmp_path / "source"
     model = tiny_llama()
     model.config.save_pretrained(source)

@@ -172,7 +172,7 @@ def test_sequences_that_are_longer_than_the_model_reads_are_refused(model, token
         sample(model, tokenizer, sequence_length=65)
 
 
-def test_no_samples_are_refused(model, tokenizer):
+def test_a_number_of_zero_samples_is_refused(model, tokenizer):
     with pytest.raises(ValueError, match="num_samples=0; pass"):
         sample(model, tokenizer, num_samples=0)
 

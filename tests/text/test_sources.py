@@ -85,7 +85,7 @@ def test_a_missing_file_is_named():
         load_text("nowhere.txt", "calibration")
 
 
-def test_pydoc_is_in_the_order_of_its_keys(monkeypatch):
+def test_the_texts_of_pydoc_follow_the_order_of_their_keys(monkeypatch):
     monkeypatch.setattr("pydoc_data.topics.topics", {"with": "first", "assert": "second"})
 
     text = load_text("pydoc", "calibration")

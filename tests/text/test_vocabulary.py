@@ -281,7 +281,7 @@ def test_smaller_tokenizers_of_all_families_keep_texts_and_their_tokens(family):
 @pytest.mark.parametrize(
     "options", [{}, {"ignore_merges": True}, {"end_of_word_suffix": "/"}, {"unk_token": "?"}]
 )
-def test_merges_of_any_ranks_stay_closed(options):
+def test_a_smaller_vocabulary_of_random_merges_keeps_texts_and_their_tokens(options):
     chance = random.Random(str(options))
     num_equal = 0
 
@@ -326,7 +326,7 @@ def bpe_content(tokens: list[str], merges: list[tuple[str, str]]) -> dict:
     return json.loads(Tokenizer(models.BPE(ids, merges)).to_str())
 
 
-def test_what_saves_the_most_tokens_stays():
+def test_the_tokens_that_shorten_the_text_most_are_kept():
     merges = [("a", "b"), ("ab", "c"), ("ab", "d"), ("c", "d"), ("d", "a")]
     content = bpe_content(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"], merges)
     counts = torch.tensor([0, 0, 0, 0, 0, 4, 3, 5, 1])
@@ -363,7 +363,7 @@ def test_all_merges_stay_if_every_token_is_used_or_part_of_one_that_is():
         ),  # it also counts if it is less than one use, before the uses of the parts "h" and "p"
     ],
 )
-def test_an_early_token_stays_rather_than_a_late_one_with_few_uses(uses_of_letters, uses_of_last):
+def test_an_early_token_is_kept_before_a_late_one_with_few_uses(uses_of_letters, uses_of_last):
     letters = list("abcdefghijklmnop")
     merges = list(itertools.product("abcdefgh", "ijklmnop"))
     tokens = letters + [left + right for left, right in merges]
@@ -455,7 +455,7 @@ def test_ids_outside_of_the_vocabulary_are_renumbered(kind):
     ],
     ids=["an id of no token", "too many tokens", "few counts", "no tokenizer"],
 )
-def test_arguments_that_make_no_sense_are_refused(options, message):
+def test_arguments_out_of_range_are_refused(options, message):
     usual = {
         "tokenizer": word_piece(),
         "counts": torch.ones(1200, dtype=torch.int64),

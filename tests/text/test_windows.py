@@ -107,7 +107,7 @@ def test_held_out_windows_that_a_text_is_too_short_for_are_named(documents):
         calibration_windows(tokenizer(), source(*documents), 3010, 30, 0, held_out=3000)
 
 
-def test_windows_of_one_document_come_from_everywhere():
+def test_windows_are_drawn_from_all_parts_of_one_document():
     """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
     draws = [
         calibration_windows(tokenizer(), source(range(WORDS)), 4, 30, seed) for seed in range(50)
@@ -224,7 +224,7 @@ def test_windows_start_with_bos_if_the_tokenizer_adds_it_or_is_gemmas(kind, opti
 
 
 @pytest.mark.parametrize(("max_windows", "num_windows"), [(None, 3), (2, 2), (5, 3)])
-def test_the_protocol_of_a_text_may_end_it(max_windows, num_windows):
+def test_the_limit_of_windows_of_a_text_holds_beside_that_of_the_caller(max_windows, num_windows):
     text = replace(source(range(40)), max_windows=3)
 
     windows = evaluation_windows(tokenizer(), text, 4, max_windows)

@@ -66,7 +66,7 @@ def test_the_divergence_and_its_gradient_are_those_of_pytorch(family, share, mon
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-def test_a_teacher_with_more_tokens_is_asked_for_those_that_stay():
+def test_a_teacher_with_more_tokens_is_compared_on_the_kept_ones():
     student, teacher = models("llama")
     generator = torch.Generator().manual_seed(0)
     kept_tokens = torch.randperm(student.config.vocab_size, generator=generator)[:40].sort().values

@@ -128,7 +128,7 @@ def test_the_loss_falls_and_the_zeros_stay(train, run, saved, tmp_path):
 
 
 @pytest.mark.parametrize("train", ["all", "norms"])
-def test_what_is_trained_changes_and_all_else_stays(train, run, saved, tmp_path):
+def test_trained_parameters_change_and_all_others_stay(train, run, saved, tmp_path):
     def is_trained(name: str) -> bool:
         is_norm = "layernorm" in name or name == "model.norm.weight"
         return is_norm or (train == "all" and "proj" in name)
@@ -149,7 +149,9 @@ def test_the_card_has_the_losses_of_the_recovery(run, tmp_path):
     assert f"held-out loss {found.held_out_loss_before:.4f}" in card
 
 
-def test_it_never_ends_worse(run, saved, tmp_path):
+def test_a_training_that_only_worsens_the_loss_leaves_the_weights_as_they_were(
+    run, saved, tmp_path
+):
     found = run(train="all", relative_step=1e11)
 
     losses_of_training = [loss for step, _, loss in found.evaluations if step]
@@ -549,7 +551,7 @@ def test_the_name_of_the_result_is_made_from_that_of_the_folder(saved, tiny_fold
     assert (tmp_path / "model-recovered" / "config.json").exists()
 
 
-def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
+def test_auto_trains_norms_alone_if_memory_does_not_suffice_for_all(run, monkeypatch, caplog):
     trained_by_free_bytes = {}
 
     with caplog.at_level("INFO"):
@@ -561,7 +563,7 @@ def test_auto_takes_what_memory_suffices_for(run, monkeypatch, caplog):
     assert "160 parameters are trained (norms and biases), which takes about " in caplog.text
 
 
-def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
+def test_checkpointed_layers_give_the_same_result(run, tmp_path, monkeypatch):
     for name in ("plain", "checkpointed"):
         choice = recovery_plan.Choice(
             train="all", checkpointed=name == "checkpointed", num_trained=1, num_bytes=1
@@ -574,7 +576,7 @@ def test_checkpointed_layers_change_nothing(run, tmp_path, monkeypatch):
         torch.testing.assert_close(checkpointed[name], weight, rtol=1e-4, atol=1e-5)
 
 
-def test_wrapped_layers_change_nothing(run, tmp_path, monkeypatch):
+def test_wrapped_layers_give_the_same_result(run, tmp_path, monkeypatch):
     """As Accelerate wraps them for FSDP2 with activation checkpointing, before the optimizer is made."""
     options = {"tokens": 256, "train": "all", "relative_step": 4.0}  # so large that it backs off
     expected = run("plain", **options)
@@ -869,7 +871,7 @@ def state_of_the_process() -> list:
     return [random.getstate(), torch.get_rng_state().tolist(), dict(os.environ)]
 
 
-def test_the_process_is_afterwards_as_it_was(run, monkeypatch):
+def test_the_settings_of_the_process_are_restored_after_a_recovery(run, monkeypatch):
     monkeypatch.setattr(AcceleratorState, "_shared_state", {"mixed_precision": "of the caller"})
     random.seed(1)
     before = state_of_the_process()
@@ -914,7 +916,7 @@ def test_a_teacher_with_a_shorter_context_limits_the_sequences_too(run, tmp_path
         run(teacher=short, sequence_length=48)
 
 
-def test_a_full_disk_is_one_error_and_the_run_resumes_after_the_last_state(
+def test_a_full_disk_gives_one_error_and_the_run_resumes_after_the_last_state(
     run, tmp_path, monkeypatch
 ):
     expected = run("whole", train="all")

@@ -59,7 +59,7 @@ def log(call, saved):
     return log
 
 
-def test_what_goes_wrong_is_said(log):
+def test_each_rank_reports_its_error_or_that_of_another_rank(log):
     said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
     share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
     assert said.pop("3-0").startswith("RankError: rank 1 of 2 failed: ValueError: options differ")
@@ -75,7 +75,7 @@ def test_what_goes_wrong_is_said(log):
 
 
 @pytest.mark.parametrize("name", ["two", "sharded"])
-def test_two_processes_recover_as_one(name, log, call):
+def test_two_processes_recover_the_model_as_one_process_does(name, log, call):
     arguments = call(f"one-{name}")
     of_two = log.with_name(name)
 
@@ -96,7 +96,7 @@ def test_two_processes_recover_as_one(name, log, call):
         torch.testing.assert_close(weights[tensor_name], weight, rtol=1e-3, atol=1e-4)
 
 
-def test_what_is_killed_or_fails_ends_with_the_same_bits(log, call):
+def test_runs_that_were_killed_or_failed_resume_to_the_same_bits(log, call):
     # also with decoder layers that Accelerate has wrapped, which compute the same
     sharded = {"sharded": True, "checkpointed": True}
     killed = call("killed", **sharded, stop=("killed", 1, 3))

@@ -110,7 +110,7 @@ def test_a_folder_without_a_report_is_refused(saved, tmp_path):
         find_masks(saved.model, tmp_path)
 
 
-def test_given_masks_are_checked(saved):
+def test_given_masks_of_a_wrong_shape_or_name_are_refused(saved):
     name = "model.layers.0.mlp.up_proj.weight"
     with pytest.raises(
         ValueError,

@@ -130,7 +130,7 @@ def test_nan_gradients_of_pruned_weights_do_not_spread(saved):
     assert bool(torch.isfinite(weight.grad).all())
 
 
-def test_an_error_in_the_loop_ends_it(saved):
+def test_an_error_in_the_loop_ends_the_masking(saved):
     model = reload(saved)
     masks = find_masks(model)
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
@@ -144,7 +144,7 @@ def test_an_error_in_the_loop_ends_it(saved):
     assert count_strays(model, masks) > 8000  # no hook is left
 
 
-def test_other_models_are_left_alone(saved):
+def test_training_another_model_inside_masked_training_is_not_masked(saved):
     model = reload(saved)
     other = reload(saved)
     masks = find_masks(model)
@@ -156,7 +156,7 @@ def test_other_models_are_left_alone(saved):
     assert "retrained" not in model.config.fista_pruning
 
 
-def test_frozen_weights_are_no_trouble(saved):
+def test_frozen_weights_stay_unchanged_under_masked_training(saved):
     model = reload(saved)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.ndim == 1)
@@ -210,7 +210,7 @@ def test_a_retrained_model_is_saved_with_its_masks(name, request, tokenizer, tmp
     assert all(torch.equal(masks[key], mask) for key, mask in expected.items())
 
 
-def test_a_retrained_model_says_so(saved, tmp_path):
+def test_report_summary_and_card_of_a_retrained_model_say_that_it_was_retrained(saved, tmp_path):
     output = tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(saved.folder)
     retrain(model, saved.folder)
@@ -243,7 +243,7 @@ def test_the_pruner_knows_that_its_model_was_retrained(tmp_path):
         assert read(tmp_path / "again") == read(tmp_path / "after")
 
 
-def test_the_folder_may_be_the_source(saved, tmp_path):
+def test_a_retrained_model_can_replace_the_folder_it_was_loaded_from(saved, tmp_path):
     folder = shutil.copytree(saved.folder, tmp_path / "model")
 
     for _ in range(2):
@@ -257,7 +257,7 @@ def test_the_folder_may_be_the_source(saved, tmp_path):
     assert report_of(folder)["retrained"]
 
 
-def test_lost_zeros_are_refused(saved, tmp_path):
+def test_a_model_that_lost_zeros_is_refused(saved, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(saved.folder)
     model.model.layers[1].mlp.up_proj.weight.data += 1e-3
 

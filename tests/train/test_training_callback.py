@@ -88,7 +88,7 @@ def test_the_best_checkpoint_that_is_loaded_at_the_end_is_masked(saved, tmp_path
     assert not torch.equal(model.lm_head.weight, saved.model.lm_head.weight)
 
 
-def test_after_training_the_model_is_free_and_a_second_run_works(saved, tmp_path):
+def test_no_hook_is_left_after_a_training_and_a_second_run_works(saved, tmp_path):
     model = reload(saved)
     weight = model.model.layers[0].mlp.up_proj.weight
     trainer = trainer_of(model, tmp_path / "run", max_steps=2)

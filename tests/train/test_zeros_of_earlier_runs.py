@@ -72,7 +72,7 @@ def test_masked_training_refuses_zeros_without_masks(twice_pruned):
     assert num_zeros(model) == before
 
 
-def test_the_callback_of_the_trainer_refuses_them_too(twice_pruned):
+def test_the_callback_of_the_trainer_refuses_zeros_without_masks(twice_pruned):
     callback = MaskedTrainingCallback(twice_pruned)
     arguments = type("Arguments", (), {"deepspeed_plugin": None})()
     model = AutoModelForCausalLM.from_pretrained(twice_pruned)
@@ -81,7 +81,7 @@ def test_the_callback_of_the_trainer_refuses_them_too(twice_pruned):
         callback.on_train_begin(arguments, model=model)
 
 
-def test_masked_training_fills_them_if_it_is_told(twice_pruned):
+def test_masked_training_fills_zeros_without_masks_if_told(twice_pruned):
     model = AutoModelForCausalLM.from_pretrained(twice_pruned)
     masks = find_masks(model, twice_pruned, fill_zeros=True)
     of_this_run = sum(int((~mask).sum()) for mask in masks.values())
@@ -117,14 +117,16 @@ def test_zeros_that_stayed_when_parts_were_removed_stay_in_a_training_on_the_zer
     assert num_zeros(model) == before
 
 
-def test_recover_refuses_them_before_any_work(twice_pruned, tiny_folder, text, tmp_path):
+def test_recover_refuses_zeros_without_masks_before_any_work(
+    twice_pruned, tiny_folder, text, tmp_path
+):
     with pytest.raises(ValueError, match=REFUSAL):
         recover(twice_pruned, tiny_folder, tmp_path / "out", calibration=text, **OPTIONS)
 
     assert [path.name for path in tmp_path.iterdir()] == ["sea.txt"]
 
 
-def test_recover_fills_them_if_it_is_told(twice_pruned, tiny_folder, text, tmp_path):
+def test_recover_fills_zeros_without_masks_if_told(twice_pruned, tiny_folder, text, tmp_path):
     options = OPTIONS | {"calibration": text, "train": "all", "fill_zeros": True}
 
     recover(twice_pruned, tiny_folder, tmp_path / "out", **options)
