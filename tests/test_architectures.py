@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_has_the_outcome_that_the_page_promises(family, tmp_path):
     outcome = try_family(family, tmp_path / "model")
+
     promised = TABLE.get(family)
     if promised is None:
         pytest.skip(

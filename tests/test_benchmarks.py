@@ -109,6 +109,7 @@ def test_compared_rows_are_what_pruning_and_measuring_give(compared, tmp_path):
     shown, record = compared(
         "--methods", "wanda:error_correction=intra", "--patterns", "2:4,3:5", "--held-out", "2"
     )
+
     dense, wanda, failed = record["rows"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     windows = evaluation_windows(
@@ -130,15 +131,19 @@ def test_compared_rows_are_what_pruning_and_measuring_give(compared, tmp_path):
 
 def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
     _, first = compared("--methods", "magnitude,nothing", "--patterns", "0.5")
-    first["rows"][1]["seconds"]["total"] = 12345
+    first["rows"][1]["seconds"]["total"] = 12345  # shows that this row is not measured again
     (tmp_path / "out" / "compare.json").write_text(json.dumps(first))
+
     shown, second = compared("--methods", "wanda", "--patterns", "0.5", "--seeds", "0,1")
+
     assert second["rows"][:2] == first["rows"][:2]
     added = [(row["method"], row["seed"], row["error"]) for row in second["rows"][2:]]
     assert added == [("wanda", 0, None), ("wanda", 1, None)]
     table = shown[shown.index("| pattern |") :]
     assert compared(model=tmp_path / "out" / "compare.json")[0] == table
+    # Only the third row is of two seeds, so only its numbers have a spread.
     assert [line.count(" ± ") for line in table.splitlines()[2:5]] == [0, 0, 5]
+
     with pytest.raises(SystemExit, match="other settings"):
         compared("--num-samples", "5")
 

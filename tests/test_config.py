@@ -127,7 +127,7 @@ def test_options_left_open_take_the_defaults_of_the_method(name):
     assert resolved.resolved() == resolved
 
 
-def test_only_operators_without_an_override_share_the_zeros():
+def test_operators_share_the_zeros_only_if_method_pattern_and_overrides_allow_it():
     config = FistaPruningConfig(overrides={"*.q_proj": 0.25, "*.k_proj": "2:4"})
 
     assert config.shares_budget(DOWN)

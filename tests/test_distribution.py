@@ -37,6 +37,7 @@ def in_tree() -> set[str]:
 
 def test_the_wheel_has_all_files_of_the_packages_and_the_archive_those_around_them_too(packed):
     wheel, archive = packed
+
     assert wheel == in_tree()
     assert archive == wheel | AROUND
     for name in ("py.typed", "folder/card.md", "page/style.css"):

@@ -156,6 +156,7 @@ def test_weights_that_change_are_not_cached_by_the_callers_autocast():
 def test_a_model_of_inference_mode_is_refused():
     with torch.inference_mode():
         model = tiny_llama()
+
         with pytest.raises(ValueError, match="loaded in inference mode"):
             FistaPruner(progress=False).prune(model, tiny_tokens().split(4))
 
@@ -163,6 +164,8 @@ def test_a_model_of_inference_mode_is_refused():
 def test_the_callers_environment_is_restored_after_an_error():
     with torch.autocast("cpu", torch.bfloat16):
         outside = surroundings()
+
         with pytest.raises(ValueError, match="no batch"):
             FistaPruner(progress=False).prune(tiny_llama(), [])
+
         assert surroundings() == outside

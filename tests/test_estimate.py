@@ -90,9 +90,13 @@ def test_an_estimate_has_the_operators_and_numbers_of_the_run(family, config):
 
 def test_a_model_of_405_billion_parameters_is_estimated_without_weights():
     estimate = estimated(**LARGE_RUN, storage_device="cpu")
+
+    # The device holds about one decoder layer and its Gram matrices; no side holds all weights.
     assert estimate.model.num_parameters() == 405_853_388_800
     assert 30 < held(estimate, "device") / 2**30 < 60
     assert held(estimate) < estimate.weight_bytes / 4
+
+    # One decoder layer is timed on the device of the run, which is absent or too slow here.
     with pytest.raises(ValueError, match="cuda"):
         _ = estimate.seconds
     with pytest.raises(ValueError, match="one decoder layer takes too much time or memory here"):
@@ -108,6 +112,7 @@ def test_every_expert_has_gram_matrices():
         estimate = estimated(config, model, measures_perplexity=False)
         sizes.append(estimate.memory["host"]["other Gram matrices"])
 
+    # Two experts more, with two Gram matrices each, of float32 numbers of 4 bytes.
     assert sizes[1] - sizes[0] == 2 * 4 * (32**2 + 48**2)
 
 
@@ -115,6 +120,7 @@ def test_activations_are_counted_where_the_storage_device_puts_them():
     near, far, disk = (
         estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk")
     )
+
     assert held(near, "device") > held(far, "device") == held(disk, "device")
     assert held(far) > 1.5 * max(held(near), held(disk))
     assert far.memory["host"]["activations that wait"] > 5 * 2 * 128 * 2048 * 16384
@@ -203,6 +209,7 @@ def test_held_out_logits_of_a_large_vocabulary_are_counted():
 
 def test_a_layer_is_timed_even_on_a_machine_that_is_busy_with_other_work(monkeypatch):
     def busy_clock():
+        """A clock on which everything seems to take a million times as long."""
         return 1e6 * time.perf_counter()
 
     def timer_of_the_wall_clock(*arguments, timer=busy_clock, **options):
@@ -227,6 +234,8 @@ def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():
             FistaPruningConfig(method="sparsegpt"), config, num_samples=samples, batch_size=4
         ).seconds
 
+    # A run has a part that no layer adds to, so 100 times the layers take less than 100 times as long.
     assert sum(seconds(200).values()) > 5 * sum(seconds(2).values())
+
     mixed = tiny_model("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=3).config
     assert sum(estimated(FistaPruningConfig(method="wanda"), mixed).seconds.values()) > 0

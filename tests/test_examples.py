@@ -33,7 +33,9 @@ def run(tiny_folder, tmp_path, monkeypatch, capsys):
 
 def test_the_example_prune_2_4_writes_a_folder_of_this_pattern(run, tmp_path):
     (tmp_path / "sea.txt").write_text(TEXT)
+
     shown = run("prune_2_4", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt")
+
     assert re.search(r"perplexity [\d.]+ -> [\d.]+ on sea\.txt", shown)
     assert "14 operators keep their pattern" in shown
     assert (
@@ -45,15 +47,18 @@ def test_the_example_prune_2_4_writes_a_folder_of_this_pattern(run, tmp_path):
 @pytest.mark.parametrize("flags", [[], ["--device-map", "disk"]])
 def test_the_example_prune_offloaded_works(run, tmp_path, flags):
     shown = run("prune_offloaded", "--output", "out", *flags)
+
     assert shown.startswith("14 operators pruned by obs_admm")
     verify_checkpoint(tmp_path / "out")
 
 
 def test_the_example_retrain_masked_lowers_the_perplexity_and_keeps_the_zeros(run, tmp_path):
     (tmp_path / "sea.txt").write_text(TEXT)
+
     shown = run(
         "retrain_masked", "--output", "out", "--calibration", "sea.txt", "--test", "sea.txt"
     )
+
     before, after = map(
         float, re.search(r"perplexity ([\d.]+) -> ([\d.]+) on sea\.txt", shown).groups()
     )
@@ -65,6 +70,7 @@ def test_the_example_retrain_masked_lowers_the_perplexity_and_keeps_the_zeros(ru
 
 def test_the_example_prune_one_matrix_compares_the_errors_of_all_methods(run):
     rows = run("prune_one_matrix", "--operator", "model.layers.1.mlp.down_proj").splitlines()
+
     assert rows[0] == "model.layers.1.mlp.down_proj (32, 48) on 192 tokens, 2:4"
     errors = {row.split()[0]: float(row.split()[3].rstrip(",")) for row in rows[1:]}
     assert list(errors) == ["magnitude", "wanda", "sparsegpt", "fista"]

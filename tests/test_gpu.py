@@ -26,7 +26,9 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
     config = FistaPruningConfig(pattern=pattern, method=method)
     expected = FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
     pruner = FistaPruner(config, progress=False, storage_device=storage_device)
+
     report = pruner.prune(on_gpu, tiny_tokens().split(4))
+
     assert report.totals["num_zeros"] == expected.totals["num_zeros"]
     assert all(layer.memory.device_bytes > 0 for layer in report.layers)
     assert report.totals["mean_fit_error"] == pytest.approx(
@@ -35,13 +37,15 @@ def test_a_gpu_prunes_as_the_cpu_does(method, pattern, storage_device):
 
 
 def test_a_gpu_rotates_as_the_cpu_does():
-    found = []
+    results = []
+
     for device in ("cpu", "cuda"):
         with torch.no_grad():
-            found.append(
+            results.append(
                 rotate_model(
                     tiny_llama().to(device), tiny_tokens(), parse_pattern("2:4", None), 10, 0
                 )
             )
-    assert found[1]["error_ratio"] == pytest.approx(found[0]["error_ratio"], rel=0.02)
-    assert found[1]["difference"] < 1e-4
+    on_cpu, on_gpu = results
+    assert on_gpu["error_ratio"] == pytest.approx(on_cpu["error_ratio"], rel=0.02)
+    assert on_gpu["difference"] < 1e-4

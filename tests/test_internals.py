@@ -230,6 +230,7 @@ def test_a_quantizer_prepares_a_model():
 
 def test_the_operation_unchanged_returns_its_input():
     tensors = {"a": [torch.ones(1)]}
+
     assert internals.unchanged().convert(tensors) is tensors
 
 

@@ -73,6 +73,7 @@ def test_the_limit_of_a_control_group_counts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(memory, "_GROUP", tmp_path)
 
+    # The limit less what is used, but for the files that can be read again: 1000 - (700 - 150).
     assert available_bytes(torch.device("cpu")) == 450
     assert total_bytes() == 1000
 
@@ -85,14 +86,14 @@ def test_the_meta_device_does_not_say_what_is_free():
     assert available_bytes(torch.device("meta")) is None
 
 
-SIZE = 64 << 20
+SIZE = 64 << 20  # bytes: far more than what other code allocates meanwhile
 
 
 def test_memory_that_was_freed_again_counts_in_the_peak():
     before = psutil.Process().memory_info().rss
 
     with watched_memory(torch.device("cpu")) as peak:
-        held = torch.ones(SIZE // 4)
+        held = torch.ones(SIZE // 4)  # float32 numbers of 4 bytes
         while peak.resident_bytes < before + 0.9 * SIZE:  # it looks when the machine lets it
             time.sleep(0.02)
         del held
@@ -119,6 +120,7 @@ def test_freed_blocks_go_back_to_the_system():
 
     release_memory()
 
+    # Of the 32 MiB that were deleted, most must be given back.
     assert process.memory_info().rss < before - 24 * 2**20
 
 

@@ -139,6 +139,7 @@ def test_balancing_makes_a_favoured_expert_rarer(benchmark, dense):
         shares.append(watch.counts[0, 2] / watch.counts[0].sum())
         watch.balance()
 
+    # All tokens go to this expert at first; an even share would be 0.25.
     assert shares[0] == 1
     assert shares[-1] < 0.4
 
@@ -261,6 +262,7 @@ def test_an_interrupted_training_resumes_with_the_same_bits(benchmark, make, mon
         for row in log["rows"]:
             row.pop("seconds", None)
     assert logs[0] == logs[1]
+    # Ten passes that ended, the interrupted one, and those of the two steps that were left.
     assert len(calls) == 10 + 1 + 4
 
 

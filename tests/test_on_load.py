@@ -72,9 +72,10 @@ def test_a_model_that_is_pruned_on_load_is_saved_as_any_other(tmp_path, family):
 def test_what_can_not_be_pruned_on_load_is_refused_before_weights_are_read(tmp_path):
     with pytest.raises(ValueError, match="source='nowhere' is not known"):
         FistaOnLoadConfig(FistaPruner(), "nowhere")
+
     on_load = FistaOnLoadConfig(FistaPruner())
     config = tiny_llama().config.to_dict() | {"dtype": "float32"}
-    (tmp_path / "model.safetensors").write_bytes(b"damaged")
+    (tmp_path / "model.safetensors").write_bytes(b"damaged")  # so reading it would fail otherwise
     method = {"quantization_config": {"quant_method": "fp8"}}
     for values, message in (
         (config, "has no tokenizer"),

@@ -36,6 +36,7 @@ def test_an_error_of_the_loader_reaches_the_user(llama, tokens):
 
 def test_damaged_weights_are_refused_by_name(llama, tokens):
     llama.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
+
     refuse(
         llama, tokens.split(4), match=r"weight of model\.layers\.1\.mlp\.up_proj holds NaN or Inf"
     )
@@ -77,6 +78,7 @@ def test_a_quantized_model_is_refused(llama, tokens):
 def test_a_model_whose_weights_are_not_loaded_is_refused(tokens):
     with torch.device("meta"):
         model = tiny_llama()
+
     with pytest.raises(
         ValueError, match=r"model\.embed_tokens\.weight is not loaded \(device meta\)"
     ):
@@ -104,6 +106,7 @@ def test_a_configuration_that_leaves_every_operator_dense_is_refused(llama, toke
 
 def test_a_pattern_that_does_not_divide_a_row_is_refused_before_any_work(tokens):
     model = tiny_llama(intermediate_size=44)  # 44 inputs of down_proj: 8 does not divide them
+
     refuse(
         model,
         tokens.split(4),

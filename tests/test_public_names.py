@@ -32,7 +32,9 @@ def test_public_names_can_be_imported_first():
         "masked_training",
         "recover",
     ]
+
     done = subprocess.run([sys.executable, "-c", _SCRIPT, *names], capture_output=True, text=True)
+
     assert not done.returncode, done.stderr
 
 
@@ -59,7 +61,10 @@ def test_a_configuration_is_made_without_transformers():
         FistaPruningConfig(pattern="2:4", method="wanda").resolved()
         sys.exit("transformers" in sys.modules)
     """
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+    done = subprocess.run([sys.executable, "-c", code])
+
+    assert done.returncode == 0
 
 
 def test_no_code_of_the_package_replaces_things_as_tests_do():

@@ -16,12 +16,14 @@ def test_the_quickstart_runs_from_top_to_bottom(tmp_path, monkeypatch, capsys):
     for name in ("hub-id-or-folder", "model"):
         tiny_llama(max_position_embeddings=512).save_pretrained(tmp_path / name)
         tiny_tokenizer().save_pretrained(tmp_path / name)
+
     for language, text in code_blocks(QUICKSTART):
         if language == "python":
             exec(compile(text, "snippet", "exec"), {})
         for command in (command for command in commands(QUICKSTART) if command in text):
             if command.startswith("optimum-fista "):
                 assert main(shlex.split(command.replace("$MODEL", "model"))[1:]) == 0, command
+
     printed = capsys.readouterr().out
     assert "operators keep their pattern" in printed
     assert printed.count("perplexity ") == 1 + 2  # of the run, and of the two commands

@@ -41,9 +41,11 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     if '"pruned-2-4"' in snippet or '"model-50-packed"' in snippet:
         prune_and_save(tiny_llama(), tmp_path / "pruned-2-4", pattern="2:4", method="wanda")
         pack_folder(tmp_path / "pruned-2-4", tmp_path / "model-50-packed")
+
     with HubStandIn(user="your-name") as hub:
         connect(hub, monkeypatch)
         exec(compile(snippet, "snippet", "exec"), names)
+
     if "your-name/" in snippet:
         (repository,) = hub.repositories
         assert "fista/masks.safetensors" in hub.files(repository)

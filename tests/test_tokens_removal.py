@@ -78,6 +78,7 @@ def test_a_share_is_rounded_to_the_nearest_multiple(share, multiple, number, num
 def test_a_share_that_leaves_none_or_all_is_refused():
     with pytest.raises(ValueError, match=r"0 of 100 tokens would stay .* for which 64 to 64 stay"):
         TokensRemoval(0.9).num_kept(100)
+
     with pytest.raises(ValueError, match=r"128 of 128 tokens would stay"):
         TokensRemoval(0.01).num_kept(128)
 

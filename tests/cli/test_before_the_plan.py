@@ -79,7 +79,7 @@ def test_numbers_that_are_too_small_are_refused(refused, flag, number, least):
 
 @pytest.mark.parametrize("source", ["text", "self"])
 def test_an_output_on_a_full_disk_is_refused(refused, text_file, monkeypatch, source):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(2**30, 2**30, 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(total=2**30, used=2**30, free=1000))
 
     error = refused("--calibration", text_file if source == "text" else "self")
 

@@ -12,5 +12,6 @@ def test_a_part_of_a_character_at_an_end_of_a_sequence_has_no_bytes():
 
     begins_and_ends_inside = ids[None, 1:11]
 
+    # Two of the four characters, of three bytes each, are whole in these ten tokens.
     assert _bytes_per_token(tokenizer, begins_and_ends_inside) == 6 / 10
     assert _bytes_per_token(tokenizer, ids[None]) == 1

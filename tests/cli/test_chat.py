@@ -91,10 +91,10 @@ def test_with_a_template_a_question_is_answered_after_all_earlier_turns(ask, fol
 
 
 def test_a_conversation_longer_than_the_context_drops_its_oldest_turns(folder_with_template):
-    speaker = speaker_of(folder_with_template)  # of 64 positions
+    speaker = speaker_of(folder_with_template)
 
     speaker.answer("sea")
-    for _ in range(6):
+    for _ in range(6):  # together longer than the 64 positions of the model
         speaker.answer("the days")
 
     assert speaker.turns[0]["content"] != "sea"
@@ -105,7 +105,7 @@ def test_a_question_that_is_too_long_is_not_added_to_the_conversation(folder_wit
     speaker.answer("sea")
     turns = [*speaker.turns]
 
-    answer = speaker.answer("x" * 80)
+    answer = speaker.answer("x" * 80)  # a token each, but the model has 64 positions
 
     assert answer == ""
     assert speaker.turns == turns

@@ -74,6 +74,7 @@ def test_every_stage_of_a_run_from_files_has_a_bar(capsys, tmp_path):
 
 def test_a_layer_that_loses_experts_is_not_called_dense(capsys):
     shown = shown_of(capsys, tiny_model("mixtral"), pattern="experts:0.25")
+
     assert re.search(
         r"decoder layer 1 \(2 of 2\): 3 of 4 experts left, fit error 0\.\d{4}\n", shown
     )

@@ -112,6 +112,7 @@ def test_a_folder_with_no_model_or_with_several_is_refused(tmp_path):
 
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).touch()
+
     with pytest.raises(ValueError, match=r"2 \.gguf files \(a\.gguf, b\.gguf, .*folder of its own"):
         load_model(str(tmp_path))
 
@@ -215,16 +216,19 @@ def test_a_misspelt_name_is_refused_at_once_with_the_closest_one(
     if state == "closed":
         hub.__exit__()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", state == "offline")
+
     with pytest.raises(
         OSError, match=rf"no such folder, and the Hub {why}\. Did you mean 'tester/model-50'\?$"
     ):
         load_model("tester/model-5O", device="cpu")
+
     assert sum("model-5O" in request for request in hub.requests) == (state == "open")
 
 
 def test_a_model_in_the_cache_is_loaded_without_requests(monkeypatch):
     monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *_: "config.json")
-    monkeypatch.setattr(loading, "get_hf_file_metadata", None)
+    monkeypatch.setattr(loading, "get_hf_file_metadata", None)  # a request would fail
+
     loading._require_on_hub("tester/cached")
 
 
@@ -291,8 +295,10 @@ def test_the_garbage_collector_is_off_while_a_gguf_file_is_read(gguf_folder, mon
         raise OSError("no file")
 
     monkeypatch.setattr(loading.AutoConfig, "from_pretrained", read)
+
     with pytest.raises(OSError, match="no file"):
         loading.read_config(str(gguf_folder))
+
     assert gc.isenabled()
 
 

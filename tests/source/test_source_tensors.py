@@ -351,10 +351,12 @@ def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, g
 def test_cutting_weights_of_packed_numbers_is_refused(tmp_path):
     pytest.importorskip("compressed_tensors")
     source = compressed_qwen3_moe(tmp_path / "source", "W4A16")
+
     with pytest.raises(
         ValueError, match="weight_shape is of a packed weight, which can't be cut: pass a pattern"
     ):
         prune(source, tmp_path / "out", pattern="heads:0.5", method="wanda")
+
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

@@ -234,7 +234,9 @@ def test_small_files_of_a_hub_model_are_copied_and_other_formats_are_not_fetched
         pruner = FistaPruner(FistaPruningConfig(method="wanda"), progress=False)
         pruner.prune("tester/dense", [torch.arange(64).view(4, 16)], output_dir={str(tmp_path / "out")!r})
     """
+
     done = run_with_hub(hub, code, tmp_path)
+
     assert done.returncode == 0, done.stderr
     assert {name: (tmp_path / "out" / name).read_text() for name in BESIDE} == BESIDE
     assert not any(request.endswith("onnx") or "/original/" in request for request in hub.requests)

@@ -18,7 +18,7 @@ def test_a_text_of_long_tokens_is_read_until_it_has_enough():
 
     (measured,) = require_measurable({"zoo": text}, {}, bpe_tokenizer())
 
-    assert len(measured.stretches) > 12
+    assert len(measured.stretches) > 12  # the usual number
     assert tokens_of(measured) >= LEAST_TOKENS
 
 
@@ -55,4 +55,5 @@ def test_a_character_that_does_not_fit_into_a_sequence_is_cut():
 
     tokenized = tokenized_text([text], bpe_tokenizer(), bos=1, longest=3)
 
+    # Each sequence begins with BOS, and the three tokens of a character don't fit beside it.
     assert [len(ids) for ids in tokenized.sequences] == [3, 2, 3, 2]

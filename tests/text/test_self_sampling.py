@@ -89,13 +89,13 @@ def test_texts_start_with_different_ordinary_tokens_if_there_is_neither_bos_nor_
     first = sample(model, tokenizer, num_samples=9)[:, ::6]
     with_other_seed = sample(model, tokenizer, num_samples=9, seed=1)[:, ::6]
 
-    assert first.unique().numel() == 36
+    assert first.unique().numel() == 36  # each of the 9 samples has 4 texts
     assert not torch.equal(first, with_other_seed)
 
 
 def test_a_model_that_is_sure_of_the_beginning_still_starts_differently(model, tokenizer):
     logits = torch.zeros(VOCABULARY)
-    logits[5] = 2000.0
+    logits[5] = 2000.0  # so every other token has a probability of 0 in float32
     set_distribution(model, logits)
 
     samples = sample(model, tokenizer, num_samples=ORDINARY, sequence_length=7)
@@ -134,7 +134,7 @@ def test_eos_does_not_end_a_sample(model, tokenizer):
     rest = sample(model, tokenizer, sequence_length=64).reshape(-1, 16)[:, 2:]
 
     assert rest.unique().tolist() == [EOS, 7]
-    assert 0.3 < (rest == EOS).double().mean() < 0.7
+    assert 0.3 < (rest == EOS).double().mean() < 0.7  # both tokens are equally probable
 
 
 def test_the_generation_config_is_neither_obeyed_nor_changed(model, tokenizer):

@@ -62,6 +62,7 @@ def log(call, saved):
 def test_each_rank_reports_its_error_or_that_of_another_rank(log):
     said = {path.name.removeprefix("log-"): path.read_text() for path in log.parent.glob("log-?-?")}
     share = "ValueError: accumulate=3: 2 processes share the passes of a step: pass a multiple of 2 (--accumulate)."
+
     assert said.pop("3-0").startswith("RankError: rank 1 of 2 failed: ValueError: options differ")
     assert said.pop("3-1").startswith(
         "ValueError: options differ from those of rank 0: start every process with the"

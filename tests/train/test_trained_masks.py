@@ -112,11 +112,13 @@ def test_a_folder_without_a_report_is_refused(saved, tmp_path):
 
 def test_given_masks_of_a_wrong_shape_or_name_are_refused(saved):
     name = "model.layers.0.mlp.up_proj.weight"
+
     with pytest.raises(
         ValueError,
         match=r"has shape \(48,\) and dtype torch\.bool: pass torch\.bool of shape \(48, 32\)",
     ):
         find_masks(saved.model, {name: torch.ones(48, dtype=torch.bool)})
+
     with pytest.raises(
         ValueError, match="masks name 'up_proj', which is no parameter of LlamaForCausalLM"
     ):

@@ -27,6 +27,7 @@ OPTIONS = {
     "compute_dtype": "float32",
     "progress": False,
 }
+OPERATOR_WEIGHTS = 15360  # of all operators of `tiny_llama`, in its two decoder layers
 REFUSAL = r"zeros that no mask covers, .*fill_zeros=True \(--fill-zeros\)"
 
 
@@ -64,7 +65,7 @@ def text(tmp_path):
 def test_masked_training_refuses_zeros_without_masks(twice_pruned):
     model = AutoModelForCausalLM.from_pretrained(twice_pruned)
     before = num_zeros(model)
-    assert before == 15360 // 2
+    assert before == OPERATOR_WEIGHTS // 2
 
     with pytest.raises(ValueError, match=REFUSAL), masked_training(model, twice_pruned):
         train_one_step(model)
@@ -89,7 +90,7 @@ def test_masked_training_fills_zeros_without_masks_if_told(twice_pruned):
     with masked_training(model, twice_pruned, fill_zeros=True):
         train_one_step(model)
 
-    assert of_this_run <= num_zeros(model) < 15360 // 2
+    assert of_this_run <= num_zeros(model) < OPERATOR_WEIGHTS // 2
 
 
 def test_the_zeros_that_the_weights_have_now_need_no_masks_of_a_folder(twice_pruned):
@@ -98,7 +99,7 @@ def test_the_zeros_that_the_weights_have_now_need_no_masks_of_a_folder(twice_pru
     with masked_training(model):
         train_one_step(model)
 
-    assert num_zeros(model) == 15360 // 2
+    assert num_zeros(model) == OPERATOR_WEIGHTS // 2
 
 
 def test_zeros_that_stayed_when_parts_were_removed_stay_in_a_training_on_the_zeros_of_now():
@@ -109,7 +110,7 @@ def test_zeros_that_stayed_when_parts_were_removed_stay_in_a_training_on_the_zer
     )
     FistaPruner(FistaPruningConfig(pattern="layers:0.5"), progress=False).prune(model, batches)
     before = num_zeros(model)
-    assert before == 7680 // 2
+    assert before == OPERATOR_WEIGHTS // 2 // 2  # of the decoder layer that is left
 
     with masked_training(model):
         train_one_step(model)
@@ -133,7 +134,7 @@ def test_recover_fills_zeros_without_masks_if_told(twice_pruned, tiny_folder, te
 
     zeros = num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     masked = read_report(tmp_path / "out").totals["num_zeros"]
-    assert masked <= zeros < 15360 // 2
+    assert masked <= zeros < OPERATOR_WEIGHTS // 2
 
 
 def test_recover_of_norms_fills_nothing_and_is_not_refused(
@@ -143,7 +144,9 @@ def test_recover_of_norms_fills_nothing_and_is_not_refused(
 
     recover(twice_pruned, tiny_folder, tmp_path / "out", **options)
 
-    assert num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == 15360 // 2
+    assert (
+        num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out")) == OPERATOR_WEIGHTS // 2
+    )
 
 
 @pytest.mark.parametrize("pattern", ["layers:0.5", "channels:0.25/4"])
@@ -159,4 +162,5 @@ def test_recover_keeps_the_zeros_of_a_run_before_parts_were_removed(
     recover(smaller.folder, tiny_folder, tmp_path / "out", **options)
 
     after = num_zeros(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    assert after == before > 3000
+    assert before > 3000  # so there are zeros that could be lost
+    assert after == before
