@@ -111,8 +111,9 @@ class LastOperator:
         The errors are sums over held-out batches (True) and over the others (False), float64. The operator runs once on
         all batches, with the weights that it has at the first access; the result is kept in the object.
 
-        `self.inputs` are `X*`, and `self.dense` are `W X` [tokens, out] in the dense network. `self.rest` is the rest
-        of the layer's output, to which that of the operator is added. `self.activations` is the decoder layer.
+        By batch, `self.inputs` has the operator's inputs `X*` in the pruned network, and `self.dense` its outputs `W X`
+        [tokens, out] in the dense network. `self.rest` has the rest of the layer's output, to which the operator's
+        output is added. `self.activations` runs the decoder layer.
         """
         squares = {
             held_out: torch.zeros((), dtype=torch.float64, device=self.activations.device)
@@ -149,7 +150,7 @@ class GroupProblems:
     ) -> float | None:
         """`|| W* X* - W X ||_F / || W X ||_F` with weights `W*` as written; `None` if `W X` is not known.
 
-        `problem` is one of `self.fitted`, or with `held_out` one of `self.held_out`; `weight` is `W*` [out, in].
+        `problem` is one of `self.fitted`, or one of `self.held_out` if `held_out` is True. `weight` is `W*` [out, in].
         `fit_error` is the relative error against the targets, on the tokens of the problem. It is the result if the
         targets are the dense network's outputs (`problem.aims_at_dense`).
 
@@ -341,8 +342,9 @@ class LayerTargets:
         with `D` and `D*` the rest of the layer's output; b = 0 unless `self.corrects_experts`. `a` and `b` are the
         `dense_share` and the `residual_share` of the correction.
 
-        `self._experts` is the mixture; a hook is on it until the iterator ends. The dense pass has kept
-        `self._expert_outputs`, E(X) [tokens, out], and `self._outputs`, the layer's outputs D + E(X), of each batch.
+        `self._experts` is the mixture; a hook is on it until the iterator ends. Of each batch the dense pass has kept
+        two things: the sum of the experts E(X) [tokens, out] in `self._expert_outputs`, and the layer's whole outputs
+        D + E(X) in `self._outputs`.
         """
         assert self._experts is not None
         correction = self._correction

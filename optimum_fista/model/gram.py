@@ -108,8 +108,12 @@ class GroupSums:
         """Yield the problems of the operators of a group, one by one; the sums are used up.
 
         `weights` are the dense weights `W` [out, in] of the operators. `dense_share` is `a` in the targets
-        `W (a X + (1 - a) X*)`; it is not used if `X* = X` or targets were summed. All problems share the memory of the
-        Gram matrix, which is completed in place. Cross-Gram matrices in `self.cross` are overwritten.
+
+            W (a X + (1 - a) X*).
+
+        It is not used if the inputs are those of the dense network (`X* = X`), or if the targets themselves were
+        summed. All problems share the memory of the Gram matrix, which is completed in place. Cross-Gram matrices in
+        `self.cross` are overwritten.
         """
         statistics = self.statistics()
         # the smallest and the largest element: NaN if any element is NaN
@@ -191,8 +195,8 @@ def _problem(
     Args:
         weight: `W` [out, in], the dense weights.
         statistics: Of the inputs `X*`; their Gram matrix is `G = X* X*^T` [in, in].
-        cross: The cross-Gram matrix `W X X*^T` [out, in]. It is overwritten by `C`, unless a = 0: then it is kept, to
-            measure errors against the dense outputs.
+        cross: The cross-Gram matrix `W X X*^T` [out, in]. `C` overwrites this matrix if `a` is above 0. Otherwise the
+            matrix is kept, and errors against the dense outputs are measured with it.
         energies: Squared norms of the rows of `W X`, [out], float64.
         dense_share: `a`, in [0, 1].
         name: Of the operator, for messages.

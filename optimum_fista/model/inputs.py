@@ -222,9 +222,10 @@ class _Recorder:
         becomes x + d. In the other they return zeros: 0 becomes 0 + d = d exactly. The first pass was the one with
         zeros if sums were known before it (`self.additive`, numbers of layers).
 
-        Returns the changes of the pass with zeros, and adds the new layers to `self.additive`. The fields of one pass
-        (`first`, `expected`, `version`, `next`, `gives_zeros`, `is_repeated`, `changes`, `met`) are then those of the
-        second pass, which appends no arguments to `self.calls`.
+        Returns the changes of the pass with zeros, and adds the new layers to `self.additive`. The second
+        pass appends no arguments to `self.calls`. It leaves its own values in the fields of one pass, which are
+
+            `first`, `expected`, `version`, `next`, `gives_zeros`, `is_repeated`, `changes`, `met`.
         """
         gave_zeros = bool(self.additive)
         other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)

@@ -99,8 +99,12 @@ class SmallerMixture:
     def errors(self) -> MixtureErrors:
         """Measure how far the outputs of the mixture are from their targets now, on all batches.
 
-        An error is `|| Y - E* || / || Y ||`, with `E*` the sum of the experts that stay. `self._residuals` has `Y - E*`
-        of each batch, and `self._energies` the squared norms of `Y`, by whether the tokens are held out. Nothing runs.
+        The targets are `Y`, and the sum of the experts that stay is `E*`, both [tokens, out]. An error is
+
+            || Y - E* || / || Y ||.
+
+        `self._residuals` has the difference `Y - E*` of each batch. `self._energies` has the squared norms of `Y`, by
+        whether the tokens are held out. Nothing runs.
         """
         squares = {False: 0.0, True: 0.0}  # || Y - E* ||^2, by whether the tokens are held out
         for batch, residual in enumerate(self._residuals):

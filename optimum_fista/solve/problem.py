@@ -224,16 +224,15 @@ class LayerProblem:
     def with_ridge(self, amounts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Add a ridge towards the dense weights, and scale the inputs so that the Gram matrix has unit diagonal.
 
-        `amounts` are `d` [in], positive: how much is added to each entry of the diagonal. With
+        `amounts` are `d` [in], positive: how much is added to each entry of the diagonal. With the Gram matrix
+        `G` (`self.gram`), the target `C` (`self.target`), the dense weights `W` (`self.weight`), and
 
             G_d = G + diag(d)             [in, in]
             C_d = C + W diag(d)           [out, in]
             s_j = 1 / sqrt([G_d]_jj)      [in]
 
         weights in the scaled coordinates are `W_ij / s_j`. The matrices that are returned are new, so the caller may
-        overwrite them.
-
-        `self` and its tensors stay as they are: `self.gram` is `G`, `self.target` is `C`, `self.weight` is `W`.
+        overwrite them. `self` and its tensors stay as they are.
 
         Returns:
             `s_i [G_d]_ij s_j`, the scaled Gram matrix [in, in].

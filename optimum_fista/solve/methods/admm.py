@@ -51,9 +51,12 @@ class SplitState:
             Z  <-  project(W + V / rho)
             V  <-  V + rho (W - Z)
 
-        `self.point` [out, in] holds two of them. After an iteration it is `P = W + V / rho`: where `self.mask` is True
-        this is `Z`, and elsewhere it is `V / rho`, with the `rho` of that iteration. Before the first iteration there
-        is no mask, `Z` is the point, and `V` is zero.
+        `self.point` [out, in] holds two of them in one matrix. After an iteration it is
+
+            P = W + V / rho,    with the `rho` of that iteration.
+
+        Its entries are those of `Z` if `self.mask` is True there, and those of `V / rho` if it is False. Before the
+        first iteration there is no mask, `Z` is the point, and `V` is zero.
 
         The first update takes one block of rows at a time, for which `self.target` makes these rows of `C`. The
         projection needs all rows.

@@ -322,8 +322,8 @@ class _Surgeon:
 
             B^T S G_r S B,   G_r = G + r diag(G).
 
-        `gram` is `G` [in, in], which stays as it is. `self.scale` is the diagonal of `S`, `self.blocks` are those of
-        `B` (`None`: the identity), and `self.penalty` is `r diag(G)` [in].
+        `gram` is `G` [in, in], which stays as it is. The coordinates have the diagonal of `S` (`self.scale`, [in]), the
+        blocks of `B` (`self.blocks`; `None` if `B` is the identity), and the ridge `r diag(G)` (`self.penalty`, [in]).
         """
         copy = gram.clone()
         copy.diagonal().add_(self.penalty)
@@ -359,8 +359,8 @@ class _Surgeon:
     def times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
         """Return `matrix @ B`, or `matrix @ B^T`, a new matrix [rows, in]; `matrix` itself if `B` is the identity.
 
-        `transposed` asks for `B^T`. `self.blocks` [in / width, width, width] are the blocks of `B`; `None`: it is the
-        identity.
+        `transposed` asks for the product with `B^T`. The blocks of `B` are `self.blocks` [in / width, width, width]. If
+        that is `None`, `B` is the identity.
         """
         if self.blocks is None:
             return matrix

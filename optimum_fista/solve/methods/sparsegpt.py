@@ -93,9 +93,10 @@ class SparseGPT(PruningMethod):
         """Prune the columns from `left` to `right` (excluded); changes these of `weight` and of `mask`, [out, in].
 
         A *contest* are the columns whose mask is chosen together: the m of n:m, or the whole block. `weight` has been
-        compensated for all columns to the left, and the caller compensates those to the right of the block. Returns the
-        scaled errors `e` of the block's columns, [out, right - left]. `upper` is `U` [in, in], and `pattern` chooses
-        the masks.
+        compensated for all columns to the left, and the caller compensates those to the right of the block. `upper` is
+        `U` [in, in], and `pattern` chooses the masks.
+
+        Returns the scaled errors `e` of the block's columns, [out, right - left].
         """
         width = right - left
         block = weight[:, left:right].clone()
