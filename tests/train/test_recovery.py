@@ -484,6 +484,18 @@ def test_the_head_is_in_16_bits_while_products_are_and_is_saved_as_it_was(tied, 
         assert not torch.equal(after[name], after[name].bfloat16().float()), name
 
 
+def test_the_head_of_sharded_weights_is_left_as_it_is(run, monkeypatch):
+    rounded = []
+    monkeypatch.setattr(recovery, "round_head", lambda *_: rounded.append("head"))
+
+    run(train="all", compute_dtype="bfloat16", tokens=128)
+    assert rounded == ["head"]
+
+    monkeypatch.setattr(recovery, "shards_weights", lambda: True)
+    run(train="all", compute_dtype="bfloat16", tokens=128, overwrite=True)
+    assert rounded == ["head"]  # not once more
+
+
 def test_a_rounded_head_predicts_inside_autocast_what_the_whole_one_does():
     model = tiny_llama(tie_word_embeddings=True)
     embedding = model.get_input_embeddings().weight
