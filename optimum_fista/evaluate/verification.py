@@ -490,11 +490,15 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_group
     fused = model.get_submodule(mixture.name).parameters(recurse=False)
     # Weights are [experts, out, in]; biases, [experts, out], are left out.
     numbers = {len(parameter) for parameter in fused if parameter.ndim == 3}
-    # If there are none, `pop` raises KeyError, which `_errors_of_damaged_files` around this turns into the right error.
     num_kept = len(mixture.groups_kept)
-    if numbers != {num_kept}:
+    if not numbers:
         raise VerificationError(
-            f"{mixture.name} has {numbers.pop()} experts, and the report says {num_kept}."
+            f"{mixture.name} has no weights of experts, and the report says {num_kept} experts."
+        )
+    if numbers != {num_kept}:
+        in_folder = " or ".join(map(str, sorted(numbers)))
+        raise VerificationError(
+            f"{mixture.name} has {in_folder} experts, and the report says {num_kept}."
         )
     saliency = torch.tensor(mixture.saliency, dtype=torch.float64)
     is_divided = len(saliency) % router_groups == 0

@@ -175,6 +175,23 @@ def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
         verify_checkpoint(tmp_path / "changed", dense=folders[0])
 
 
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("groups_kept", lambda found: found[:1], "has 2 experts, and the report says 1"),
+        ("name", lambda name: name.rpartition(".")[0], "has no weights of experts"),
+    ],
+)
+def test_verify_names_a_mixture_with_other_experts_than_the_report_says(
+    folders, tmp_path, key, change, message
+):
+    shutil.copytree(folders[1], tmp_path / "changed")
+    edit(tmp_path / "changed", change, key)
+
+    with pytest.raises(VerificationError, match=message):
+        verify_checkpoint(tmp_path / "changed")
+
+
 def edit(folder: Path, change, key="groups_kept") -> None:
     """Change what the report says of the first mixture."""
     file = folder / "fista" / "report.json"
