@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from sandbox import network_fence, run_program
 from shared import parse_arguments
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.environment import processor_name
@@ -325,6 +326,48 @@ def complete(server: Any, prompts: Sequence[list[int]], new_tokens: int) -> list
     return [choice["text"] for choice in sorted(choices, key=lambda choice: choice["index"])]
 
 
+@torch.inference_mode()
+def loss_of_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[dict[str, str]],
+    answers: dict[str, str],
+) -> float:
+    """Mean loss of the tokens of given answers, in nats: how far a model is from one that writes them.
+
+    `answers` are texts by the problem's `task_id`, such as those that the model wrote before it was pruned. The model
+    sees the question as in `prompt_ids`, then the answer and the end token. It writes nothing, so this takes a fraction
+    of HumanEval's time, and every token counts instead of one outcome for each problem.
+    """
+    total = 0.0
+    num_tokens = 0
+    for problem in problems:
+        prompt = prompt_ids(tokenizer, problem)
+        text = answers[problem["task_id"]] + tokenizer.eos_token
+        answer = tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        logits = model(torch.tensor([prompt + answer]), logits_to_keep=len(answer) + 1).logits
+        predictions = logits[0, :-1].float()  # of each token of the answer, by the tokens before it
+        targets = torch.tensor(answer)
+        total += functional.cross_entropy(predictions, targets, reduction="sum").item()
+        num_tokens += len(answer)
+    return total / num_tokens
+
+
+def answers_in(work: Path, model: str) -> dict[str, str] | None:
+    """The answers that a model folder gave in an earlier call, by `task_id`; `None` if there are none."""
+    file = answers_file(work, model)
+    if not file.exists():
+        return None
+    _, *lines = file.read_text().splitlines()  # the first is the signature
+    return {answer["task"]: answer["answer"] for answer in map(json.loads, lines)}
+
+
+def answers_file(work: Path, model: str) -> Path:
+    """Where the answers of a model are kept: their signature, then a line for each."""
+    return work / "humaneval" / f"{Path(model).name}.jsonl"
+
+
 def signature_of(arguments: Namespace) -> dict[str, Any]:
     """What answers depend on: the sizes and times of the model's files, the question, and the number of tokens."""
     model = Path(arguments.model)
@@ -339,7 +382,7 @@ def answer_problems(arguments: Namespace, problems: list[dict[str, str]]) -> lis
     Raises:
         SystemExit: If the file has answers of another model with the same name.
     """
-    file = arguments.work / "humaneval" / f"{Path(arguments.model).name}.jsonl"
+    file = answers_file(arguments.work, arguments.model)
     file.parent.mkdir(parents=True, exist_ok=True)
     signature = json.loads(json.dumps(signature_of(arguments)))
     if not file.exists():

@@ -17,6 +17,9 @@ bfloat16 on the first `--max-windows` windows of `web.txt`, `wikitext2.txt` and 
 stretch of text that the windows of the dense model cover, whatever the tokenizer. For `--humaneval`, `humaneval.py`
 runs the rows that it names: **it runs code that the models write** (see there).
 
+If HumanEval of `dense` was measured, every other row gets the loss of the dense model's answers to every fourth
+problem, in nats a token (`humaneval.loss_of_answers`): how far the row is from writing what MODEL writes.
+
 The same call resumes: a folder that exists is not pruned again, an interrupted run of `prune` goes on, and a row in
 `--output` is not measured again. The third command shows rows that were measured before.
 """
@@ -36,6 +39,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier import bits_per_byte
+from humaneval import answers_in, loss_of_answers, problems_of
 from shared import open_record, parse_arguments, save, sparsity_of
 
 from optimum_fista.config import RECIPES
@@ -239,6 +243,24 @@ def measure_humaneval(arguments: Namespace, key: Row, row: Row) -> None:
             row["humaneval"] = measured
 
 
+def measure_answer_loss(arguments: Namespace, key: Row, row: Row) -> None:
+    """Put the loss of the dense model's answers into the row of a key, unless it is there.
+
+    A row has none if the dense model has not answered yet (`--humaneval dense`), or if tokens were removed: losses of
+    other tokens can't be compared.
+    """
+    answers = answers_in(Path(arguments.work), arguments.model)
+    if answers is None or "answer_loss" in row or not row["perplexity"]:
+        return
+    problems = problems_of(arguments.problems, Path(arguments.work))[::4]
+    if not all(problem["task_id"] in answers for problem in problems):
+        return
+    model, tokenizer = load_model(str(folder_of(arguments, key)), dtype="bfloat16", device="cpu")
+    row["answer_loss"] = loss_of_answers(model, tokenizer, problems, answers)
+    model = None
+    release_memory(collect=True)
+
+
 def measure_rows(arguments: Namespace) -> Row:
     """Measure the rows that `--output` lacks, and write each; then HumanEval of those that `--humaneval` names."""
     record = open_record(arguments, "rows", "humaneval", "work", "problems", "text_folder")
@@ -258,6 +280,8 @@ def measure_rows(arguments: Namespace) -> Row:
         if words in arguments.humaneval and "humaneval" not in row:
             measure_humaneval(arguments, key, row)
             save(arguments, record)
+        measure_answer_loss(arguments, key, row)
+        save(arguments, record)
     return record
 
 
@@ -277,7 +301,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     header = ["pattern", "method", "trained on tokens", *MEASURED]
     header += [f"{name}, bits per byte" for name in MEASURED]
     header += ["held-out loss before the training", "and after it"]
-    header += ["HumanEval, %", "parameters, M", "processor minutes"]
+    header += ["HumanEval, %", "loss of dense answers", "parameters, M", "processor minutes"]
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         group_key = (row["pattern"], row["method"], row.get("recovered", 0))
@@ -298,6 +322,7 @@ def table(rows: Sequence[Row]) -> list[str]:
         seconds = [row["took"].get("processor_seconds") for row in group]
         minutes = [value / 60 for value in seconds if value is not None]
         line.append(cell(passed, "{:.1f}"))
+        line.append(cell([row.get("answer_loss") for row in group], "{:.4f}"))
         line.append(f"{group[0]['parameters'] / 1e6:.0f}")
         line.append(cell(minutes, "{:.1f}"))
         lines.append(line)

@@ -256,6 +256,23 @@ def test_answers_of_a_batch_are_those_of_generate(benchmark):
         assert answer == [token for token in expected if token != end]
 
 
+def test_the_loss_of_an_answer_is_the_mean_over_its_tokens_and_the_end_token(
+    benchmark, model_with_chat
+):
+    script = benchmark("humaneval")
+    folder, _ = model_with_chat
+    tokenizer = script.require_tokenizer(str(folder))
+    model = tiny_llama(vocab_size=len(tokenizer), max_position_embeddings=2048)
+    prompt = script.prompt_ids(tokenizer, PROBLEM)
+    answer = tokenizer(FUNCTION + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+
+    found = script.loss_of_answers(model, tokenizer, [PROBLEM], {PROBLEM["task_id"]: FUNCTION})
+
+    labels = torch.tensor([[-100] * len(prompt) + answer])  # the question does not count
+    expected = model(torch.tensor([prompt + answer]), labels=labels).loss.item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.fixture
 def model_with_chat(tmp_path):
     """A tiny model whose tokenizer has a chat template, and a wheel with one problem."""
@@ -319,6 +336,10 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     rows = ["dense", "0.5 wanda:error_correction=intra", "0.5 magnitude 3", "vocab:0.1 default"]
     rows += ["0.5 magnitude 3 recover=128", "dense recover=128"]
     words += ["--rows", ",".join(rows)]
+    answers = tmp_path / "work" / "humaneval" / "model.jsonl"  # of the dense model
+    answers.parent.mkdir(parents=True)
+    answer = {"task": PROBLEM["task_id"], "answer": FUNCTION}
+    answers.write_text("{}\n" + json.dumps(answer) + "\n")
 
     run(script, monkeypatch, *words)
     capsys.readouterr()
@@ -338,6 +359,10 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     assert fewer_tokens["perplexity"] == {}
     assert fewer_tokens["parameters"] < dense["parameters"]
     assert fewer_tokens["bits_per_byte"].keys() == {"web", "wikitext2", "python"}
+    assert "answer_loss" not in fewer_tokens
+    losses = [row["answer_loss"] for row in (dense, wanda, magnitude, recovered, trained)]
+    assert len(set(losses[:3])) == 3
+    assert all(0 < loss < 20 for loss in losses)
     assert "magnitude-3-recovered-128 --tokens 128 --teacher model" in recovered["command"]
     assert recovered["recovery"]["num_tokens"] == 128
     assert "model-recovered-128 --tokens 128 --label-share 1" in trained["command"]
