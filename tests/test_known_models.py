@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -396,6 +397,51 @@ def test_humaneval_is_added_to_a_row_of_a_version_that_did_not_know_recoveries(
 
     (row,) = json.loads(output.read_text())["rows"]
     assert row["humaneval"] == {"model": "model", "pass_at_1": 100.0}
+
+
+def test_zero_shot_tasks_are_added_to_a_row_as_lm_eval_measured_them(
+    benchmark, model_with_chat, tmp_path, monkeypatch, capsys
+):
+    folder, _ = model_with_chat
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("web", "wikitext2", "python"):
+        (texts / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
+    (texts / "texts.json").write_text("{}")
+    script = benchmark("known_models")
+    output = tmp_path / "rows.json"
+    words = [folder, "--text-folder", texts, "--work", tmp_path, "--output", output]
+    words += ["--sequence-length", "32", "--max-windows", "1", "--rows", "dense"]
+    words += ["--zero-shot", "dense", "--documents", "7", "--task-data", texts]
+    results = {
+        "arc_easy_lines": {"alias": "arc", "acc,none": 0.5, "acc_norm,none": 0.25},
+        "lambada_lines": {"acc,none": 0.125, "acc_stderr,none": 0.01},
+    }
+    commands = []
+
+    def lm_eval(command, check, cwd):
+        commands.append(command)
+        assert cwd == str(texts)
+        place = Path(command[command.index("--output_path") + 1]) / "model"
+        place.mkdir()
+        (place / "results_2026.json").write_text(json.dumps({"results": results}))
+
+    monkeypatch.setattr(script.subprocess, "run", lm_eval)
+    monkeypatch.setattr(script, "version", lambda name: "0.4.13")
+    run(script, monkeypatch, *words)
+    run(script, monkeypatch, *words)  # measured already
+
+    (row,) = json.loads(output.read_text())["rows"]
+    (command,) = commands
+    assert f"pretrained={folder},dtype=bfloat16" in command
+    assert command[command.index("--limit") + 1] == "7"
+    assert row["zero_shot"] == {
+        "documents": 7,
+        "lm_eval": "0.4.13",
+        "arc_easy_lines": {"acc": 0.5, "acc_norm": 0.25},
+        "lambada_lines": {"acc": 0.125, "acc_stderr": 0.01},
+    }
+    assert "| 25.0 | 12.5 |" in capsys.readouterr().out
 
 
 def test_texts_to_measure_on_are_not_calibrated_on(benchmark, tmp_path, monkeypatch):
