@@ -394,7 +394,7 @@ class RunRecord:
         num_sequences = self.calibration["num_sequences"]
         words = ["optimum-fista", "prune", self.model.get("name") or "MODEL", "--output", "DIR"]
         words += ["--config", "fista/report.json"]  # as seen from the folder of the result
-        # A run that removes tokens may have several sources, such as "c4, code.txt".
+        # Several sources are written as one name, such as "c4, code.txt".
         sources = self.calibration.get("source") or "SOURCE"
         for source in sources.split(", "):
             words += ["--calibration", source]

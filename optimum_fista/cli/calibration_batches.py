@@ -2,7 +2,8 @@
 
 A batch is a tensor of token ids, int64 [sequences, tokens], or a dictionary of arguments of the model. A dictionary
 with `held_out`, the name of a text, is not calibrated on: the perplexity is measured on it. A *source* is what the user
-passed as `--calibration`: "self" (the model writes the text), a file, or the name of a text such as "c4".
+passed as `--calibration`: "self" (the model writes the text), a file, or the name of a text such as "c4". If there are
+several, each batch is a dictionary whose `source` names the text that all its sequences are of.
 
 In all functions, `request` is what the user asks for (`PruneRequest`); no function changes it. Texts, tokenizers and
 models of the Hub are downloaded into its cache.
@@ -10,14 +11,19 @@ models of the Hub are downloaded into its cache.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.cli.prune_request import PruneRequest
+from optimum_fista.model.calibration import equal_shares
 from optimum_fista.source.loading import read_config, require_processor, require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
 from optimum_fista.text.images import image_sequences
@@ -34,7 +40,8 @@ def calibration_batches(
 ) -> list[Tensor | dict[str, Any]]:
     """Return the calibration batches, and after them one to measure the perplexity on if the text is long enough.
 
-    If the text has images, each sequence is a batch. Texts of the Hub are downloaded into its cache.
+    If the text has images, each sequence is a batch. Several texts give equal shares of the sequences, and their
+    batches take turns. Texts of the Hub are downloaded into its cache.
 
     Args:
         request: What the user asked for, with a source and a batch size (`PruneRequest.with_choices`).
@@ -44,6 +51,8 @@ def calibration_batches(
     """
     assert request.source is not None
     assert request.batch_size is not None
+    if len(request.sources) > 1:
+        return _batches_of_several_texts(request)
     if request.source == "self":
         tokens, measured = _own_text(request, device, keep_in)
         measured_source = "pydoc"
@@ -55,15 +64,87 @@ def calibration_batches(
 
     batches: list[Tensor | dict[str, Any]] = list(tokens.split(request.batch_size))
     if measured is not None:
-        tokenizer = require_tokenizer(request.model)
-        batches.append(
-            {
-                "input_ids": measured,
-                "held_out": measured_source,
-                "bytes_per_token": _bytes_per_token(tokenizer, measured),
-            }
-        )
+        batches.append(_measured_batch(request, measured, measured_source))
     return batches
+
+
+def _measured_batch(request: PruneRequest, sequences: Tensor, text: str) -> dict[str, Any]:
+    """Make the batch that the perplexity is measured on.
+
+    `sequences` are ids [sequences, tokens], and `text` is the name of what they are of.
+    """
+    tokenizer = require_tokenizer(request.model)
+    return {
+        "input_ids": sequences,
+        "held_out": text,
+        "bytes_per_token": _bytes_per_token(tokenizer, sequences),
+    }
+
+
+def _batches_of_several_texts(request: PruneRequest) -> list[Tensor | dict[str, Any]]:
+    """Return batches of all sources of the request: each is of one source, and the sources take turns.
+
+    The last batch is to measure the perplexity on: it has as many further sequences of each source. It is missing if no
+    perplexity is measured, or if a text is too short for them. ValueError that names the source if a text is too short
+    to calibrate on. Texts of the Hub are downloaded into its cache.
+    """
+    assert request.batch_size is not None
+    shares = equal_shares(request.num_sequences, len(request.sources))
+    drawn = _drawn_texts(request, shares)
+
+    batches_of_sources = []
+    for source, share, tokens in zip(request.sources, shares, drawn, strict=True):
+        to_calibrate_on = tokens[:share].split(request.batch_size)
+        batches_of_sources.append([{"input_ids": ids, "source": source} for ids in to_calibrate_on])
+    # The first batch of each source, then the second of each, ...
+    turns = itertools.zip_longest(*batches_of_sources)
+    batches: list[Tensor | dict[str, Any]] = [
+        batch for turn in turns for batch in turn if batch is not None
+    ]
+
+    further = [tokens[share:] for share, tokens in zip(shares, drawn, strict=True)]
+    measured = torch.stack(further, dim=1).flatten(0, 1)  # the sources take turns here, too
+    if len(measured):
+        batches.append(_measured_batch(request, measured, request.public_sources))
+    return batches
+
+
+def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
+    """Draw sequences of each source of the request: ids [sequences, tokens], the first ones to calibrate on.
+
+    `shares` are how many sequences of each source are calibrated on. After these come further ones to measure the
+    perplexity on, equally many of each source, if the run measures it and all texts are long enough. ValueError that
+    names the source if a text is too short to calibrate on.
+    """
+    tokenizer = require_tokenizer(request.model)
+    texts = [load_text(source, split="calibration") for source in request.sources]
+
+    def draw(num_more: int) -> list[Tensor]:
+        """Draw the share of each source, and `num_more` sequences of each besides.
+
+        From the outer function: `tokenizer` is that of the model, `texts` are those of the sources, `shares` their
+        numbers of sequences, and `request` has the length and the seed. ValueError that names the source if a text is
+        too short.
+        """
+        drawn = []
+        for source, text, share in zip(request.sources, texts, shares, strict=True):
+            try:
+                tokens = calibration_windows(
+                    tokenizer, text, share + num_more, _length(request), request.config.seed
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"--calibration {source} gives {share} of {request.num_sequences} sequences: {error}"
+                ) from error
+            drawn.append(tokens)
+        return drawn
+
+    # All sources together give as many as a perplexity needs.
+    wanted = math.ceil(_num_measured(request) / len(request.sources))
+    for num_more in _numbers_to_try(request, wanted):
+        with suppress(ValueError):  # the texts may be long enough for fewer sequences
+            return draw(num_more)
+    return draw(0)
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:

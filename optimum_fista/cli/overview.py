@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,7 +45,7 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
         batch_size = begun_batch_size(unfinished_folder(request.output))
     try:
         estimate = estimate_of(replace(request, batch_size=batch_size))
-        lines = overview_of(estimate)
+        lines = overview_of(estimate, request.sources)
         host_parts = estimate.memory["host"]  # bytes, by part, such as "decoder layer"
     except (ValueError, OSError):
         raise  # the run would fail, too: stop before a model writes text for hours
@@ -115,20 +115,23 @@ def estimate_of(request: PruneRequest) -> Estimate:
         dtype=request.dtype,
         storage_device=request.storage_device,
         packed=request.packed,
+        num_sources=max(1, len(request.sources)),
     )
 
 
-def overview_of(estimate: Estimate) -> list[str]:
+def overview_of(estimate: Estimate, sources: Sequence[str] = ()) -> list[str]:
     """Say in a few lines what a run will do and need; `estimate` is that of the run. Changes nothing.
 
-    If the calibration text is a `.jsonl` file, it is read to find out whether it has images.
+    `sources` are those of the calibration text that the user named, such as ("c4", "code.txt"); if there is one or
+    none, `estimate` has the source. If the only calibration text is a `.jsonl` file, it is read to find out whether it
+    has images.
     """
     from optimum_fista.report import lines_of_unplaced
     from optimum_fista.text.sources import require_source
 
     config = estimate.config
     has_images = False
-    if estimate.calibration.endswith(".jsonl"):
+    if len(sources) < 2 and estimate.calibration.endswith(".jsonl"):
         has_images = require_source(estimate.calibration, with_images=True)
     is_default = config.method == type(config).method  # the default of the dataclass
     default = " (the default)" if is_default else ""
@@ -146,7 +149,7 @@ def overview_of(estimate: Estimate) -> list[str]:
         "pattern": pattern,
         "removed": "; ".join(str(parts) for parts in estimate.removed_parts),
         "method": f"{config.method}{default}, error correction {config.error_correction}",
-        "calibration": _calibration_line(estimate, has_images),
+        "calibration": _calibration_line(estimate, has_images, sources),
         "memory": f"{memory}, at most, on {estimate.device}{encoders}",
         "disk": size_text(sum(estimate.disk_bytes.values())),
     }
@@ -190,9 +193,10 @@ def _pruned_line(estimate: Estimate) -> str:
     return line
 
 
-def _calibration_line(estimate: Estimate, has_images: bool) -> str:
+def _calibration_line(estimate: Estimate, has_images: bool, sources: Sequence[str]) -> str:
     """Say how many tokens of which text a run is calibrated on; `has_images`: whether the text has images.
 
+    `sources` are those of the text that the user named, such as ("c4", "code.txt").
     `estimate.num_samples` are sequences, and `estimate.length` the tokens in each. Of these sequences,
     `estimate.config.held_out` are not calibrated on. `estimate.too_large_to_write`: the model would have written the
     text itself if it fitted into memory.
@@ -204,22 +208,24 @@ def _calibration_line(estimate: Estimate, has_images: bool) -> str:
         )
     held_out = f" ({estimate.config.held_out} held out)" if estimate.config.held_out else ""
     text = f"of {estimate.calibration}"
-    if estimate.calibration == "self":
+    if len(sources) > 1:
+        text = f"of {', '.join(sources)} in equal shares"
+    elif estimate.calibration == "self":
         text = "that the model writes itself"
     elif estimate.too_large_to_write:
         text += " (to write its own text, the whole model would have to fit into memory)"
     return f"{tokens}{held_out} {text}, batches of {estimate.batch_size}"
 
 
-def details_of(estimate: Estimate) -> list[str]:
+def details_of(estimate: Estimate, sources: Sequence[str] = ()) -> list[str]:
     """Return what `--dry-run` prints: the overview, operators by name, memory and disk by part, time by stage, notes.
 
-    `estimate` is that of the run. To find out the time, a small random model is pruned in a temporary folder. If that
-    can't be done, a note says why.
+    `estimate` is that of the run, and `sources` are those of the calibration text that the user named (`overview_of`).
+    To find out the time, a small random model is pruned in a temporary folder. If that can't be done, a note says why.
     """
     from optimum_fista.solve.methods import method_class
 
-    lines = [*overview_of(estimate), "", *_operator_lines(estimate)]
+    lines = [*overview_of(estimate, sources), "", *_operator_lines(estimate)]
     # Messages on options with patterns of names, such as --exclude, that match no operator.
     all_operators = [*estimate.operators, *estimate.left_dense]
     notes = list(estimate.config.idle_patterns(all_operators))

@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SOURCE",
         help="self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc; "
-        "repeatable if tokens are removed (vocab:0.35)",
+        "repeatable: each text gives an equal share",
     )
     add(
         "--num-samples",
@@ -228,18 +228,18 @@ def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
     from optimum_fista.removal.tokens_plan import plan_tokens
 
     request.require_sizes()
-    request.require_one_source()
+    request.require_sources()
     if request.config.tokens_removal is not None:
         documents, names = _documents(request)
         plan = plan_tokens(request.model, documents, request.config, text_name=names)
         print(plan.report.removed)  # a sentence
     elif is_of_target_size:
-        print(*overview_of(estimate_of(request)), sep="\n")
+        print(*overview_of(estimate_of(request), request.sources), sep="\n")
         print("note: these numbers are of the model with all its tokens; time is not estimated")
     else:
         estimate = estimate_of(request)
         print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
-        lines = details_of(estimate)  # prunes the small model
+        lines = details_of(estimate, request.sources)  # prunes the small model
         print(*lines, sep="\n")
     # Last, so that the estimate is printed even if the output has to be another one.
     require_output(request.output, request.overwrite, source=request.model)
@@ -296,7 +296,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
                 request, batches = ranks.first(
                     lambda: _prepare(request_so_far, ranks.device, unfinished / JOURNAL)
                 )
-                source_name = str(request.source)
+                source_name = request.public_sources
             pruner = FistaPruner(request.config, storage_device=request.storage_device)
             report = pruner.prune(
                 request.model,
@@ -367,12 +367,11 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     All sources are read before the first document is taken, so that an error of one comes at once. Texts of the Hub are
     downloaded into its cache.
     """
-    from optimum_fista.public_names import public_name
     from optimum_fista.text.sources import load_text
 
     texts = [load_text(source, split="calibration") for source in request.sources]
     documents = itertools.chain.from_iterable(text.documents for text in texts)
-    return documents, ", ".join(public_name(source) for source in request.sources)
+    return documents, request.public_sources
 
 
 def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -> int:

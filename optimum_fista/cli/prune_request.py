@@ -21,6 +21,7 @@ from typing import Any
 from optimum_fista.cli.flags import given_options
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.options import PruningOptions
+from optimum_fista.public_names import public_name
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,18 @@ class PruneRequest:
         return self.sources[0] if self.sources else None
 
     @property
+    def public_sources(self) -> str:
+        """The names of all sources of calibration text, such as "c4, code.txt", without the folders of the user."""
+        return ", ".join(public_name(source) for source in self.sources)
+
+    @property
     def num_sequences(self) -> int:
         """Number of calibration sequences, with those that errors are measured on (`--held-out`)."""
         return self.num_samples + self.config.held_out
 
     def with_choices(self, *, batch_size: int, source: str) -> PruneRequest:
-        """Return this request with the batch size and the source of text that an estimate has chosen."""
-        return replace(self, batch_size=batch_size, sources=(source,))
+        """Return this request with what an estimate has chosen: a batch size, and a source if the user named none."""
+        return replace(self, batch_size=batch_size, sources=self.sources or (source,))
 
     def reading(self, model: str) -> PruneRequest:
         """Return this request for another model: a Hub id or path."""
@@ -135,7 +141,7 @@ class PruneRequest:
                 f"MODEL {self.model!r} is a configuration without weights: pass its folder, or --dry-run too."
             )
         self.require_sizes()
-        self.require_one_source()
+        self.require_sources()
         if self.private and not self.push_to_hub:
             raise ValueError(
                 "--private makes sense with --push-to-hub REPO only: pass both, or none."
@@ -180,19 +186,49 @@ class PruneRequest:
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"--batch-size {self.batch_size}: pass at least 1.")
 
-    def require_one_source(self) -> None:
-        """Refuse several sources of text, unless tokens are removed; then refuse "self", the model's own text.
+    def require_sources(self) -> None:
+        """Refuse sources of calibration text that do not go together, or not with this run (ValueError).
 
-        `self.sources` are those of the calibration text, such as ("c4", "code.txt"). Raises ValueError.
+        `self.sources` are such as ("c4", "code.txt"). If tokens are removed, all texts are counted, but "self", the
+        model's own text, is refused. Otherwise each of several sources gives an equal share of the sequences. `.jsonl`
+        files among several sources are read, to find out whether they have images.
         """
-        removes_tokens = self.config.tokens_removal is not None
-        if len(self.sources) > 1 and not removes_tokens:
+        from optimum_fista.text.sources import require_source
+
+        number = len(self.sources)
+        if self.config.tokens_removal is not None:
+            if "self" in self.sources:
+                raise ValueError(
+                    "--calibration self: a model's own text is too short for rare tokens, pass files or c4."
+                )
+            return
+        if number < 2:
+            return
+
+        for index, source in enumerate(self.sources):
+            earlier_sources = self.sources[:index]
+            is_again = any(_are_one_text(source, earlier) for earlier in earlier_sources)
+            if is_again or source in earlier_sources:
+                raise ValueError(f"--calibration has the text {source!r} twice: pass it once.")
+        if "self" in self.sources:
             raise ValueError(
-                f"--calibration has {len(self.sources)} sources: pass one, or a pattern such as vocab:0.35."
+                "--calibration self with other sources: a model's own text is not mixed with others, pass it alone or "
+                "leave it out."
             )
-        if removes_tokens and "self" in self.sources:
+        for source in self.sources:
+            if source.endswith(".jsonl") and require_source(source, with_images=True):
+                raise ValueError(
+                    f"--calibration {source} has images, and there are other sources: pass it alone, or lines without "
+                    '"image".'
+                )
+        if self.num_samples < number:
             raise ValueError(
-                "--calibration self: a model's own text is too short for rare tokens, pass files or c4."
+                f"--num-samples {self.num_samples}: pass at least {number}, one for each source of --calibration."
+            )
+        if 0 < self.config.held_out < number:
+            raise ValueError(
+                f"--held-out {self.config.held_out}: pass at least {number}, one for each source of --calibration, "
+                "or 0."
             )
 
     def _require_same_run(self, has_images: bool) -> None:

@@ -136,7 +136,7 @@ def _candidate(
 
 
 def _request_for_channels(arguments: argparse.Namespace, channels: PartShare) -> PruneRequest:
-    """Make the request of the run that removes channels: it has the first source of text, and no tokens to keep.
+    """Make the request of the run that removes channels: it has the same sources of text, and no tokens to keep.
 
     `arguments` are those of the whole command, and stay as they are. The configuration of a Hub id may be downloaded
     into the cache. ValueError if the options don't go with channels.
@@ -144,8 +144,6 @@ def _request_for_channels(arguments: argparse.Namespace, channels: PartShare) ->
     sources = arguments.calibration
     if sources is None:
         sources = [usual_texts().to_calibrate_on]
-    elif "self" not in sources:  # with others beside it, that is an error of the ordinary run
-        sources = sources[:1]
 
     for_channels = argparse.Namespace(**vars(arguments))
     for_channels.pattern = str(channels)

@@ -179,6 +179,7 @@ def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
         if candidate.channels is None:
             continue
         num_samples = min(candidate.request.num_samples, _MOST_SEQUENCES)
+        num_samples = max(num_samples, len(candidate.request.sources))  # one of each text
         request = replace(candidate.request, num_samples=num_samples)
         estimate = estimate_of(request)
         needed = sum(estimate.disk_bytes.values())

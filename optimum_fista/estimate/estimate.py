@@ -61,6 +61,7 @@ class Estimate(RunSizes):
         storage_device: str | None = None,
         packed: bool = False,
         measures_perplexity: bool = True,
+        num_sources: int = 1,
     ) -> None:
         """Plan the run on a model without weights, and choose the text and the batch size.
 
@@ -71,7 +72,7 @@ class Estimate(RunSizes):
         folder. Arguments are the flags of `optimum-fista prune`, such as `storage_device`, where activations wait. If
         `calibration` or `batch_size` is `None`, it is chosen here. If another argument is `None`, it has its usual
         value. `calibration` is the source of text, such as "c4". It only matters whether it is "self", so the default
-        "text" stands for any text that is given.
+        "text" stands for any text that is given; `num_sources` says how many texts there are.
         """
         super().__init__(
             model,
@@ -84,6 +85,7 @@ class Estimate(RunSizes):
             storage_device=storage_device,
             packed=packed,
             measures_perplexity=measures_perplexity,
+            num_sources=num_sources,
         )
         self._free_bytes = available_bytes(torch.device(self.place or self.device))
         self._choose_calibration(calibration)

@@ -158,9 +158,9 @@ def _loss_bytes(run: RunSizes, tokens: int, *, copied: bool = False) -> float:
 def _choosing_layers(run: RunSizes) -> Moment:
     """Count the moment at which the run chooses layers to remove: it computes the loss without each of them.
 
-    For that it takes the sequences that hold `allocation_tokens` tokens.
+    For that it takes the sequences that hold `allocation_tokens` tokens, of each text one at least.
     """
-    sequences = min(run.num_samples, math.ceil(run.config.allocation_tokens / run.length))
+    sequences = math.ceil(run.sequences_of_loss)
     # A stream waits for each of these models, and one for the model as it is. So does the stream that enters the first
     # layer, from which further rounds start.
     streams = len(run.layers) + 2

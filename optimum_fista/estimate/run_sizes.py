@@ -71,6 +71,8 @@ class RunSizes:
         storage_device, storage: Where activations wait, as the user named it and as one of three words.
         widens: Whether matrices are widened.
         num_samples, length: All sequences, and the tokens in each.
+        num_sources: Texts that the sequences are of.
+        sequences_of_loss: On which the run computes the loss of the dense model.
         batch_size: Sequences in a forward pass; 1 if the user passes none (`Estimate` then chooses it).
         sequence_bytes, stream_bytes: Of the hidden states of one sequence, and of all.
     """
@@ -88,6 +90,7 @@ class RunSizes:
         storage_device: str | None = None,
         packed: bool = False,
         measures_perplexity: bool = True,
+        num_sources: int = 1,
     ) -> None:
         """Plan the run on a model without weights. Each step sets fields that later steps use.
 
@@ -102,6 +105,7 @@ class RunSizes:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples} (--num-samples): pass at least 1.")
         self.num_samples = num_samples
+        self.num_sources = num_sources
         self.batch_size = batch_size or 1
         self.packed = packed
 
@@ -124,6 +128,14 @@ class RunSizes:
         self._take_plan(plan)
         # A network whose experts are removed is not measured, because its dense layers are gone by then.
         self.measures_perplexity = measures_perplexity and not self.removes_experts
+
+    @property
+    def sequences_of_loss(self) -> float:
+        """Sequences that have `allocation_tokens` tokens: one of each text at least, and at most all; not rounded."""
+        wanted = self.config.allocation_tokens / self.length
+        if self.num_sources > 1:
+            wanted = max(self.num_sources, wanted)
+        return min(wanted, self.num_samples)
 
     def _choose_places(self, device: str | None, storage_device: str | None) -> None:
         """Set `device`, the type of the device that computes, and `storage`, where activations wait.

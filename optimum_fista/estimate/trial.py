@@ -91,11 +91,11 @@ def _allocation_seconds(run: RunSizes, trial: _Trial, firsts: Iterable[int]) -> 
     weights = head + sum(layer_sizes)
     weights_tried = head + sum(layer_sizes[first] for first in firsts)
 
-    # The pass takes the sequences that hold `allocation_tokens` tokens, or all sequences if these are fewer.
-    wanted = run.config.allocation_tokens / run.length
-    sequences = min(wanted, run.num_samples)
-    sequences_tried = min(wanted, trial.num_samples)
-    return seconds_of_trial * (weights / weights_tried) * (sequences / sequences_tried)
+    # The pass takes the sequences that hold `allocation_tokens` tokens, or all sequences if these are fewer. The trial
+    # has one text.
+    sequences_tried = min(run.config.allocation_tokens / run.length, trial.num_samples)
+    times_as_many_sequences = run.sequences_of_loss / sequences_tried
+    return seconds_of_trial * (weights / weights_tried) * times_as_many_sequences
 
 
 def _layers_by_kind(run: RunSizes) -> list[list[int]]:

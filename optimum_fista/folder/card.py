@@ -145,8 +145,11 @@ def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> Model
     inherited = {key: metadata_of_dense[key] for key in _INHERITED if key in metadata_of_dense}
     first = report.first_model.name
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", first) is not None
-    source_of_tokens = report.calibration.get("source") or ""
-    dataset = HUB_DATASETS.get(source_of_tokens)  # the Hub's name of a source such as "c4"
+    # A calibration on several texts has an entry for each of them.
+    texts = report.calibration.get("sources") or [report.calibration]
+    sources = [text.get("source") or "" for text in texts]
+    # the Hub's names of sources such as "c4"
+    datasets = [HUB_DATASETS[source] for source in sources if source in HUB_DATASETS]
     tags = ["optimum-fista", "pruned"]
     if not report.removed:
         tags.append("sparse")  # parts that are removed leave no zeros
@@ -158,7 +161,7 @@ def _metadata(report: PruningReport, loading: LoadingClass, dense: str) -> Model
         # The Hub knows adapter, merge, quantized and finetune. A pruned model is of the base model's kind, with its
         # own weights in the same number format (in a packed folder, too).
         base_model_relation="finetune" if is_hub_id else None,
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
         **inherited,
     )
 

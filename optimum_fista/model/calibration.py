@@ -41,6 +41,7 @@ _READ = {
     "position_ids",
     "labels",
     "held_out",
+    "source",
     "bytes_per_token",
     *_PACKING,
 }
@@ -57,7 +58,9 @@ class CalibrationBatch:
     # bool [batch, sequence], True = a real token; None if all tokens are real
     attention_mask: Tensor | None = None
     held_out: bool = False  # whether no weight is fitted to it
-    text: str | None = None  # name of its text, if known
+    text: str | None = None  # name of its text, if it is held out and that is known
+    # name of the text that all its sequences are of; None if all batches are of one text
+    source: str | None = None
     bytes_per_token: float | None = None  # of its text in UTF-8, if known
     # other arguments of the model by name: images, types of tokens
     media: Mapping[str, Tensor] = field(default_factory=dict)
@@ -144,9 +147,10 @@ def read_batches(
     The loader is an iterable of dicts with `input_ids` (and `attention_mask`), tensors of ids [batch, sequence] or
     [sequence], or lists of ids: a `torch.utils.data.DataLoader`, a data set or a generator. Ids must be smaller than
     `vocab_size`. A sequence may have `longest` tokens; `None`: any number. `labels`, which data collators add, are
-    ignored. `held_out` marks a batch that only measures; its value may be the name of the text. A dict may also hold
-    images and the like as the model's processor returns them, if they are among the model's `media` arguments; then
-    every sequence becomes a batch.
+    ignored. `held_out` marks a batch that only measures; its value may be the name of the text. `source` is the name of
+    the text that a batch is of, if the calibration has several texts. A dict may also hold images and the like as the
+    model's processor returns them, if they are among the model's `media` arguments; then every sequence becomes a
+    batch.
 
     `warn` is called once if any batches have keys that are not read.
     """
@@ -158,6 +162,7 @@ def read_batches(
         raise ValueError(
             "calib_dataloader gave no batch: pass at least one batch; a generator can be read only once."
         )
+    _require_sources(batches)
     if not any(batch.num_tokens for batch in batches):
         raise ValueError(
             "calib_dataloader holds no real token: every attention_mask is zero, and 1 marks a token that counts."
@@ -166,6 +171,28 @@ def read_batches(
         names = " and ".join(map(repr, sorted(reader.ignored_keys)))
         warn(f"calib_dataloader holds {names}, which are not read: the model runs without them.")
     return batches
+
+
+def _require_sources(batches: Sequence[CalibrationBatch]) -> None:
+    """Refuse batches of which some name their text by `source` and others do not (ValueError).
+
+    Batches that only measure (`held_out`) need not name it.
+    """
+    sources = sources_of([batch for batch in batches if not batch.held_out])
+    if None in sources and len(sources) > 1:
+        named = next(source for source in sources if source is not None)
+        raise ValueError(
+            f"some batches of calib_dataloader have a 'source', such as {named!r}, and others have none: pass it in "
+            "all batches that are calibrated on, or in none."
+        )
+
+
+def sources_of(batches: Iterable[CalibrationBatch]) -> list[str | None]:
+    """Return the names of the texts that batches are of, each once, in the order in which they come first.
+
+    The list is `[None]` if the batches do not name their text.
+    """
+    return list(dict.fromkeys(batch.source for batch in batches))
 
 
 def _items_of(loader: Any) -> Iterable[Any]:
@@ -195,11 +222,17 @@ def _items_of(loader: Any) -> Iterable[Any]:
 def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[CalibrationBatch]:
     """Mark the last `num_sequences` sequences as held out, and all others as not.
 
-    A batch in which the first of them is not the first sequence is cut in two. Returns new batches; the given ones are
-    not changed. With 0 sequences, the batches are returned as they are.
+    If the batches are of several texts (`CalibrationBatch.source`), these are the last sequences of each text, in equal
+    shares; of a remainder, the first texts get one more each.
+
+    A batch in which the first of them is not the first sequence is cut in two. Returns new batches, first those that
+    are not held out; the given ones are not changed. With 0 sequences, the batches are returned as they are.
     """
     if not num_sequences:
         return list(batches)
+    sources = sources_of(batches)
+    if len(sources) > 1:
+        return _hold_out_of_each(batches, sources, num_sequences)
     total = sum(batch.input_ids.shape[0] for batch in batches)
     if num_sequences >= total:
         raise ValueError(
@@ -226,6 +259,50 @@ def hold_out(batches: Sequence[CalibrationBatch], num_sequences: int) -> list[Ca
                 "marks a token that counts."
             )
     return marked
+
+
+def _hold_out_of_each(
+    batches: Sequence[CalibrationBatch], sources: Sequence[str | None], num_sequences: int
+) -> list[CalibrationBatch]:
+    """Mark the last sequences of each text as held out, `num_sequences` together, as `hold_out` does.
+
+    `sources` are the names of the texts (`sources_of`). ValueError if a text has no sequence to hold out, or none that
+    is left.
+    """
+    if num_sequences < len(sources):
+        raise ValueError(
+            f"held_out={num_sequences} (--held-out): the calibration has {len(sources)} texts, and sequences of each "
+            f"are held out: pass at least {len(sources)}, or 0."
+        )
+    fitted = list[CalibrationBatch]()
+    held_out = list[CalibrationBatch]()
+    for source, share in zip(sources, equal_shares(num_sequences, len(sources)), strict=True):
+        of_source = [batch for batch in batches if batch.source == source]
+        try:
+            marked = hold_out(of_source, share)
+        except ValueError as error:
+            raise ValueError(f"of the text {source!r}, {error}") from error
+        fitted += [batch for batch in marked if not batch.held_out]
+        held_out += [batch for batch in marked if batch.held_out]
+    return [*in_turns(fitted), *in_turns(held_out)]
+
+
+def in_turns(batches: Iterable[CalibrationBatch]) -> list[CalibrationBatch]:
+    """Order batches so that their texts take turns: the first batch of each text, then the second of each, ...
+
+    Batches of one text keep their order; if all are of one text, nothing moves.
+    """
+    of_sources: dict[str | None, list[CalibrationBatch]] = {}
+    for batch in batches:
+        of_sources.setdefault(batch.source, []).append(batch)
+    turns = itertools.zip_longest(*of_sources.values())
+    return [batch for turn in turns for batch in turn if batch is not None]
+
+
+def equal_shares(number: int, count: int) -> list[int]:
+    """Divide a number of sequences into `count` equal shares; of a remainder, the first shares get one more each."""
+    share, remainder = divmod(number, count)
+    return [share + 1 if index < remainder else share for index in range(count)]
 
 
 def describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
@@ -307,11 +384,18 @@ class _BatchReader:
         # stable sort by "is padding" (0 or 1) keeps their order.
         order = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
         held_out = others.get("held_out")  # True, or the name of the text
+        source = others.get("source")
+        if source is not None and not isinstance(source, str):
+            raise ValueError(
+                f"{where}: source is a {type(source).__name__}: pass the name of the text that all its sequences are "
+                "of, such as 'code.txt'."
+            )
         batch = CalibrationBatch(
             input_ids=ids.gather(1, order),
             attention_mask=None if bool(real.all()) else real.gather(1, order),
             held_out=bool(held_out),
             text=held_out if isinstance(held_out, str) else None,
+            source=source,
             bytes_per_token=others.get("bytes_per_token"),
         )
 

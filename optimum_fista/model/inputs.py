@@ -86,6 +86,8 @@ class RecordedInputs:
     # of each batch, bool [batch, sequence]; None if all tokens are real
     token_masks: list[Tensor | None]
     held_out: list[bool]  # whether a batch only measures
+    # the name of the text of each batch; None if the calibration has one text
+    sources: list[str | None]
     # whether all layers had to run, because they pass more than hidden states to the next one
     layers_pass_more: bool
     # what a layer returns after the hidden states; None: it returns no tuple
@@ -149,6 +151,7 @@ def record_inputs(
         calls=recorder.calls,
         token_masks=token_masks,
         held_out=[batch.held_out for batch in batches],
+        sources=[batch.source for batch in batches],
         layers_pass_more=runs_layers,
         returned_besides=returned_besides,
     )
@@ -470,16 +473,21 @@ class LayerActivations:
     storage: Storage  # where hidden states and recorded activations are kept between passes
     # whether a batch only measures, for each batch; () means none does
     held_out: Sequence[bool] = ()
+    # the name of the text of each batch, if the calibration has several; () means all are of one text
+    sources: Sequence[str | None] = ()
     device: torch.device = field(init=False)  # where the layer computes
 
     def __post_init__(self) -> None:
         """Fill in the fields that follow from the others, and move the masks to the layer's device.
 
         `self.calls` are the recorded arguments, one for each batch. If `self.held_out` is empty, no batch is held out:
-        it gets False for each. `self.token_masks` are bool [batch, sequence], or `None` if a batch has no padding.
+        it gets False for each. If `self.sources` is empty, it gets `None` for each: all batches are of one text.
+        `self.token_masks` are bool [batch, sequence], or `None` if a batch has no padding.
         """
         if not self.held_out:
             self.held_out = [False] * len(self.calls)
+        if not self.sources:
+            self.sources = [None] * len(self.calls)
         self.device = execution_device(self.layer)
         self.token_masks = [
             None if mask is None else mask.to(self.device) for mask in self.token_masks

@@ -27,7 +27,7 @@ from transformers import PreTrainedConfig
 
 from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore, Storage
-from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.calibration import CalibrationBatch, in_turns, sources_of
 from optimum_fista.model.hooks import operator_input, replaced_forwards
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.media import targets_of
@@ -53,20 +53,27 @@ class DenseLoss:
     def sequences(self) -> list[CalibrationBatch]:
         """Take sequences of `self.batches`, in order, until they have `self.num_tokens` real tokens.
 
+        If the batches are of several texts, these take turns, and each text gives one sequence at least.
+
         Each is returned as a batch of its own, without padding. Sequences of a single token have no loss, and are left
         out. Changes nothing.
         """
+        num_sources = len(sources_of(self.batches))
         sequences: list[CalibrationBatch] = []
         num_tokens = 0
-        all_sequences = chain.from_iterable(
+        all_sequences: Iterator[CalibrationBatch] = chain.from_iterable(
             batch.sequences_without_padding() for batch in self.batches
         )
+        if num_sources > 1:
+            all_sequences = iter(in_turns(all_sequences))
         for sequence in all_sequences:
             if sequence.num_tokens < 2:
                 continue
             sequences.append(sequence)
             num_tokens += sequence.num_tokens
-            if num_tokens >= self.num_tokens:
+            # One sequence of each text, if the texts take turns.
+            has_all_sources = len(sequences) >= num_sources
+            if num_tokens >= self.num_tokens and has_all_sources:
                 break
         return sequences
 

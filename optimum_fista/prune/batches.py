@@ -21,6 +21,7 @@ from optimum_fista.model.calibration import (
     hold_out,
     read_batches,
     shapes_of,
+    sources_of,
 )
 from optimum_fista.model.experts import split_experts
 from optimum_fista.model.held_out import HeldOut
@@ -73,9 +74,11 @@ def begin(
     # Of the others, the last `config.held_out` sequences are held out, to measure the errors of operators.
     batches = hold_out(unmarked, plan.config.held_out)
     report.calibration = {
-        "source": public_name(source) if source else source,
+        "source": _public_source(source, batches),
         **describe_batches(batches + measured),
     }
+    if len(sources_of(batches)) > 1:
+        report.calibration["sources"] = _described_sources(batches)
     report.environment["batches"] = shapes_of(batches + measured)
     _warn_of_missing_media(plan, report, batches, media)
     _warn_of_few_tokens(plan, report)
@@ -84,11 +87,42 @@ def begin(
     calibration = Calibration(batches)
     # Without marked batches, the perplexity is measured on those that are held out here.
     if not measured:
-        measured = [replace(batch, text=source) for batch in batches if batch.held_out]
+        text = source or report.calibration["source"]
+        measured = [replace(batch, text=text) for batch in batches if batch.held_out]
     # A decoder layer that has lost experts is a smaller copy of that in the model, so `HeldOut` can't run it there.
     if not measured or plan.removal.mixtures:
         return calibration, None, report
     return calibration, HeldOut(plan.layers, measured, plan.storage), report
+
+
+def _public_source(source: str | None, batches: Sequence[CalibrationBatch]) -> str | None:
+    """Return the name of the calibration text for the report, without folders of the user; `None` if it has none.
+
+    `source` is what the caller of the run calls it. If that is `None` and the batches name their texts, their names are
+    taken.
+    """
+    if source:
+        return public_name(source)
+    names = [public_name(name) for name in sources_of(batches) if name]
+    return ", ".join(names) or source
+
+
+def _described_sources(batches: Sequence[CalibrationBatch]) -> list[dict[str, Any]]:
+    """Count for the report how much of each text a run is calibrated on, in the order of the texts.
+
+    `batches` name their texts; held-out ones are not counted.
+    """
+    described = []
+    for source in sources_of(batches):
+        fitted = [batch for batch in batches if batch.source == source and not batch.held_out]
+        described.append(
+            {
+                "source": public_name(source or ""),
+                "num_sequences": sum(batch.input_ids.shape[0] for batch in fitted),
+                "num_tokens": sum(batch.num_tokens for batch in fitted),
+            }
+        )
+    return described
 
 
 def _warn_of_missing_media(

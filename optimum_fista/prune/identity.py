@@ -12,7 +12,7 @@ from typing import Any
 from optimum_fista import internals
 from optimum_fista.atomic import read_record
 from optimum_fista.folder.output import RUN_FILE, discard
-from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.calibration import CalibrationBatch, sources_of
 from optimum_fista.prune.plan import Plan
 from optimum_fista.prune.ranks import Ranks
 from optimum_fista.prune.source_files import SourceFiles
@@ -69,6 +69,10 @@ def run_fingerprint(
         "packed": packed,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
     }
+    sources = sources_of(batches)
+    if len(sources) > 1:
+        # The number of the text of each batch: what is tested by text depends on it.
+        fingerprint["sources"] = [sources.index(batch.source) for batch in batches]
     # Through JSON, as it will be read from disk: tuples become lists, for instance.
     return dict(json.loads(json.dumps(fingerprint)))
 
@@ -86,7 +90,8 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
         Without `overwrite`, a folder that holds another run is refused (ValueError).
         """
         if not overwrite:
-            require_same_run(folder, fingerprint)
+            # A run on one text has no such entry: then it is an entry of the other run that differs.
+            require_same_run(folder, {"sources": None, **fingerprint})
         begun = json.dumps(read_record(folder / RUN_FILE))
         # Compared as text, because the order of overrides counts, too. A folder without a fingerprint is emptied, too:
         # a process may have been killed while it discarded a run.
@@ -97,7 +102,11 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
 
     def join() -> None:
         """Refuse this process (ValueError) if its `fingerprint` is not `of_rank_0`, which `begin` returned there."""
-        different = [key for key in fingerprint if fingerprint[key] != of_rank_0[key]]
+        different = [
+            key
+            for key in {**of_rank_0, **fingerprint}  # of all keys, each once
+            if fingerprint.get(key) != of_rank_0.get(key)
+        ]
         if different:
             raise ValueError(
                 f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "

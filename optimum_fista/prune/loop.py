@@ -304,6 +304,7 @@ def _activations(
         token_masks=recorded.token_masks,
         storage=plan.storage or execution_device(layer),
         held_out=recorded.held_out,
+        sources=recorded.sources,
     )
 
 

@@ -197,9 +197,7 @@ def test_a_size_is_reached_by_channels_alone_if_no_text_says_which_tokens_are_ra
     assert read_report(folder).model["num_parameters"] <= 0.9 * parameters_of(dense)
 
 
-def test_all_texts_are_read_but_the_first_suffices_if_they_have_all_tokens(
-    dense, text, tmp_path, capsys
-):
+def test_all_texts_are_read_and_no_token_is_removed_if_they_have_all(dense, text, tmp_path, capsys):
     (tmp_path / "all.txt").write_text(f"{TEXT} {text_of(RARE)} {''.join(map(chr, range(256)))}")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin1"))
     command = [

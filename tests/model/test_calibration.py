@@ -7,7 +7,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
 from optimum_fista import FistaPruner
-from optimum_fista.model.calibration import CalibrationBatch, hold_out, read_batches, tokens_sha256
+from optimum_fista.model.calibration import (
+    CalibrationBatch,
+    equal_shares,
+    hold_out,
+    read_batches,
+    sources_of,
+    tokens_sha256,
+)
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]])
 MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1], [1, 1, 0, 0]])
@@ -261,3 +268,76 @@ def test_held_out_and_other_sequences_without_a_real_token_are_refused(row, name
 
     with pytest.raises(ValueError, match=f"held_out=1: the {name} sequences hold no real token"):
         hold_out([CalibrationBatch(IDS[:2], mask)], 1)
+
+
+def of_texts(*names):
+    """Batches of two sequences, one of each text that is named; all sequences differ."""
+    ids = torch.arange(8 * len(names)).view(len(names), 2, 4)
+    return [{"input_ids": rows, "source": name} for rows, name in zip(ids, names, strict=True)]
+
+
+def test_sequences_of_every_text_are_held_out_in_equal_shares():
+    batches = read_batches(of_texts("a", "b", "a", "b", "b"), 40)
+
+    marked = hold_out(batches, 3)
+
+    assert [(batch.source, batch.held_out) for batch in marked] == [
+        ("a", False),
+        ("b", False),
+        ("b", False),
+        ("b", False),
+        ("a", True),
+        ("b", True),
+    ]
+    held_out = [batch.input_ids[:, 0].tolist() for batch in marked if batch.held_out]
+    assert held_out == [[16, 20], [36]]  # the last two sequences of a, and the last one of b
+    fitted = [batch.input_ids[:, 0].tolist() for batch in marked if not batch.held_out]
+    assert fitted == [[0, 4], [8, 12], [24, 28], [32]]
+
+
+def test_texts_that_can_not_all_be_held_out_are_refused():
+    batches = read_batches(of_texts("a", "b", "a"), 40)
+
+    with pytest.raises(ValueError, match=r"held_out=1 .*the calibration has 2 texts.* at least 2"):
+        hold_out(batches, 1)
+    with pytest.raises(ValueError, match=r"of the text 'b', held_out=2: .* none is left"):
+        hold_out(batches, 4)
+
+
+def test_batches_of_one_named_text_are_held_out_as_without_a_name():
+    named = read_batches(of_texts("a", "a"), 40)
+    unnamed = read_batches([batch["input_ids"] for batch in of_texts("a", "a")], 40)
+
+    for with_name, without in zip(hold_out(named, 1), hold_out(unnamed, 1), strict=True):
+        assert torch.equal(with_name.input_ids, without.input_ids)
+        assert with_name.held_out == without.held_out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": 3}, r"calib_dataloader\[1\]: source is a int: pass the name of the text"),
+        ({"source": None}, "have a 'source', such as 'a', and others have none"),
+    ],
+)
+def test_a_source_that_is_no_name_or_is_missing_is_refused(change, message):
+    first, second = of_texts("a", "b")
+
+    with pytest.raises(ValueError, match=message):
+        read_batches([first, second | change], 40)
+
+
+def test_a_batch_that_only_measures_needs_no_source():
+    first, second = of_texts("a", "b")
+    measured = {"input_ids": IDS, "held_out": "c"}
+
+    batches = read_batches([first, second, measured], 40)
+
+    assert sources_of(batches) == ["a", "b", None]
+
+
+@pytest.mark.parametrize(
+    ("number", "shares"), [(7, [3, 2, 2]), (8, [3, 3, 2]), (9, [3, 3, 3]), (2, [1, 1, 0])]
+)
+def test_the_first_shares_get_the_remainder(number, shares):
+    assert equal_shares(number, 3) == shares

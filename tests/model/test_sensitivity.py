@@ -132,6 +132,24 @@ def test_sequences_are_taken_until_there_are_enough_tokens(wanted, taken):
     assert sum(row.num_tokens for row in loss.sequences()) == taken
 
 
+@pytest.mark.parametrize(
+    ("wanted", "taken"), [(1, "abc"), (12, "abc"), (13, "abca"), (99, "abcaba")]
+)
+def test_texts_take_turns_and_each_gives_a_sequence_to_the_loss(wanted, taken):
+    ids = torch.arange(24).view(6, 4)
+    batches = read_batches(
+        [
+            {"input_ids": ids[:3], "source": "a"},
+            {"input_ids": ids[3:5], "source": "b"},
+            {"input_ids": ids[5:], "source": "c"},
+        ],
+        VOCAB_SIZE,
+    )
+    loss = DenseLoss(find_decoder_layers(tiny_model("llama")), batches, wanted)
+
+    assert "".join(sequence.source for sequence in loss.sequences()) == taken
+
+
 def test_gradients_that_are_not_finite_are_an_error():
     model = tiny_model("llama")
     with torch.no_grad():

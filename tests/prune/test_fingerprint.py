@@ -189,3 +189,31 @@ def test_a_run_resumes_if_only_names_and_versions_in_the_configuration_changed(
     )
 
     prune(source)  # if the configuration counted as another one, this would be an error
+
+
+def of_two_texts(*names):
+    """Batches of which each is of the text that is named."""
+    batches = tiny_tokens().split(2)
+    return [{"input_ids": ids, "source": name} for ids, name in zip(batches, names, strict=True)]
+
+
+def test_a_run_on_several_texts_resumes_only_if_each_batch_is_of_the_same_one(source, tmp_path):
+    pruner = FistaPruner(WANDA, progress=False)
+    options = {"output_dir": tmp_path / "pruned", "device": "cpu"}
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        pruner.prune(source, of_two_texts("a", "b", "a", "b"), **options)
+
+    with pytest.raises(ValueError, match=r"was another one \(sources was \[0, 1, 0, 1\], is null"):
+        pruner.prune(source, tiny_tokens().split(2), **options)
+    with pytest.raises(ValueError, match=r"another one \(sources was \[0, 1, 0, 1\], is \[0, 0, 1"):
+        pruner.prune(source, of_two_texts("a", "a", "b", "b"), **options)
+    report = pruner.prune(source, of_two_texts("a", "b", "a", "b"), **options)
+
+    assert report.calibration["source"] == "a, b"
+    assert [text["num_tokens"] for text in report.calibration["sources"]] == [64, 64]
+
+
+def test_the_fingerprint_of_a_run_on_one_text_has_no_sources(source, journal_of_cut_off_run):
+    run = json.loads((journal_of_cut_off_run / "fingerprint.json").read_text())
+
+    assert "sources" not in run
