@@ -94,6 +94,9 @@ class MixtureReport:
     message: str = ""
     held_out_fit_error: float | None = None
     residual_corrected: bool = False
+    # Only if the router reads the experts of a token from a table: for each removed expert, in the order of their
+    # numbers, the experts that replace it there, the best one first (`removal.routing_table`).
+    substitutes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.public_names import public_name
 from optimum_fista.records import OperatorReport
 from optimum_fista.removal.parts import Kind, ModelOutline, kept_by_kind, removed_parts
+from optimum_fista.removal.removal import kept_experts
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of
@@ -235,7 +236,9 @@ def _remaining_tensors(
 
     # Numbers of the groups that stay, by the name of the operator or mixture in the smaller model. Operators that are
     # no part have none.
-    kept_by_new_name = {mixture.name: mixture.groups_kept for mixture in report.mixtures}
+    kept_by_new_name: dict[str, tuple[int, ...]] = {
+        mixture.name: kept_experts(mixture) for mixture in report.mixtures
+    }
     for weight_name, operator in operators.items():
         if operator.groups_kept is not None:
             kept_by_new_name[weight_name.removesuffix(".weight")] = operator.groups_kept

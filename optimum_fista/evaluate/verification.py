@@ -15,7 +15,7 @@ that the run pruned, `report.carried` those whose masks it carried over from an 
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +41,7 @@ from optimum_fista.folder.checkpoint import (
 from optimum_fista.folder.packed_folder import is_packed, packed_operators, packed_outlines
 from optimum_fista.folder.writing import summary
 from optimum_fista.model.layers import token_limits
+from optimum_fista.operator_grid import layer_and_kind
 from optimum_fista.records import MixtureReport, OperatorReport
 from optimum_fista.removal.experts import experts_to_keep
 from optimum_fista.removal.parts import count_router_groups
@@ -396,6 +397,7 @@ def _verify_model(folder: Path, report: PruningReport) -> int | None:
         router_groups = count_router_groups(model.config.get_text_config(decoder=True))
         for mixture in report.mixtures:
             _verify_mixture(model, mixture, router_groups)
+        _verify_routing_tables(folder, model, report.mixtures)
     return num_parameters
 
 
@@ -506,6 +508,51 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_group
         raise VerificationError(
             f"{mixture.name}: groups_kept are not the experts with the largest saliency."
         )
+
+
+def _verify_routing_tables(
+    folder: Path, model: PreTrainedModel, mixtures: Sequence[MixtureReport]
+) -> None:
+    """Check tables from which routers read the experts of a token: they name only experts that stay.
+
+    Each table is read. The report must name substitutes for each removed expert of a mixture with such a table.
+
+    Args:
+        folder: The folder of the smaller model.
+        model: The smaller model, without weights.
+        mixtures: What the report says; those without substitutes have no table.
+    """
+    mixtures_by_layer = dict[str, MixtureReport]()
+    for mixture in mixtures:
+        if mixture.substitutes:
+            num_removed = len(mixture.saliency) - len(mixture.groups_kept)
+            names_kept_experts = all(
+                choices and set(choices) <= set(mixture.groups_kept)
+                for choices in mixture.substitutes
+            )
+            if len(mixture.substitutes) != num_removed or not names_kept_experts:
+                raise VerificationError(
+                    f"{mixture.name}: substitutes do not name experts that stay for each of the {num_removed} removed "
+                    "ones."
+                )
+            layer_name, _ = layer_and_kind(mixture.name)
+            mixtures_by_layer[layer_name] = mixture
+    if not mixtures_by_layer:
+        return
+
+    source = source_tensors(model, folder)
+    state = model.state_dict()
+    for name, place in source.places.items():
+        layer_name, _ = layer_and_kind(place)
+        is_table = layer_name in mixtures_by_layer and not state[place].is_floating_point()
+        if not is_table:
+            continue
+        num_kept = len(mixtures_by_layer[layer_name].groups_kept)
+        table = source.stored[name].tensor()
+        if int(table.min()) < 0 or int(table.max()) >= num_kept:
+            raise VerificationError(
+                f"{name} names experts from {int(table.min())} to {int(table.max())}, and the mixture has {num_kept}."
+            )
 
 
 def _verify_totals(

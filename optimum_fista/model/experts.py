@@ -234,7 +234,7 @@ class FusedExperts:
         compared with that of `original`, and the module is refused if they differ. `self._checked` is set then: whether
         they agree does not depend on the batch.
         """
-        values = self._values(arguments, keywords)  # the first are the hidden states
+        values = self.values(arguments, keywords)  # the first are the hidden states
         assigned = self.assigned(*arguments, **keywords)
         output = self.outputs(assigned, watcher).view(values[0].shape)
         if not self._checked:
@@ -276,7 +276,7 @@ class FusedExperts:
         The arguments are those of the module's forward pass: hidden states, and if `self._is_routed` the router's
         choices. Changes nothing.
         """
-        hidden_states, *routing = self._values(arguments, keywords)
+        hidden_states, *routing = self.values(arguments, keywords)
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         num_experts = len(self._experts)
         if self._is_routed:
@@ -301,7 +301,7 @@ class FusedExperts:
         bounds = torch.searchsorted(experts, numbers).tolist()
         return AssignedTokens(flat, rows=rows, tokens=tokens, weights=weights, bounds=bounds)
 
-    def _values(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Any]:
+    def values(self, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> list[Any]:
         """The arguments of the module's forward pass by position, however the decoder layer passes them.
 
         The first are the hidden states. `self.module` is the mixture of Transformers.
@@ -315,19 +315,14 @@ class FusedExperts:
         """Run the experts on a batch, and sum their outputs for each row of its hidden states, [rows, hidden].
 
         `watcher` is called with the number of every expert, its tokens and its outputs, times the router's weights.
-        `self._experts` are the matrices of each expert. `self.module`, the mixture, may have a norm of its own for the
-        outputs. Changes nothing.
+        `self._experts` are the matrices of each expert. Changes nothing.
         """
-        module: Any = self.module
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
             part = batch.part(expert)  # rows and tokens are sorted by expert
             rows = batch.rows[part]
             tokens = batch.tokens[part]
-            middle = self.middle(expert, batch.hidden_states[rows], tokens)
-            expert_outputs = self._call(expert, "down_proj", middle, tokens)  # [tokens, hidden]
-            if getattr(module, "has_post_expert_norm", False):
-                expert_outputs = module.post_expert_norm(expert_outputs)
+            expert_outputs = self.output_of(expert, batch.hidden_states[rows], tokens)
             if batch.weights is not None:
                 # weighted before they are added, in the order of Transformers
                 expert_outputs = expert_outputs * batch.weights[part]
@@ -336,6 +331,19 @@ class FusedExperts:
             # the sum has the dtype of the hidden states
             output = output.index_add(0, rows, expert_outputs.to(output.dtype))
         return output
+
+    def output_of(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
+        """Run one expert on `inputs`; returns its outputs, not weighted by the router; both are [tokens, hidden].
+
+        `tokens` are the numbers of these tokens in their batch, int64, for hooks on the operators. `self.module`, the
+        mixture, may have a norm of its own for the outputs. Changes nothing.
+        """
+        module: Any = self.module
+        middle = self.middle(expert, inputs, tokens)
+        outputs = self._call(expert, "down_proj", middle, tokens)
+        if getattr(module, "has_post_expert_norm", False):
+            outputs = module.post_expert_norm(outputs)
+        return outputs
 
     def middle(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
         """Compute the inputs of the down projection of one expert, [tokens, intermediate].

@@ -25,8 +25,10 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.records import MixtureReport
 from optimum_fista.removal.mixture_refit import SmallerMixture
 from optimum_fista.removal.parts import Part
+from optimum_fista.removal.routing_table import KeptExperts
 from optimum_fista.removal.shrinking import Shrinking
 from optimum_fista.removal.smaller_modules import smaller_copy
+from optimum_fista.removal.substitutes import choose_substitutes
 
 
 class ExpertScores(NamedTuple):
@@ -69,7 +71,11 @@ def remove_experts(
     layer = targets.activations.layer
     experts = experts_of(part, layer_name, layer)
     scores = score_experts(experts, targets)
-    kept = experts_to_keep(scores.saliency, count, part.num_router_groups)  # their numbers, rising
+    # their numbers, rising
+    kept = KeptExperts(experts_to_keep(scores.saliency, count, part.num_router_groups))
+    if part.table is not None:
+        # The router reads the experts of a token from a table: its entries of removed experts need others.
+        kept = KeptExperts(kept, choose_substitutes(part, layer_name, experts, targets, kept))
     smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
 
     # Runs the smaller layer on all tokens, which the router sends to the experts that stay. Weights change only in
@@ -97,7 +103,7 @@ def remove_experts(
 
     report = MixtureReport(
         name=part.name,
-        groups_kept=kept,
+        groups_kept=tuple(kept),
         saliency=tuple(scores.saliency.tolist()),
         expert_tokens=tuple(scores.num_tokens.tolist()),
         fit_error=errors.fitted,
@@ -108,6 +114,7 @@ def remove_experts(
         held_out_fit_error=errors.held_out,
         # whether the targets make up for the error in the rest of the layer
         residual_corrected=targets.corrects_experts,
+        substitutes=tuple(tuple(choices) for choices in kept.substitutes),
     )
     return smaller_layer, report
 

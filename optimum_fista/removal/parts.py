@@ -37,6 +37,7 @@ from optimum_fista.removal.layer_overrides import (
     without_overrides,
 )
 from optimum_fista.removal.outline import as_text, described_model, shapes_of
+from optimum_fista.removal.routing_table import repointed
 from optimum_fista.solve.patterns import PartShare, WholeParts
 
 Kind = Literal["channels", "heads", "experts"]
@@ -80,6 +81,16 @@ class Part:
     # Some routers first choose groups of experts, and then experts in these (`n_group` of DeepSeek-V3). Experts of a
     # router's group follow each other, and each of its groups keeps equally many. 1: the router chooses experts only.
     num_router_groups: int = 1
+    # The name in the model of the table from which the router of a mixture reads the experts of a token
+    # (`routing_table`). It keeps its shape, and names only experts that stay. None: the router has no table.
+    table: str | None = None
+
+    def changes(self, name: str) -> bool:
+        """Tell whether the tensor called `name` in the model becomes another one if groups are removed.
+
+        `self.tensors` become smaller, and entries of `self.table` change.
+        """
+        return name in self.tensors or name == self.table
 
     @property
     def is_mixture(self) -> bool:
@@ -98,8 +109,12 @@ class Part:
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the tensor called `name`, one of this part, with only the groups `kept`, in this order.
 
-        `self.tensors` says, by the name of a tensor in the model, on which axis its groups are, and how often.
+        `self.tensors` says, by the name of a tensor in the model, on which axis its groups are, and how often. The
+        tensor called `self.table` keeps its shape: it names experts, and `kept` may say which ones replace the removed
+        ones (`KeptExperts`). `self.groups` is the number of experts then.
         """
+        if name == self.table:
+            return repointed(tensor, self.groups, kept)
         axis, repeats = self.tensors[name]
         entries = self.entries(tensor.shape[axis], repeats, kept)
         return tensor.index_select(axis, entries.to(tensor.device))
@@ -653,13 +668,7 @@ def _mixtures(
             raise UnsupportedArchitectureError(
                 f"{name} is not a mixture with one entry for each expert"
             )
-    for name, tensor in tensors.items():
-        # Whole numbers in a layer with a mixture may be numbers of experts, such as a table with the experts of every
-        # token. They would be wrong for fewer experts.
-        if not tensor.is_floating_point():
-            raise UnsupportedArchitectureError(
-                f"{name} is not a mixture with one entry for each expert"
-            )
+    table = _routing_table(outline.text_config, tensors, shrinking)
     # names of modules that have the matrices of all experts in one tensor of three axes; a router has two
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
     if len(fused) != 1:
@@ -673,4 +682,39 @@ def _mixtures(
         width=1,
         tensors={name: GroupAxis(axes[name], repeats=1) for name in shrinking},
         num_router_groups=stated.num_router_groups,
+        table=table,
     )
+
+
+def _routing_table(
+    config: PreTrainedConfig, tensors: Mapping[str, Tensor], shrinking: Sequence[str]
+) -> str | None:
+    """Find the table from which the router of a mixture reads the experts of a token; `None` if there is none.
+
+    It has a row of whole numbers for each token, and is in the same module as the router's weight, which has a row for
+    each expert. Other whole numbers in a layer with a mixture may be numbers of experts as well, which would be wrong
+    for fewer experts: they raise an UnsupportedArchitectureError. Changes nothing.
+
+    Args:
+        config: The text configuration, for the number of tokens.
+        tensors: All tensors of the decoder layer that are saved, by their names in the model; they may be on the meta
+            device.
+        shrinking: The names of those with an entry for each expert.
+    """
+    routers = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 2}
+    tables = list[str]()
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            continue
+        has_row_for_each_token = tensor.ndim == 2 and tensor.shape[0] == config.vocab_size
+        is_in_router = name.rpartition(".")[0] in routers
+        if not has_row_for_each_token or not is_in_router:
+            raise UnsupportedArchitectureError(
+                f"{name} has whole numbers, which may be numbers of experts, in a form that is not known"
+            )
+        tables.append(name)
+    if len(tables) > 1:
+        raise UnsupportedArchitectureError(
+            f"{' and '.join(tables)} both have a row for each token: one table of experts is known"
+        )
+    return tables[0] if tables else None

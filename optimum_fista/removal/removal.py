@@ -34,6 +34,7 @@ from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.removal.earlier_masks import EarlierMasks, Reordering
 from optimum_fista.removal.parts import Part, RemovedParts
+from optimum_fista.removal.routing_table import KeptExperts
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.source.names import StoredName
@@ -288,11 +289,16 @@ def groups_kept(
     kept = dict[str, tuple[int, ...]]()
     for layer in layers:
         if layer.mixture is not None:
-            kept[layer.mixture.name] = layer.mixture.groups_kept
+            kept[layer.mixture.name] = kept_experts(layer.mixture)
     for operator in operators:
         if operator.groups_kept is not None:
             kept[operator.name.removesuffix(".weight")] = operator.groups_kept
     return kept
+
+
+def kept_experts(mixture: MixtureReport) -> KeptExperts:
+    """Read from the report of a mixture which experts stay, and which of them replace the others in a table."""
+    return KeptExperts(mixture.groups_kept, mixture.substitutes)
 
 
 def first_names(names: Sequence[str]) -> str:

@@ -36,7 +36,8 @@ _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 # and lists of numbers of layers.
 _LAYER_NUMBERS = ("mlp_only_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids")
 
-Kept = Mapping[str, Sequence[int]]  # numbers of the groups that stay, by the name of their part
+# Numbers of the groups that stay, by the name of their part; for a mixture with a routing table they are `KeptExperts`.
+Kept = Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,12 @@ class Shrinking:
         return f"{self.layers_name}.{new_numbers[number]}{dot}{rest}"
 
     def part_of(self, name: str) -> Part | None:
-        """The part to which the tensor called `name` in the model belongs; `None` if the tensor loses nothing."""
+        """The part to which the tensor called `name` in the model belongs; `None` if the tensor stays as it is.
+
+        `self.parts` are those that become smaller, by name.
+        """
         for part in self.parts.values():
-            if name in part.tensors:
+            if part.changes(name):
                 return part
         return None
 
@@ -94,7 +98,10 @@ class Shrinking:
         return reasons
 
     def shrink_tensor(self, name: str, tensor: Tensor, kept: Kept) -> Tensor:
-        """Copy a tensor in its smaller form, with the groups `kept` of its part; the same one if it loses nothing."""
+        """Copy a tensor for the smaller model, which has the groups `kept` of each part.
+
+        `name` is that of the tensor in the model. If it belongs to no part, the tensor itself is returned.
+        """
         part = self.part_of(name)
         return tensor if part is None else part.shrink(name, tensor, kept[part.name])
 

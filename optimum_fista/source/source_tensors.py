@@ -23,6 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -56,6 +57,13 @@ class CutPart(Protocol):
 
         A parameter that holds gate and up projection has all groups twice, one time after the other.
         """
+
+    @property
+    def table(self) -> str | None:
+        """The name in the model of a table that names experts, and keeps its shape; `None` if there is none."""
+
+    def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
+        """Copy the tensor called `name` in the model with only the groups `kept`; a table names only these."""
 
     def entries(self, size: int, repeats: int, kept: Sequence[int]) -> Tensor:
         """Return the indices of the entries of the groups `kept`, int64, on an axis of `size` entries.
@@ -170,6 +178,11 @@ class SourceTensors:
                 tensors[name] = self.stored[name]
                 continue
             groups = kept[part.name]
+            if place == part.table:
+                # It is read and changed when it is written.
+                change = partial(part.shrink, place, kept=groups)
+                tensors[name] = self.stored[name].changed(change)
+                continue
             expert_name = _EXPERT.fullmatch(name) if part.is_mixture else None
             # Every expert may have tensors of its own, which stay or go whole.
             if expert_name is not None:

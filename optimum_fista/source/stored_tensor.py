@@ -102,6 +102,18 @@ class StoredTensor:
             pieces=pieces_of_entries,
         )
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> StoredTensor:
+        """Describe this tensor with other values, which `change` makes of its own when it is written.
+
+        `change` gets the tensor on the CPU, and returns one of the same shape and dtype. Nothing is read now.
+        """
+
+        def pieces_of_changed() -> Iterator[bytes | memoryview]:
+            """Read the whole tensor (`self`), and yield what `change` makes of it as one piece."""
+            yield bytes_of_values(change(self.tensor()))
+
+        return replace(self, pieces=pieces_of_changed)
+
     def with_value(self, value: Tensor) -> StoredTensor:
         """Return what to write for this tensor if the model has `value` under its name now. This one does not change.
 

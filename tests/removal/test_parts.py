@@ -112,7 +112,6 @@ def test_experts_go_with_their_rows_of_the_router():
         ),
         ("gemma3n_text", "heads", r"beside \S*o_proj there is \S*q_proj.weight, in which"),
         ("diffllama", "heads", r"requires `num_key_value_heads` to be even"),
-        ("deepseek_v4", "experts", r"tid2eid is not a mixture"),
         ("llama", "experts", r"states no number of them \(looked for num_local_experts"),
         ("zamba", "channels", r"shares its weight"),
     ],

@@ -126,6 +126,15 @@ def fp8_llava(folder: Path) -> Path:
     return _save(folder, media_model("llava").bfloat16(), _in_fine_grained_fp8, settings)
 
 
+def with_experts_in_fp8(folder: Path, model: PreTrainedModel) -> Path:
+    """A model in bfloat16 of which only the experts are in fine-grained FP8."""
+
+    def quantize(name: str, weight: Tensor) -> dict[str, Tensor]:
+        return _in_fine_grained_fp8(name, weight) if ".experts." in name else {name: weight}
+
+    return _save(folder, model.bfloat16(), quantize, _FINE_GRAINED_FP8)
+
+
 def auto_fp8_qwen3_moe(folder: Path) -> Path:
     """Qwen3-MoE in the layout of AutoFP8: `X.weight` in FP8, with the scalars `X.weight_scale` and `X.input_scale`.
 

@@ -62,7 +62,10 @@ def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
 
 
 def randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Overwrite all parameters by random ones, biases and norms too: a test notices if one of them is forgotten."""
+    """Overwrite all parameters by random ones, biases and norms too: a test notices if one of them is forgotten.
+
+    Tables with the experts of every token get random experts, too.
+    """
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -70,3 +73,16 @@ def randomize(model: PreTrainedModel, generator: torch.Generator) -> None:
                 parameter.add_(noise, alpha=0.1)
             else:
                 parameter.copy_(noise).mul_(parameter.shape[-1] ** -0.5)
+        for module in model.modules():
+            if hasattr(module, "tid2eid"):
+                module.tid2eid.copy_(
+                    random_table(*module.tid2eid.shape, len(module.weight), generator)
+                )
+
+
+def random_table(
+    num_tokens: int, num_chosen: int, num_experts: int, generator: torch.Generator
+) -> torch.Tensor:
+    """A random table of experts for each token, int64 [tokens, chosen]; no row names an expert twice."""
+    order = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1)
+    return order[:, :num_chosen]
