@@ -41,7 +41,17 @@ def test_parts_that_can_be_removed_from_a_family_are_those_on_the_page(family):
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3_vl_moe", "mistral3", "molmo2", "idefics3", "blip-2", "kosmos-2", "step3p7"]
+    "family",
+    [
+        "qwen3_vl_moe",
+        "mistral3",
+        "molmo2",
+        "idefics3",
+        "blip-2",
+        "kosmos-2",
+        "step3p7",
+        "minimax_m3_vl",
+    ],
 )
 def test_a_multimodal_family_has_the_outcome_that_the_page_promises(family, tmp_path):
     promised = MULTIMODAL_TABLE[family]

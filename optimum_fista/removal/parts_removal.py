@@ -58,7 +58,7 @@ from optimum_fista.report import PruningReport
 from optimum_fista.solve.method import METHODS
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns
-from optimum_fista.source.names import StoredName, stored_names
+from optimum_fista.source.names import StoredName, divided_weights, stored_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +227,13 @@ class PartsRemoval(Removal):
         if correction.carry == "full":
             # Of removed neighbours, only the layer after the last one stays; the others are passed over below.
             after_removed = {index + 1 for index in self.removed_layers}
+        may_compensate = correction.residual_share > 0 and (
+            "heads" in self.num_kept_by_kind or bool(after_removed)
+        )
+        # Operators without a place for their mask in the files can't be refitted either.
+        divided = set[str]()
+        if may_compensate:
+            divided = divided_weights(self.layers.model, self.layers.name)
         operators = dict[str, Mapping[str, LinearOperator]]()
         patterns = dict(self.patterns)
         for index, (name, layer) in enumerate(self.layers):
@@ -237,9 +244,11 @@ class PartsRemoval(Removal):
             # A layer of which no operator loses columns loses no heads. One that lost only channels would count, too.
             loses_heads = "heads" in self.num_kept_by_kind and bool(own)
             has_error_to_correct = loses_heads or index in after_removed
-            if has_error_to_correct and correction.residual_share > 0:
+            if has_error_to_correct and may_compensate:
                 # all operators of the layer except matrices of experts
                 others = find_operators(name, layer, dense_experts=("*",))
+                for other in divided.intersection(others):
+                    del others[other]
                 for other, operator in others.items():
                     num_columns = operator.shape[1]
                     # Operators that lose columns have a pattern already, and keep it.

@@ -14,6 +14,7 @@ from optimum_fista.removal.parts import ModelOutline, Part
 from optimum_fista.removal.parts_removal import PartsRemoval
 from optimum_fista.removal.removal import Removal, first_names
 from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.source.names import divided_weights
 
 
 def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
@@ -69,12 +70,18 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
             ) from error
         channels = {part.name: part for part in parts}
 
+    divided = divided_weights(layers.model, layers.name)
     # By the name of the operator; filled by the function that follows.
     patterns: dict[str, SparsityPattern] = {}
 
     def reason_left_dense(name: str) -> str | None:
-        """Say why `config` leaves the operator `name` dense; if it does not, add its pattern to `patterns`."""
+        """Say why the operator `name` stays dense; if it does not, add its pattern to `patterns`.
+
+        Either `config` leaves it dense, or its weight is among `divided`.
+        """
         reason = config.reason_left_dense(name)
+        if reason is None and name in divided:
+            reason = "the files keep its weight as several matrices, so its mask can't be saved"
         if reason is None:
             patterns[name] = config.pattern_for(name)
         return reason

@@ -117,6 +117,21 @@ def stored_names(
     return names
 
 
+def divided_weights(model: PreTrainedModel, layers_name: str) -> set[str]:
+    """Return the names of the linear operators whose weights `save_pretrained` stores as several matrices.
+
+    An example is a gate and an up projection that are one module in the model, and two tensors in the files. The mask
+    of such a weight has no place in the files. Matrices of experts are left out. `layers_name` is the name of the list
+    of decoder layers, such as "model.layers". Weights are not read, and nothing is changed.
+    """
+    names = stored_names(model, [], all_of_them=False, layers_name=layers_name)
+    return {
+        name
+        for name, operator in _operators_in(model, layers_name).items()
+        if f"{name}.weight" not in names and not isinstance(operator, ExpertOperator)
+    }
+
+
 def _operators_in(model: PreTrainedModel, layers_name: str | None) -> dict[str, LinearOperator]:
     """Return all operators in the decoder layers of a model by name, also those that are never pruned.
 

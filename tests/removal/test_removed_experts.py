@@ -15,7 +15,7 @@ from killed import Killed, killed_at_write
 from shrunken_models import parts_of
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 from untouched import Untouched
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
@@ -83,6 +83,28 @@ def test_a_smaller_mixture_loads_in_transformers_and_is_verified_against_the_den
     assert verified.num_mixtures == len(report.mixtures) > 0
     assert verified.num_equal
     assert verified.removed
+
+
+@pytest.mark.parametrize("pattern", ["experts:0.5", "experts:0.5+heads:0.5", "2:4"])
+def test_weights_that_the_files_keep_as_several_matrices_stay_dense(pattern, tmp_path):
+    """MiniMax-M3: the gate and the up projection of its shared expert are one module, and two tensors in the files."""
+    model = family_model("minimax_m3_vl", kind=AutoModelForMultimodalLM)
+    model.save_pretrained(tmp_path / "dense")
+
+    _, report = prune_quietly(model, pattern)
+    prune_quietly(tmp_path / "dense", pattern, output=tmp_path / "streamed")
+
+    dense = {name.rpartition("shared_experts.")[2] for name in report.left_dense}
+    assert "gate_up_proj" in dense
+    assert not any("gate_up_proj" in operator.name for operator in report.operators)
+    if pattern == "2:4":
+        assert any("down_proj" in operator.name for operator in report.operators)
+        assert "files keep its weight as several matrices" in " ".join(report.warnings)
+    else:
+        assert len(report.mixtures) > 0
+    loaded = type(model).from_pretrained(tmp_path / "streamed").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    verify_checkpoint(tmp_path / "streamed", dense=tmp_path / "dense")
 
 
 @pytest.fixture(scope="module")
