@@ -89,6 +89,7 @@ class MixtureReport:
     fit_error: float
     # Before the down projections were refitted.
     fit_error_before: float
+    # Experts with a new down projection.
     num_refitted: int
     solve_seconds: float
     message: str = ""
@@ -97,6 +98,8 @@ class MixtureReport:
     # Only if the router reads the experts of a token from a table: for each removed expert, in the order of their
     # numbers, the experts that replace it there, the best one first (`removal.routing_table`).
     substitutes: tuple[tuple[int, ...], ...] = ()
+    # Of the refitted experts, those that were moved a half or a quarter of the way to their refit.
+    num_shrunk: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.experts import FusedExperts, split_experts
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.records import MixtureReport
-from optimum_fista.removal.mixture_refit import SmallerMixture
+from optimum_fista.removal.mixture_refit import Refits, SmallerMixture
 from optimum_fista.removal.parts import Part
 from optimum_fista.removal.routing_table import KeptExperts
 from optimum_fista.removal.shrinking import Shrinking
@@ -88,17 +88,14 @@ def remove_experts(
     )
     errors_before = mixture.errors()
     errors = errors_before
-    num_refitted = 0
-    message = ""
+    refits = Refits(num_refitted=0, num_shrunk=0, message="")
     if write is not None:
         # The down projections of all experts in the layer that keeps them, in the order of the experts' numbers.
         down = [operator for operator in experts.operators if operator.kind == "down_proj"]
         operators_that_stay = [down[number] for number in kept]
         # The refit changes the smaller layer, and gives the same weights to `write` for the layer that keeps all
         # experts: the run saves that one, cut in the same way.
-        num_refitted, message = mixture.refit(
-            partial(_write_expert, operators=operators_that_stay, write=write)
-        )
+        refits = mixture.refit(partial(_write_expert, operators=operators_that_stay, write=write))
         errors = mixture.errors()
 
     report = MixtureReport(
@@ -108,9 +105,10 @@ def remove_experts(
         expert_tokens=tuple(scores.num_tokens.tolist()),
         fit_error=errors.fitted,
         fit_error_before=errors_before.fitted,
-        num_refitted=num_refitted,
+        num_refitted=refits.num_refitted,
+        num_shrunk=refits.num_shrunk,
         solve_seconds=time.perf_counter() - started,
-        message=message,
+        message=refits.message,
         held_out_fit_error=errors.held_out,
         # whether the targets make up for the error in the rest of the layer
         residual_corrected=targets.corrects_experts,

@@ -1,7 +1,9 @@
 """Refitting the experts that stay in a mixture, so that their sum comes close to what all experts returned.
 
-An expert is refitted only if this also helps on tokens that the fit did not use: each sequence has two halves, and a
-fit to one of them must lessen the error on the other.
+An expert is refitted only if this also helps on tokens that the fit did not use (`solve.tested_refit`). If the
+calibration has several texts, a fit to all others must lessen the error on each text whose tokens reach the expert. If
+the fit fails that, a half of it is tried, then a quarter. With one text, each sequence has two halves, and a fit to one
+of them must lessen the error on the other half.
 
 `experts.remove_experts` makes a `SmallerMixture`, asks it for its `errors`, and calls `refit`.
 
@@ -23,10 +25,13 @@ from optimum_fista.model.correction import sum_of_experts
 from optimum_fista.model.experts import AssignedTokens, FusedExperts
 from optimum_fista.model.gram import GroupSums
 from optimum_fista.model.inputs import LayerActivations
-from optimum_fista.solve.problem import InputStatistics, LayerProblem, relative_norm
-from optimum_fista.solve.refit import refit_columns
+from optimum_fista.solve.problem import LayerProblem, relative_norm
+from optimum_fista.solve.tested_refit import Refit, refit_that_helps, refit_to_all
 
 ROUNDS = 3  # of refits of every expert, with the others as they are then; each round gains less
+# Shares of a refit that are tried: 1 is the whole refit, less is shrunk towards the present weights.
+_SHARES = (1.0, 0.5, 0.25)
+_WHOLE = (1.0,)
 
 
 class MixtureErrors(NamedTuple):
@@ -36,11 +41,28 @@ class MixtureErrors(NamedTuple):
     held_out: float | None  # on those held out; None if there are none
 
 
-class _Halves(NamedTuple):
-    """The problems of an expert on the first and on the last halves of all sequences."""
+class Refits(NamedTuple):
+    """What became of the experts of a mixture."""
 
-    first: LayerProblem
-    last: LayerProblem
+    num_refitted: int
+    num_shrunk: int  # of these, by less than the whole refit
+    message: str  # advice for the user, or ""
+
+
+class _Parts(NamedTuple):
+    """The problems of an expert on the parts of its tokens."""
+
+    problems: list[LayerProblem]
+    are_texts: bool  # whether each part is of one text; otherwise they are halves of all sequences
+
+    def tested(self) -> Refit | None:
+        """Refit the expert, if that helps on each part that is left out of the fit; `None` if it does not.
+
+        Only a test by text says how much of a fit holds elsewhere: halves are of the same text, so that the whole fit
+        is taken or none.
+        """
+        shares = _SHARES if self.are_texts else _WHOLE
+        return refit_that_helps(self.problems, shares)
 
 
 class SmallerMixture:
@@ -116,117 +138,137 @@ class SmallerMixture:
             held_out = relative_norm(squares[True], self._energies[True])
         return MixtureErrors(fitted, held_out)
 
-    def refit(self, write: Callable[[int, Tensor], None]) -> tuple[int, str]:
+    def refit(self, write: Callable[[int, Tensor], None]) -> Refits:
         """Refit the down projections, one expert after another (block coordinate descent).
 
         With all other experts fixed, expert e minimizes, over the tokens that reach it,
 
             || p_e D_e z_e - (Y - sum_{f != e} p_f (D_f z_f + b_f) - p_e b_e) ||_F^2,
 
-        with the ridge of `refit_columns` towards its present weights. The weights of `self.experts` are overwritten,
-        and `Y - E*` follows. At the end `write` is called with the number of every refitted expert and its weights
-        [out, in], because these experts are a copy of those in the model.
-
-        Returns the number of refitted experts, and advice for the user ("" if there is none).
+        with the ridge of `refit_columns` towards its present weights, if that passes the test of `refit_that_helps`.
+        The weights of `self.experts` are overwritten, and `Y - E*` follows. At the end `write` is called with the
+        number of every refitted expert and its weights [out, in], because these experts are a copy of those in the
+        model.
         """
         # such outputs are not linear in the weights; the module says so itself
         if getattr(self.experts.module, "has_post_expert_norm", False):
-            return 0, "not refitted: a norm follows every expert"
+            return Refits(0, 0, "not refitted: a norm follows every expert")
 
-        refitted = set[int]()
+        shares = dict[int, float]()  # of the refit that was taken, by the number of the expert
         messages = list[str]()
         for round_number in range(ROUNDS):
             is_first_round = round_number == 0
             for expert in range(len(self._down)):
-                # Only experts that the first round has refitted are refitted again.
-                if not is_first_round and expert not in refitted:
+                # Only experts that the first round has refitted are refitted again. A shrunk one is not: another step
+                # would take it further than the test allows.
+                if not is_first_round and shares.get(expert) != 1:
                     continue
-                halves = self._problems_of_halves(expert)
-                if halves is None:  # no token of one of the halves reaches it
+                parts = self._parts(expert)
+                if parts is None:  # no token of one of the halves reaches it
                     continue
-                # Tested in the first round only: afterwards the weights are fitted to both halves.
-                if is_first_round and not _helps_on_other_half(halves):
+                # Tested in the first round only: afterwards the weights are fitted to all parts.
+                refit = parts.tested() if is_first_round else refit_to_all(parts.problems)
+                if refit is None:
                     continue
-                message = self._refit_expert(expert, halves)
-                refitted.add(expert)
-                if message:
-                    messages.append(f"expert {expert}: {message}")
+                self._take(expert, refit, parts.problems[0].weight)
+                if is_first_round:
+                    shares[expert] = refit.share
+                if refit.message:
+                    messages.append(f"expert {expert}: {refit.message}")
 
-        for expert in sorted(refitted):
+        for expert in sorted(shares):
             down_projection = self._down[expert]
             write(expert, down_projection.read())
-        return len(refitted), "; ".join(messages)
+        num_shrunk = sum(share < 1 for share in shares.values())
+        return Refits(len(shares), num_shrunk, "; ".join(messages))
 
-    def _refit_expert(self, expert: int, halves: _Halves) -> str:
-        """Fit the down projection of an expert to both halves of all sequences, and write it into the expert.
+    def _take(self, expert: int, refit: Refit, weight_before: Tensor) -> None:
+        """Write the weights of a refit into an expert; `Y - E*` follows them.
 
-        `self._down` has the operators of the down projections, by the number of the expert. `Y - E*` follows the new
-        weights. Returns the message of a factorisation that needed help, or "".
+        `self._down` has the operators of the down projections, by the number of the expert. `weight_before` [out, in]
+        is what the projection has now.
         """
         operator = self._down[expert]
-        first, last = halves
-
-        # the sums over all tokens are those of both halves
-        num_tokens = first.statistics.num_tokens + last.statistics.num_tokens
-        problem = LayerProblem(
-            weight=first.weight,
-            statistics=InputStatistics(first.gram + last.gram, num_tokens),
-            target=first.target + last.target,
-            output_energies=first.output_energies + last.output_energies,
-            name=first.name,
-        )
-        # a fit of all weights, none of which has to be zero
-        all_columns = torch.ones_like(first.weight[0], dtype=torch.bool)
-        weight, message = refit_columns(problem, all_columns)
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(refit.weight).all()):
             raise RuntimeError(
                 f"the refit of {operator.name} failed: weights hold NaN or Inf. Pass expert_refit=False."
             )
-        operator.write(weight)
+        operator.write(refit.weight)
         rounded_weight = operator.read()  # in the dtype of the operator
-        self._update_residuals(expert, rounded_weight - first.weight)
-        return message
+        self._update_residuals(expert, rounded_weight - weight_before)
 
-    def _problems_of_halves(self, expert: int) -> _Halves | None:
-        """Sum up the problem of an expert on the first halves of all sequences, and that on the last halves.
+    def _parts(self, expert: int) -> _Parts | None:
+        """Sum up the problem of an expert on each text whose tokens reach it, or on two halves of all sequences.
 
-        Such a problem asks for a weight [out, in] of the down projection, so that the sum of all experts comes close to
-        its targets `Y`. Held-out batches and padding are left out. `self._residuals` has `Y - E*` of each batch, and
-        `self._down` the operators of the down projections, by the number of the expert. Nothing is changed.
+        Halves are taken if tokens of one text only reach the expert. Such a problem asks for a weight [out, in] of the
+        down projection, so that the sum of all experts comes close to its targets `Y`. Held-out batches and padding are
+        left out. `self._residuals` has `Y - E*` of each batch, and `self._down` the operators of the down projections,
+        by the number of the expert. Nothing is changed.
 
         Returns `None` if no token of one of the halves reaches the expert.
         """
         operator = self._down[expert]
         weight = operator.read()
         device = self._activations.device
-        first = GroupSums(weight.shape[1], device)
-        last = GroupSums(weight.shape[1], device)
+        texts = self._texts_of(expert)
+        are_texts = len(texts) > 1
+        names: Sequence[str | None] = texts if are_texts else ("first half", "last half")
+        sums = {name: GroupSums(weight.shape[1], device) for name in names}
         for batch, residual in enumerate(self._residuals):
-            if self._activations.held_out[batch]:
+            source = self._activations.sources[batch]
+            is_of_no_part = are_texts and source not in sums
+            if self._activations.held_out[batch] or is_of_no_part:
                 continue
             # of the tokens that reach the expert
             inputs, tokens = self._weighted_inputs(expert, batch)
-            mask = self._activations.token_masks[batch]  # [batch, sequence], True = no padding
-            if mask is None:
-                mask = torch.ones(residual.shape[:2], dtype=torch.bool, device=device)
+            mask = self._mask(batch)  # [batch, sequence], True = no padding
             is_real = mask.reshape(-1)[tokens]
-            # The number of a real token in its sequence, from 1, is at most half of the number of real tokens.
-            in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
-            is_first = in_first_half.reshape(-1)[tokens]
-
             by_token = residual.flatten(0, 1)  # [batch, sequence, out] -> [tokens, out]
             residual_of_tokens = by_token[tokens.to(residual.device)].to(device).float()
             # Y - E* without what these weights add to E*
             targets = residual_of_tokens + inputs @ weight.T
-            for half, counted in ((first, is_first & is_real), (last, ~is_first & is_real)):
-                half.add(inputs[counted], "targets", targets[counted])
-        if not first.num_tokens or not last.num_tokens:
+            if are_texts:
+                sums[source].add(inputs[is_real], "targets", targets[is_real])
+                continue
+
+            # The number of a real token in its sequence, from 1, is at most half of the number of real tokens.
+            in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
+            is_first = in_first_half.reshape(-1)[tokens]
+            for name, is_in_half in (("first half", is_first), ("last half", ~is_first)):
+                counted = is_in_half & is_real
+                sums[name].add(inputs[counted], "targets", targets[counted])
+        if not all(part.num_tokens for part in sums.values()):
             return None
-        # One problem each, because there is one operator. `dense_share` counts only without "targets".
-        return _Halves(
-            first=next(first.problems([operator], [weight], dense_share=1.0)),
-            last=next(last.problems([operator], [weight], dense_share=1.0)),
-        )
+
+        problems = list[LayerProblem]()
+        for part in sums.values():
+            # One problem each, because there is one operator. `dense_share` counts only without "targets".
+            problems += part.problems([operator], [weight], dense_share=1.0)
+        return _Parts(problems, are_texts)
+
+    def _texts_of(self, expert: int) -> list[str | None]:
+        """Name the texts of which tokens to fit reach an expert, in the order of the batches; changes nothing.
+
+        `self._batches` has what the router has assigned in each batch, and `self._activations.sources` the text of each
+        batch. A calibration on one text has one name, which may be `None`.
+        """
+        texts = dict[str | None, None]()
+        for batch, assigned in enumerate(self._batches):
+            source = self._activations.sources[batch]
+            if self._activations.held_out[batch] or source in texts:
+                continue
+            is_real = self._mask(batch).reshape(-1)
+            if bool(is_real[assigned.tokens_of(expert)].any()):
+                texts[source] = None
+        return list(texts)
+
+    def _mask(self, batch: int) -> Tensor:
+        """Tell which tokens of a batch are real, and no padding: bool [batch, sequence], on the layer's device."""
+        mask = self._activations.token_masks[batch]
+        if mask is None:
+            shape = self._residuals[batch].shape[:2]
+            mask = torch.ones(shape, dtype=torch.bool, device=self._activations.device)
+        return mask
 
     def _update_residuals(self, expert: int, change: Tensor) -> None:
         """Update `self._residuals`, which are `Y - E*` of each batch, after one down projection has changed; in place.
@@ -262,19 +304,3 @@ class SmallerMixture:
         """Compute the squared norm of `values` [batch, sequence, out] of the batch with a number, without padding."""
         of_real_tokens = self._activations.rows(values.to(self._activations.device), batch)
         return float(torch.linalg.vector_norm(of_real_tokens.float()).double().square())
-
-
-def _helps_on_other_half(halves: _Halves) -> bool:
-    """Tell whether a fit to each half is better on the other one than the present weights: no overfitting."""
-    return _helps_on(halves.first, halves.last) and _helps_on(halves.last, halves.first)
-
-
-def _helps_on(fitted: LayerProblem, other: LayerProblem) -> bool:
-    """Tell whether weights that are fitted to one problem have a smaller error on the other than the present ones.
-
-    Both problems have the present weight of the same operator. They are not changed.
-    """
-    # a fit of all weights, none of which has to be zero
-    all_columns = torch.ones_like(fitted.weight[0], dtype=torch.bool)
-    weight, _ = refit_columns(fitted, all_columns)
-    return bool(other.squared_error(weight) < other.squared_error(other.weight))

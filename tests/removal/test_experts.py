@@ -28,7 +28,12 @@ def mixture_layer(family, batches=None, held_out=0):
     batches = family_tokens() if batches is None else batches
     recorded = record_inputs(layers, hold_out(read_batches(batches, 64), held_out))
     activations = LayerActivations(
-        layer, recorded.calls[index], recorded.token_masks, CPU, recorded.held_out
+        layer,
+        recorded.calls[index],
+        recorded.token_masks,
+        CPU,
+        recorded.held_out,
+        recorded.sources,
     )
     return part, experts_of(part, name, layer), activations, list(recorded.hidden_states)
 
@@ -148,10 +153,11 @@ def test_refits_find_the_weights_that_made_the_outputs(family, left):
     written = {}
     before, _ = mixture.errors()
 
-    count, message = mixture.refit(written.__setitem__)
+    count, num_shrunk, message = mixture.refit(written.__setitem__)
 
     after, _ = mixture.errors()
     assert count == 4
+    assert num_shrunk == 0
     assert message == ""
     assert sorted(written) == [0, 1, 2, 3]
     assert after < left * before
@@ -178,11 +184,105 @@ def test_padding_counts_in_no_half_of_a_sequence(side):
         for hidden in entering:
             wanted.append(torch.zeros_like(hidden))
         mixture = SmallerMixture(experts, activations, entering, wanted)
-        halves = mixture._problems_of_halves(0)
+        halves = mixture._parts(0).problems
         num_tokens_of_halves.append([problem.statistics.num_tokens for problem in halves])
 
     padded, without_padding = num_tokens_of_halves
     assert padded == without_padding
+
+
+def mixture_that_should_change(changes, sources, batches=None):
+    """A mixture whose outputs should be those of changed down projections, in each batch by another share of a change.
+
+    Batches are of the texts `sources`. Returns also the layer's experts.
+    """
+    if batches is None:
+        ids = torch.randint(3, 64, (24, 32), generator=torch.Generator().manual_seed(2))
+        batches = ids.split(8)
+    named = [
+        {"input_ids": rows, "source": source} for rows, source in zip(batches, sources, strict=True)
+    ]
+    _, experts, activations, entering = mixture_layer("llama4_text", named)
+    states = HiddenStates(None, entering)
+    targets = LayerTargets(activations, [], Correction("full", 0.0), states, experts=experts.module)
+    down = experts.module.down_proj.data
+    own = down.clone()
+    direction = own.std() * torch.randn_like(own)
+    wanted = activations.store()
+    outputs = (
+        targets.expert_targets()
+    )  # runs the layer on a batch when it is asked for the next one
+    for change in changes:
+        down.copy_(own + change * direction)
+        wanted.append(next(outputs))
+    down.copy_(own)
+    return SmallerMixture(experts, activations, entering, wanted), experts
+
+
+def test_an_expert_is_not_refitted_if_a_fit_to_the_other_texts_harms_one():
+    """Most of the tokens want the change, and so do both halves of all sequences: only a test by text finds it out."""
+    changes = [1, 1, -0.5]
+
+    by_text, experts = mixture_that_should_change(changes, ["a", "a", "b"])
+    before = experts.module.down_proj.clone()
+    by_halves, _ = mixture_that_should_change(changes, ["a", "a", "a"])
+
+    assert by_text.refit(lambda *_: pytest.fail("an expert was written")) == (0, 0, "")
+    assert torch.equal(experts.module.down_proj, before)
+    assert by_halves.refit(lambda *_: None).num_refitted == 4
+
+
+def test_a_refit_that_goes_too_far_for_a_text_is_shrunk():
+    """The second text wants 0.4 of the change that the first one wants: all of it is too much there, a half is not."""
+    mixture, experts = mixture_that_should_change([1, 0.4, 1], ["a", "b", "a"])
+    before = experts.module.down_proj.clone()
+    error_before = mixture.errors().fitted
+    written = {}
+
+    refits = mixture.refit(written.__setitem__)
+
+    assert refits == (4, 4, "")
+    assert mixture.errors().fitted < error_before
+    whole, other = mixture_that_should_change([1, 0.4, 1], ["a", "a", "a"])
+    whole.refit(lambda *_: None)
+    moved = (experts.module.down_proj - before).norm()
+    assert 0.3 < moved / (other.module.down_proj - before).norm() < 0.7
+    for number, operator in enumerate(mixture._down):
+        assert torch.equal(written[number], operator.read())
+
+
+def test_texts_that_want_the_same_change_are_refitted_whole():
+    mixture, _ = mixture_that_should_change([1, 1, 1], ["a", "b", "c"])
+
+    assert mixture.refit(lambda *_: None) == (4, 0, "")
+    assert mixture.errors().fitted < 1e-3
+
+
+def test_an_expert_that_tokens_of_one_text_reach_is_tested_on_halves():
+    mixture, _ = mixture_that_should_change([1, 1, 1], ["a", "b", "c"])
+    tokens_of = [assigned.tokens_of(0) for assigned in mixture._batches]
+    # No token of the texts b and c counts for the expert 0: they become padding.
+    for batch in (1, 2):
+        mask = torch.ones(8, 32, dtype=torch.bool)
+        mask.view(-1)[tokens_of[batch]] = False
+        mixture._activations.token_masks[batch] = mask
+
+    parts = mixture._parts(0)
+
+    assert not parts.are_texts
+    num_tokens = [problem.statistics.num_tokens for problem in parts.problems]
+    assert sum(num_tokens) == len(tokens_of[0])
+    assert mixture._parts(1).are_texts
+
+
+def test_held_out_batches_are_no_part_of_a_text():
+    mixture, _ = mixture_that_should_change([1, 1, 1], ["a", "b", "c"])
+    mixture._activations.held_out = [False, True, False]
+
+    parts = mixture._parts(2)
+
+    num_tokens = [problem.statistics.num_tokens for problem in parts.problems]
+    assert num_tokens == [len(mixture._batches[batch].tokens_of(2)) for batch in (0, 2)]
 
 
 def test_experts_are_not_refitted_to_targets_of_noise():
@@ -195,7 +295,7 @@ def test_experts_are_not_refitted_to_targets_of_noise():
 
     result = mixture.refit(lambda *_: pytest.fail("an expert was written"))
 
-    assert result == (0, "")
+    assert result == (0, 0, "")
     assert torch.equal(experts.module.down_proj, before)
 
 
@@ -209,7 +309,7 @@ def test_experts_whose_outputs_pass_a_norm_are_not_refitted():
 
     result = mixture.refit(lambda *_: None)
 
-    assert result == (0, "not refitted: a norm follows every expert")
+    assert result == (0, 0, "not refitted: a norm follows every expert")
 
 
 def test_experts_that_are_called_twice_are_refused():

@@ -180,7 +180,7 @@ def test_without_refits_the_report_counts_no_refitted_expert():
 
     assert {mixture.num_refitted for mixture in report.mixtures} == {0}
     assert "2 of 4 experts left in each of 2 mixtures (REAP)" in str(report)
-    assert "before refits" not in str(report)
+    assert "refitted" not in str(report)
 
 
 def test_verify_finds_experts_that_were_not_chosen(folders, tmp_path):
