@@ -101,6 +101,11 @@ class MixtureReport:
     # Of the refitted experts, those that were moved a half or a quarter of the way to their refit.
     num_shrunk: int = 0
 
+    @property
+    def unreached(self) -> tuple[int, ...]:
+        """The numbers of the experts of the dense model that no calibration token reached, rising."""
+        return tuple(expert for expert, number in enumerate(self.expert_tokens) if number == 0)
+
 
 @dataclass(frozen=True)
 class LayerReport:

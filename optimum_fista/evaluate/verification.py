@@ -503,8 +503,12 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_group
             f"{mixture.name} has {in_folder} experts, and the report says {num_kept}."
         )
     saliency = torch.tensor(mixture.saliency, dtype=torch.float64)
+    num_tokens = torch.tensor(mixture.expert_tokens)
     is_divided = len(saliency) % router_groups == 0
-    if not is_divided or mixture.groups_kept != experts_to_keep(saliency, num_kept, router_groups):
+    expected: tuple[int, ...] | None = None
+    if is_divided and len(num_tokens) == len(saliency):
+        expected = experts_to_keep(saliency, num_kept, router_groups, num_tokens=num_tokens)
+    if mixture.groups_kept != expected:
         raise VerificationError(
             f"{mixture.name}: groups_kept are not the experts with the largest saliency."
         )

@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -25,6 +26,8 @@ from optimum_fista.removal.removal import first_names
 from optimum_fista.report import PruningReport, lines_of_unplaced
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.source.quantization import quantized_source
+
+_MOST_RUNS = 6  # of numbers in a message
 
 
 def begin_report(plan: Plan) -> PruningReport:
@@ -124,6 +127,7 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     the pruned model. If parts are removed, the configuration of `plan.layers.model` becomes that of the smaller model.
     `held_out` is `None` if no perplexity was measured.
     """
+    _warn_of_unreached_experts(report)  # by the names of the given model, which the user knows
     dense_digests = [layer.dense_sha256 for layer in report.layers]  # removed layers too
     report.model["sha256"] = plan.layers.dense_digest(dense_digests)
     # Renames, and counts parameters; if parts are removed, the model gets the configuration of the smaller one.
@@ -265,6 +269,45 @@ def _warn_of_under_calibrated_experts(plan: Plan, report: PruningReport) -> None
             f"{len(by_magnitude)} of {len(report.operators)} operators were pruned by magnitude: fewer than "
             f"{UNDER_CALIBRATED_TOKENS} tokens reached their experts ({fewest.name}: {fewest.num_tokens}). Pass more."
         )
+
+
+def _warn_of_unreached_experts(report: PruningReport) -> None:
+    """Add a warning to the report of experts that no calibration token reached, if other experts were removed.
+
+    It names their mixtures and numbers; `expert_tokens` of each mixture in the report has them all. Such an expert
+    stays only if more have to stay than were reached.
+    """
+    with_unreached = [mixture for mixture in report.mixtures if mixture.unreached]
+    if not with_unreached:
+        return
+    num_unreached = sum(len(mixture.unreached) for mixture in with_unreached)
+    num_experts = sum(len(mixture.expert_tokens) for mixture in report.mixtures)
+    names = [f"{mixture.name} ({_short_list(mixture.unreached)})" for mixture in with_unreached]
+    num_kept = sum(len({*mixture.unreached} & {*mixture.groups_kept}) for mixture in with_unreached)
+    went_first = "they were removed before all others"
+    if num_kept:
+        went_first = (
+            f"nothing is known of them, and {num_kept:,} of them stay, because more experts have to stay than were "
+            "reached"
+        )
+    report.warn(
+        f"no calibration token reached {num_unreached:,} of {num_experts:,} experts, in {len(with_unreached)} of "
+        f"{len(report.mixtures)} mixtures: {first_names(names)}; {went_first}. Pass more sequences (--num-samples), or "
+        "text of the kind that uses them."
+    )
+
+
+def _short_list(numbers: Sequence[int]) -> str:
+    """Write rising numbers with their runs joined, such as "0, 4-9, 12"; of many runs only the first six."""
+    runs = list[list[int]]()
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    words = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    more = ", ..." if len(words) > _MOST_RUNS else ""
+    return ", ".join(words[:_MOST_RUNS]) + more
 
 
 def _note_perplexity(plan: Plan, report: PruningReport, held_out: HeldOut) -> None:

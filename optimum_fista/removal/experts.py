@@ -71,8 +71,10 @@ def remove_experts(
     layer = targets.activations.layer
     experts = experts_of(part, layer_name, layer)
     scores = score_experts(experts, targets)
-    # their numbers, rising
-    kept = KeptExperts(experts_to_keep(scores.saliency, count, part.num_router_groups))
+    numbers = experts_to_keep(
+        scores.saliency, count, part.num_router_groups, num_tokens=scores.num_tokens
+    )
+    kept = KeptExperts(numbers)  # rising
     if part.table is not None:
         # The router reads the experts of a token from a table: its entries of removed experts need others.
         kept = KeptExperts(kept, choose_substitutes(part, layer_name, experts, targets, kept))
@@ -181,12 +183,19 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     return ExpertScores(num_tokens.cpu(), saliency.cpu(), expert_targets)
 
 
-def experts_to_keep(saliency: Tensor, count: int, num_router_groups: int = 1) -> tuple[int, ...]:
+def experts_to_keep(
+    saliency: Tensor, count: int, num_router_groups: int = 1, *, num_tokens: Tensor | None = None
+) -> tuple[int, ...]:
     """Return the numbers of the `count` most salient experts, rising; the first ones if several are equal.
 
-    `saliency` is [experts]. If the router chooses groups of experts first, there are `num_router_groups` of these
-    groups, of equal size and one after the other. Equally many experts of each group are kept.
+    `saliency` is [experts], and `num_tokens`, int64 [experts], says how many tokens reached each expert; `None`: some
+    reached all. Nothing is known of an expert without tokens, so it comes after all others.
+
+    If the router chooses groups of experts first, there are `num_router_groups` of these groups, of equal size and one
+    after the other. Equally many experts of each group are kept.
     """
+    if num_tokens is not None:
+        saliency = torch.where(num_tokens > 0, saliency, -torch.inf)
     by_group = saliency.view(num_router_groups, -1)  # [experts] -> [groups, experts of a group]
     kept_of_group = count // num_router_groups
     best = by_group.argsort(dim=1, descending=True, stable=True)[:, :kept_of_group]

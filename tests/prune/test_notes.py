@@ -2,6 +2,8 @@ import pytest
 from pruning import prune
 from tiny_llama import tiny_llama, tiny_tokens
 
+from optimum_fista.prune.notes import _short_list
+
 BATCHES = tiny_tokens().split(4)
 
 
@@ -30,3 +32,17 @@ def test_a_run_after_one_that_set_zeros_says_how_many_and_that_they_may_be_overw
         "the model was pruned before (wanda, 2:4, 7680 zeros): errors are measured against it as it is, "
         "and zeros outside of the new pattern may be overwritten."
     ]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ([3], "3"),
+        ([3, 4], "3-4"),
+        ([0, 4, 5, 6, 9], "0, 4-6, 9"),
+        (range(0, 14, 2), "0, 2, 4, 6, 8, 10, ..."),
+        (range(200), "0-199"),
+    ],
+)
+def test_many_numbers_are_written_in_few_words(numbers, words):
+    assert _short_list([*numbers]) == words

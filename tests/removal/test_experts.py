@@ -98,6 +98,14 @@ def test_the_first_of_equal_experts_stay():
     assert experts_to_keep(scores, 2) == (1, 2)
 
 
+def test_an_expert_without_tokens_stays_only_if_more_have_to_stay_than_were_reached():
+    scores = torch.tensor([0.0, 0.0, 2.0, 0.0, 1.0])
+    num_tokens = torch.tensor([0, 0, 9, 7, 8])  # the output of the expert 3 is zero for its tokens
+
+    assert experts_to_keep(scores, 3, num_tokens=num_tokens) == (2, 3, 4)
+    assert experts_to_keep(scores, 4, num_tokens=num_tokens) == (0, 2, 3, 4)
+
+
 def test_every_group_of_the_router_keeps_as_many_experts():
     first_group = [5.0, 4.0]
     second_group = [1.0, 2.0]

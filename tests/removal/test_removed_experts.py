@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -59,6 +60,50 @@ def test_experts_that_are_never_chosen_are_removed_and_logits_stay(family):
     assert set(kept(report)) == {(0, 3)}
     assert {mixture.expert_tokens[expert] for mixture in report.mixtures for expert in IDLE} == {0}
     assert torch.allclose(logits(model), expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def with_idle_experts(experts):
+    """A model whose router never chooses these experts, in any mixture."""
+    model = family_model("deepseek_v3")
+    tensors = model.state_dict()
+    for part in parts_of(model, "experts").parts:
+        (bias,) = [name for name in part.tensors if name.endswith("correction_bias")]
+        tensors[bias][list(experts)] = -1000
+    return model
+
+
+@pytest.mark.parametrize(
+    ("idle", "pattern", "message"),
+    [
+        (
+            (1, 2),
+            "experts:0.5",
+            r"no calibration token reached 2 of 4 experts, in 1 of 1 mixtures: model\.layers\.1\.mlp\.experts \(1-2\); "
+            r"they were removed before all others\. Pass more sequences \(--num-samples\), or text of the kind that "
+            r"uses them\.",
+        ),
+        (
+            (0, 3),
+            "experts:0.25",
+            r"reached 2 of 4 experts, in 1 of 1 mixtures: .* \(0, 3\); nothing is known of them, and 1 of them "
+            r"stay, because more experts have to stay than were reached\. Pass more",
+        ),
+    ],
+)
+def test_experts_that_no_token_reached_are_named_and_removed_first(
+    idle, pattern, message, tmp_path
+):
+    model = with_idle_experts(idle)
+
+    pruner, report = prune_quietly(model, pattern)
+
+    (warning,) = [text for text in report.warnings if "no calibration token reached" in text]
+    assert re.fullmatch(f".*{message}.*", warning)
+    (mixture,) = report.mixtures
+    assert mixture.unreached == idle
+    assert set(range(4)).difference(idle) <= set(mixture.groups_kept)
+    pruner.save_pretrained(model, tmp_path / "smaller")
+    assert verify_checkpoint(tmp_path / "smaller").num_mixtures == 1
 
 
 @pytest.mark.parametrize(
