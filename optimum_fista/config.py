@@ -114,9 +114,12 @@ class FistaPruningConfig(PruningOptions):
         if parts is not None:
             for name in ("include", "exclude", "overrides"):
                 advice[name] = "whole parts are removed: pass only one of them"
-        removes_experts = parts is not None and any(part.kind == "experts" for part in parts.shares)
-        if not removes_experts:
-            advice["expert_refit"] = "leave it out, or pass a pattern such as 'experts:0.25'"
+        experts = [share for share in parts.shares if share.kind == "experts"] if parts else []
+        if not experts:
+            for name in ("expert_refit", "keep_divisible"):
+                advice[name] = "leave it out, or pass a pattern such as 'experts:0.25'"
+        elif experts[0].multiple_of is not None:  # a pattern such as experts:0.25/8 says it, too
+            advice["keep_divisible"] = "pass only one of them"
         # The order of the channels matters only if single weights compete with their neighbours: in a pattern such as
         # 2:4 (`span` is 4, `width` is 1), but not in pairs (`width` is 2), nor without groups (`span` is None).
         if pattern.span is None or pattern.width != 1:
@@ -189,7 +192,18 @@ class FistaPruningConfig(PruningOptions):
         if self.tokens_removal is not None:
             return None
         pattern = self._usual_pattern
-        return pattern if isinstance(pattern, WholeParts) else None
+        if not isinstance(pattern, WholeParts):
+            return None
+        if self.keep_divisible is None:
+            return pattern
+        # The text of the pattern stays the same: the option belongs to the share of the experts.
+        shares = tuple(
+            dataclasses.replace(share, divisible_by=self.keep_divisible)
+            if share.kind == "experts"
+            else share
+            for share in pattern.shares
+        )
+        return dataclasses.replace(pattern, shares=shares)
 
     @cached_property
     def tokens_removal(self) -> TokensRemoval | None:
@@ -369,6 +383,7 @@ class FistaPruningConfig(PruningOptions):
             "exclude",
             "overrides",
             "expert_refit",
+            "keep_divisible",
             "reorder_channels",
         ):
             value = getattr(self, name)

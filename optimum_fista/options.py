@@ -133,6 +133,12 @@ class PruningOptions:
     expert_refit: bool = option(
         True, "refit the experts that stay if others are removed", advanced=_METHOD
     )
+    keep_divisible: int | None = option(
+        None,
+        "for experts: keep a number of them that this divides, such as 8 for expert parallelism on 2, 4 or 8 devices",
+        limits=(1, None),
+        advanced=_WHICH,
+    )
     reorder_channels: bool = option(
         False,
         "for n:m: reorder MLP channels to keep larger weights; existing adapters no longer fit",

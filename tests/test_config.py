@@ -44,6 +44,15 @@ def test_the_scope_is_that_of_the_method_unless_given():
         ({"seed": -1}, "seed=-1: pass a whole number from 0 to 18446744073709551615"),
         ({"expert_refit": False}, "expert_refit=False has no meaning for pattern='unstructured'"),
         (
+            {"keep_divisible": 8, "pattern": "channels:0.25"},
+            "keep_divisible=8 has no meaning for pattern='channels:0.25': leave it out, or pass a",
+        ),
+        (
+            {"keep_divisible": 8, "pattern": "experts:0.25/4"},
+            "keep_divisible=8 has no meaning for pattern='experts:0.25/4': pass only one of them",
+        ),
+        ({"keep_divisible": 0, "pattern": "experts:0.25"}, "keep_divisible=0: pass a whole number"),
+        (
             {"reorder_channels": True},
             "reorder_channels=True has no meaning for pattern='unstructured'",
         ),

@@ -225,7 +225,10 @@ def _remaining_tensors(
         operators: Those of the report, by the names of their weights in the smaller model.
     """
     # A configuration of a run reads all patterns, such as "vocab:0.35". `None`: no whole part was removed.
-    pattern = FistaPruningConfig(pattern=report.config["pattern"]).whole_parts
+    pattern = FistaPruningConfig(
+        pattern=report.config["pattern"],
+        keep_divisible=report.config.get("keep_divisible"),  # reports of older versions lack it
+    ).whole_parts
     outline = ModelOutline(find_decoder_layers(dense_model))
     # How many groups (columns or experts) of a part stay, by the kind of part.
     counts = dict[Kind, int]()

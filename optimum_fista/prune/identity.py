@@ -26,6 +26,8 @@ _LETTERS = 80
 # Keys of a model's configuration that change nothing that is computed.
 _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
 _FORMAT = 10  # of the records of a journal
+# Options that older versions did not have; None if the user does not set them.
+_LATER_OPTIONS = ("keep_divisible",)
 
 
 def run_fingerprint(
@@ -61,7 +63,7 @@ def run_fingerprint(
             for key, value in report.environment.items()
             if key not in ("processor", "batches")
         },
-        "config": report.config,
+        "config": _config_that_counts(report.config),
         "calibration": tokens,
         "batches": shapes,
         "sequences": sum(shape[0] for shape in shapes),
@@ -75,6 +77,18 @@ def run_fingerprint(
         fingerprint["sources"] = [sources.index(batch.source) for batch in batches]
     # Through JSON, as it will be read from disk: tuples become lists, for instance.
     return dict(json.loads(json.dumps(fingerprint)))
+
+
+def _config_that_counts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Copy the configuration of a run, as a report has it, without options that came later and are not set.
+
+    So a run that an older version has begun, without these options, can resume.
+    """
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _LATER_OPTIONS or value is not None
+    }
 
 
 def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, ranks: Ranks) -> None:

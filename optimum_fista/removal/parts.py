@@ -242,7 +242,8 @@ class RemovedParts:
     def __str__(self) -> str:
         """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`.
 
-        There `self.number` is 3, `self.kept` is 2, and `self.share` is what was asked for: 0.34 of the heads.
+        There `self.number` is 3, `self.kept` is 2, and `self.share` is what was asked for: 0.34 of the heads. If the
+        user asked for a divisor of the number of experts that stay, that number is named, too.
         """
         if self.share.kind == "layers":
             kind = "decoder layers"
@@ -251,6 +252,8 @@ class RemovedParts:
             kind = self.share.kind
             place = " of every decoder layer"
         asked = f"; asked for: {100 * self.share.share:g}%" if self.is_rounded else ""
+        if self.share.divisible_by is not None:
+            asked += f"; {self.kept} stay, a multiple of {self.share.divisible_by}"
         removed = self.number - self.kept
         return f"{removed} of {self.number} {kind}{place} ({removed / self.number:.2%}{asked})"
 

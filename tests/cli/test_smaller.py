@@ -3,6 +3,7 @@
 import pytest
 from tiny_llama import QUICK, tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
+from transformers import AutoConfig
 
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
@@ -82,6 +83,33 @@ def test_removed_experts_are_counted_in_every_command(text_file, tmp_path, capsy
     assert (
         "left dense (keeps 2 of 4 experts): model.layers.0.mlp.experts" in capsys.readouterr().out
     )
+
+
+def test_a_number_of_experts_is_kept_that_the_devices_divide(
+    text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    tiny_model("mixtral", num_local_experts=6).save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    flags = ["--pattern", "experts:0.25", "--keep-divisible", "2", *QUICK]
+    command = ["prune", "model", *flags, "--calibration", str(text_file)]
+
+    assert main([*command, "--dry-run"]) == 0
+
+    removed = (
+        "2 of 6 experts of every decoder layer (33.33%; asked for: 25%; 4 stay, a multiple of 2)"
+    )
+    assert f"removed      {removed}\n" in capsys.readouterr().out
+
+    assert main(command) == 0
+
+    said = capsys.readouterr()
+    assert f"removed      {removed}\n" in said.err
+    assert "saved to model-experts-0.33\n" in said.out
+    card = (tmp_path / "model-experts-0.33" / "README.md").read_text()
+    assert f"| removed | {removed} |" in card
+    assert main(["verify", "model-experts-0.33", "--dense", "model"]) == 0
+    assert AutoConfig.from_pretrained("model-experts-0.33").num_local_experts == 4
 
 
 def test_a_rounded_share_is_printed_beside_the_share_that_was_asked_for(

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.atomic import read_record
 from optimum_fista.prune import source_files
 from optimum_fista.prune.journal import Journal
 
@@ -213,7 +214,11 @@ def test_a_run_on_several_texts_resumes_only_if_each_batch_is_of_the_same_one(so
     assert [text["num_tokens"] for text in report.calibration["sources"]] == [64, 64]
 
 
-def test_the_fingerprint_of_a_run_on_one_text_has_no_sources(source, journal_of_cut_off_run):
-    run = json.loads((journal_of_cut_off_run / "fingerprint.json").read_text())
+def test_a_fingerprint_has_no_entries_that_came_later_and_are_not_used(
+    source, journal_of_cut_off_run
+):
+    """So runs that were begun before there were several texts and `keep_divisible` resume."""
+    run = read_record(journal_of_cut_off_run / "fingerprint.json")
 
     assert "sources" not in run
+    assert "keep_divisible" not in run["config"]

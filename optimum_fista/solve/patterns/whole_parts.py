@@ -30,11 +30,15 @@ class PartShare:
 
     The number that stays is a multiple of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64
     now; for experts, equally many of every group that the router chooses first.
+
+    `divisible_by` is the user's option `keep_divisible`, for experts only. It is a multiple, too, but the number is
+    rounded to it however far that is from the share.
     """
 
     kind: PartKind
     share: float
     multiple_of: int | None = None
+    divisible_by: int | None = None
 
     def num_kept(self, number: int, num_router_groups: int = 1, at_least: int = 1) -> int:
         """Count the parts that stay of the `number` parts that a decoder layer, or the model, has now.
@@ -50,6 +54,8 @@ class PartShare:
             ValueError: If the nearest multiple of the step is too small, or all parts, or if the number that goes would
                 differ from the share by more than a tenth of it. The message has possible shares, if there are any.
         """
+        if self.divisible_by is not None:
+            return self._num_kept_divisible(number, num_router_groups, at_least)
         step = self.step(number, num_router_groups)
         kept = self._nearest(number, step)
         # The smallest and the largest multiple of the step that may stay: fewer than `number`, so that a part goes.
@@ -73,6 +79,36 @@ class PartShare:
                 f"pattern={str(self)!r}: only whole numbers of {self.kind} can be removed, in steps of {step}. Of "
                 f"{number}, the nearest is {number - kept} ({1 - kept / number:.2%}). Pass a possible share: "
                 f"{possible}."
+            )
+        return kept
+
+    def _num_kept_divisible(self, number: int, num_router_groups: int, at_least: int) -> int:
+        """Count the experts that stay of `number` if `self.divisible_by` divides how many stay.
+
+        It is the multiple that is nearest to the share, but at least `at_least` experts. Each of `num_router_groups`
+        groups keeps equally many. ValueError if no such number is possible, or if all would stay.
+        """
+        assert self.divisible_by is not None
+        step = math.lcm(self.divisible_by, num_router_groups)
+        least = math.ceil(at_least / step) * step  # rounded up
+        most = (number - 1) // step * step  # rounded down: at least one has to go
+        option = f"keep_divisible={self.divisible_by} (--keep-divisible)"
+        if most < least:
+            by_groups = ""
+            if step != self.divisible_by:
+                by_groups = (
+                    f" (each of {num_router_groups} groups of the router keeps equally many)"
+                )
+            raise ValueError(
+                f"{option}: from {at_least} to {number - 1} of {number} experts may stay, and no multiple of {step}"
+                f"{by_groups} is among these numbers: pass a smaller number, or leave it out."
+            )
+        kept = max(least, self._nearest(number, step))
+        if kept > most:
+            larger = self.keeping(self.kind, most, number).share
+            raise ValueError(
+                f"{option} and pattern={str(self)!r}: {kept} is the multiple of {step} that is nearest to the share, "
+                f"so none of {number} experts would go: pass a larger share, such as {larger:g}."
             )
         return kept
 
@@ -102,7 +138,7 @@ class PartShare:
     def step(self, number: int, num_router_groups: int = 1) -> int:
         """The divisor of the number of parts that stay, of `number` now; arguments as in `num_kept`."""
         if self.multiple_of is not None:
-            return self.multiple_of
+            return math.lcm(self.multiple_of, num_router_groups)
         return self.usual_step(self.kind, number, num_router_groups)
 
     @staticmethod

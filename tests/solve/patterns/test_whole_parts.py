@@ -122,3 +122,69 @@ def test_a_pattern_of_whole_parts_is_refused_for_a_single_matrix():
     for use in (lambda: pattern.num_kept((4, 8)), lambda: pattern.mask(torch.ones(4, 8))):
         with pytest.raises(ValueError, match="parts of a whole model"):
             use()
+
+
+@pytest.mark.parametrize(
+    ("share", "divisor", "number", "kept"),
+    [
+        (0.25, 8, 64, 48),
+        (0.25, 8, 60, 48),  # 45 would be nearest to the share: a fifth goes instead of a quarter
+        (0.5, 16, 60, 32),
+        (0.3, 1, 10, 7),
+        (0.9, 8, 64, 8),
+        (0.97, 8, 64, 8),  # the nearest multiple is 0, but a token is sent to 4 experts
+    ],
+)
+def test_a_number_of_experts_is_kept_that_the_divisor_divides(share, divisor, number, kept):
+    part = PartShare("experts", share, divisible_by=divisor)
+
+    assert part.num_kept(number, at_least=4) == kept
+    assert str(part) == f"experts:{share}"
+
+
+def test_a_divisor_is_joined_with_what_the_groups_of_a_router_need():
+    assert PartShare("experts", 0.25, divisible_by=8).num_kept(96, num_router_groups=6) == 72
+    assert PartShare("experts", 0.25, divisible_by=8).num_kept(120, num_router_groups=6) == 96
+    assert PartShare("experts", 0.25, multiple_of=8).num_kept(96, num_router_groups=6) == 72
+
+
+@pytest.mark.parametrize(
+    ("share", "divisor", "number", "groups", "message"),
+    [
+        (
+            0.05,
+            8,
+            64,
+            1,
+            r"keep_divisible=8 .*'experts:0.05': 64 is the multiple of 8 .* none of 64 ",
+        ),
+        (
+            0.25,
+            8,
+            8,
+            1,
+            r"keep_divisible=8 .*: from 4 to 7 of 8 experts may stay, and no multiple of 8 is",
+        ),
+        (
+            0.25,
+            8,
+            24,
+            6,
+            r"no multiple of 24 \(each of 6 groups of the router keeps equally many\)",
+        ),
+    ],
+)
+def test_a_divisor_that_leaves_no_choice_is_refused(share, divisor, number, groups, message):
+    part = PartShare("experts", share, divisible_by=divisor)
+
+    with pytest.raises(ValueError, match=message):
+        part.num_kept(number, groups, at_least=4)
+
+
+def test_the_share_that_a_refusal_of_a_divisor_offers_is_accepted():
+    with pytest.raises(ValueError, match="pass a larger share, such as ") as raised:
+        PartShare("experts", 0.05, divisible_by=8).num_kept(64)
+
+    offered = float(str(raised.value).rpartition("such as ")[2].rstrip("."))
+
+    assert PartShare("experts", offered, divisible_by=8).num_kept(64) == 56
