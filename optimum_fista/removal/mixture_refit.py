@@ -32,6 +32,7 @@ ROUNDS = 3  # of refits of every expert, with the others as they are then; each 
 # Shares of a refit that are tried: 1 is the whole refit, less is shrunk towards the present weights.
 _SHARES = (1.0, 0.5, 0.25)
 _WHOLE = (1.0,)
+_HALVES = ("first half", "last half")  # of the real tokens of a sequence
 
 
 class MixtureErrors(NamedTuple):
@@ -212,31 +213,20 @@ class SmallerMixture:
         device = self._activations.device
         texts = self._texts_of(expert)
         are_texts = len(texts) > 1
-        names: Sequence[str | None] = texts if are_texts else ("first half", "last half")
+        names: Sequence[str | None] = texts if are_texts else _HALVES
         sums = {name: GroupSums(weight.shape[1], device) for name in names}
         for batch, residual in enumerate(self._residuals):
-            source = self._activations.sources[batch]
-            is_of_no_part = are_texts and source not in sums
-            if self._activations.held_out[batch] or is_of_no_part:
+            if self._activations.held_out[batch]:
                 continue
             # of the tokens that reach the expert
             inputs, tokens = self._weighted_inputs(expert, batch)
-            mask = self._mask(batch)  # [batch, sequence], True = no padding
-            is_real = mask.reshape(-1)[tokens]
             by_token = residual.flatten(0, 1)  # [batch, sequence, out] -> [tokens, out]
             residual_of_tokens = by_token[tokens.to(residual.device)].to(device).float()
             # Y - E* without what these weights add to E*
             targets = residual_of_tokens + inputs @ weight.T
-            if are_texts:
-                sums[source].add(inputs[is_real], "targets", targets[is_real])
-                continue
-
-            # The number of a real token in its sequence, from 1, is at most half of the number of real tokens.
-            in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
-            is_first = in_first_half.reshape(-1)[tokens]
-            for name, is_in_half in (("first half", is_first), ("last half", ~is_first)):
-                counted = is_in_half & is_real
-                sums[name].add(inputs[counted], "targets", targets[counted])
+            for name, is_in_part in self._tokens_by_part(batch, tokens, are_texts).items():
+                if name in sums:  # otherwise no real token of this text reaches the expert
+                    sums[name].add(inputs[is_in_part], "targets", targets[is_in_part])
         if not all(part.num_tokens for part in sums.values()):
             return None
 
@@ -245,6 +235,26 @@ class SmallerMixture:
             # One problem each, because there is one operator. `dense_share` counts only without "targets".
             problems += part.problems([operator], [weight], dense_share=1.0)
         return _Parts(problems, are_texts)
+
+    def _tokens_by_part(
+        self, batch: int, tokens: Tensor, are_texts: bool
+    ) -> dict[str | None, Tensor]:
+        """Tell which tokens of a batch are in which part: bool [tokens] by the name of the part, without padding.
+
+        `tokens` are the numbers in the batch of the tokens that reach an expert, int64. If `are_texts`, the batch is of
+        one part, its text (`self._activations.sources`). Otherwise the parts are `_HALVES` of its sequences. Changes
+        nothing.
+        """
+        mask = self._mask(batch)  # [batch, sequence], True = no padding
+        is_real = mask.reshape(-1)[tokens]
+        if are_texts:
+            return {self._activations.sources[batch]: is_real}
+
+        # The number of a real token in its sequence, from 1, is at most half of the number of real tokens.
+        in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
+        is_first = in_first_half.reshape(-1)[tokens]
+        first, last = _HALVES
+        return {first: is_first & is_real, last: ~is_first & is_real}
 
     def _texts_of(self, expert: int) -> list[str | None]:
         """Name the texts of which tokens to fit reach an expert, in the order of the batches; changes nothing.

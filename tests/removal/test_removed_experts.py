@@ -12,7 +12,7 @@ import torch
 from architectures import read_outcomes
 from families import family_model, family_tokens, logits
 from folder_files import files_of
-from killed import Killed, killed_at_write
+from killed import Killed, interrupted_after, killed_at_write
 from shrunken_models import parts_of
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
@@ -181,6 +181,32 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_is_that_in_memory(folders, t
     loaded = AutoModelForCausalLM.from_pretrained(smaller).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
     assert verify_checkpoint(smaller, dense=dense).num_mixtures == 3
+
+
+def test_refits_tested_by_text_are_the_same_in_a_run_that_resumes_and_in_memory(tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path / "dense")
+    ids = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1))
+    names = ("a", "b", "c", "a", "b", "c")
+    batches = [
+        {"input_ids": rows, "source": name} for rows, name in zip(ids.split(8), names, strict=True)
+    ]
+    options = {"batches": batches, "held_out": 3}
+
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune_quietly(tmp_path / "dense", output=tmp_path / "smaller", **options)
+    _, streamed = prune_quietly(tmp_path / "dense", output=tmp_path / "smaller", **options)
+    model = tiny_model("mixtral")
+    _, in_memory = prune_quietly(model, **options)
+
+    numbers = [(mixture.num_refitted, mixture.num_shrunk) for mixture in in_memory.mixtures]
+    assert numbers == [(mixture.num_refitted, mixture.num_shrunk) for mixture in streamed.mixtures]
+    assert sum(refitted for refitted, _ in numbers) > 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+    assert streamed.calibration["sources"] == [
+        {"source": name, "num_sequences": 15, "num_tokens": 480} for name in "abc"
+    ]
+    assert verify_checkpoint(tmp_path / "smaller", dense=tmp_path / "dense").num_mixtures == 2
 
 
 @pytest.mark.parametrize("at", ["layer", "shrink"])
