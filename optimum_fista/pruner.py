@@ -7,8 +7,10 @@ call `run.run`, with a sink for the model in memory or for files.
 """
 
 import logging
+import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -35,10 +37,11 @@ from optimum_fista.prune.measuring import (
     require_texts,
 )
 from optimum_fista.prune.named import prune_named
-from optimum_fista.prune.plan import plan_run
+from optimum_fista.prune.plan import plan_run, prediction_layers_of
 from optimum_fista.prune.run import run
 from optimum_fista.prune.sink import ModelSink
 from optimum_fista.removal.planning import plan_removal
+from optimum_fista.removal.prediction_experts import LoadedPredictionLayer
 from optimum_fista.removal.removal import Removal
 from optimum_fista.report import PruningReport
 from optimum_fista.source.inventory import source_tensors
@@ -261,18 +264,20 @@ class FistaPruner:
         source = _loaded_source(model, removal)
         # `save_pretrained` writes in the dtypes of the files, unless the model was loaded in another dtype.
         in_files_dtypes = bool(source.loaded_in_dtypes_of_files(model.dtype))
-        plan = plan_run(
-            removal,
-            source,
-            storage=storage_place(self.storage_device),
-            progress=self.progress,
-            callbacks=self.callbacks,
-        )
-        calibration, held_out, report = begin(plan, calib_dataloader, source_name)
-        if in_files_dtypes:  # `begin` has noted the model's dtype
-            report.environment["written"] = "in the dtypes of the files"
-        sink = ModelSink(model)
-        report = run(plan, calibration, held_out, report, sink, started)
+        with _prediction_layers(removal, source) as (source, prediction_layers):
+            plan = plan_run(
+                removal,
+                source,
+                prediction_layers=prediction_layers,
+                storage=storage_place(self.storage_device),
+                progress=self.progress,
+                callbacks=self.callbacks,
+            )
+            calibration, held_out, report = begin(plan, calib_dataloader, source_name)
+            if in_files_dtypes:  # `begin` has noted the model's dtype
+                report.environment["written"] = "in the dtypes of the files"
+            sink = ModelSink(model)
+            report = run(plan, calibration, held_out, report, sink, started)
         self._results[model] = (report, sink.masks)
         # Not `source`: if the run made the model smaller, its tensors have other names and shapes by now.
         self.sources[model] = sink.source
@@ -351,6 +356,22 @@ class FistaPruner:
         target = Path(folder) if folder is not None else Path(repo_id.split("/")[-1])
         self.save_pretrained(model, target, tokenizer, overwrite=overwrite)
         return push_folder(target, repo_id, **options)
+
+
+@contextmanager
+def _prediction_layers(
+    removal: Removal, source: SourceTensors
+) -> Iterator[tuple[SourceTensors, list[LoadedPredictionLayer]]]:
+    """Yield the layers that predict more tokens and lose experts, and `source` as it is known then.
+
+    `source` are the tensors in the files from which a model in memory was loaded (`prediction_layers_of` changes a
+    copy). The layers are copied to a temporary folder, which is deleted at the end.
+    """
+    if not source.prediction_layers:
+        yield source, []
+        return
+    with tempfile.TemporaryDirectory(prefix="optimum-fista-") as copies:
+        yield prediction_layers_of(removal, source, Path(copies))
 
 
 def _loaded_source(model: PreTrainedModel, removal: Removal) -> SourceTensors:

@@ -137,6 +137,8 @@ class LayerRecord:
     lost_masks: list[str] = field(default_factory=list)
     zeros_filled: int = 0
     zeros_uncovered: int = 0
+    # Mixtures of layers that predict more tokens, which lost experts after this layer, the last one.
+    prediction_mixtures: list[MixtureReport] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -414,14 +414,20 @@ def _two_to(bits: float) -> float:
     return float(2 ** min(bits, 1000.0))
 
 
-def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> list[str]:
-    """Say in up to two lines which tensors of a model's files its class does not load, and what became of them.
+def lines_of_unplaced(
+    copied: Mapping[str, int],
+    lacks: Mapping[str, str],
+    fewer_experts: Mapping[str, tuple[int, int]] | None = None,
+) -> list[str]:
+    """Say in up to three lines which tensors of a model's files its class does not load, and what became of them.
 
     Without such tensors there is no line. Changes nothing.
 
     Args:
         copied: By module, such as "model.mtp", the number of its tensors that are copied to the result.
         lacks: By module, why the result lacks its tensors.
+        fewer_experts: By mixture of a module that is copied, such as "model.layers.61.mlp.experts": how many of its
+            experts stay, and of how many. `None`: no module has lost experts.
     """
     lines = []
     if copied:
@@ -429,6 +435,12 @@ def lines_of_unplaced(copied: Mapping[str, int], lacks: Mapping[str, str]) -> li
         lines.append(
             f"{sum(copied.values())} tensors that the model's class does not load are copied: {shown}"
         )
+    if fewer_experts:
+        shown = ", ".join(
+            f"{mixture} ({kept} of {total} left)"
+            for mixture, (kept, total) in fewer_experts.items()
+        )
+        lines.append(f"layers that predict more tokens lose experts, too: {shown}")
     if lacks:
         shown = ", ".join(f"{module} ({reason})" for module, reason in lacks.items())
         lines.append(f"not in the pruned model: {shown}")

@@ -91,6 +91,9 @@ class RunRecord:
     # mask keeps: those that have other values now, and those that are still zero.
     zeros_filled: int = 0
     zeros_uncovered: int = 0
+    # Mixtures of layers that predict more tokens, which Transformers does not load (`model["copied"]`), and which lost
+    # as many experts as those of the model. They have the names that they have in the files of the given model.
+    prediction_mixtures: list[MixtureReport] = field(default_factory=list)
     # Where the model that this run was given comes from; None if it was never pruned.
     origin: OriginReport | None = None
 
@@ -99,7 +102,8 @@ class RunRecord:
 
         `record` has the report of the layer, those of its pruned operators, the reasons for operators that were left
         dense (by name), reports of operators whose masks of an earlier run were carried over, and names of weights in
-        which such masks were lost. It counts zeros of an earlier run that were filled or have no mask.
+        which such masks were lost. It counts zeros of an earlier run that were filled or have no mask. That of the last
+        layer has the mixtures of layers that predict more tokens.
         """
         self.layers.append(record.report)
         self.operators += record.operators
@@ -108,6 +112,7 @@ class RunRecord:
         self.lost_masks += record.lost_masks
         self.zeros_filled += record.zeros_filled
         self.zeros_uncovered += record.zeros_uncovered
+        self.prediction_mixtures += record.prediction_mixtures
 
     def warn(self, message: str) -> None:
         """Add a warning to `self.warnings`, and issue it as a Python warning (`warnings.warn`).
@@ -138,6 +143,14 @@ class RunRecord:
         carried = {operator.name for operator in self.carried}
         pruned = [operator for operator in self.operators if operator.name not in carried]
         return [*pruned, *self.carried]
+
+    @property
+    def prediction_experts(self) -> dict[str, tuple[int, int]]:
+        """For each mixture in `self.prediction_mixtures`, by name: how many experts stay, and of how many."""
+        return {
+            mixture.name: (len(mixture.groups_kept), len(mixture.saliency))
+            for mixture in self.prediction_mixtures
+        }
 
     @property
     def num_zeros(self) -> int:

@@ -155,7 +155,11 @@ def overview_of(estimate: Estimate, sources: Sequence[str] = ()) -> list[str]:
     }
     lines = [f"{name:<13}{text}" for name, text in texts_by_name.items() if text]
     # Tensors in the model's files that its class does not load: they are copied, or left out.
-    for line in lines_of_unplaced(estimate.source.num_copied_by_module, estimate.source.not_copied):
+    for line in lines_of_unplaced(
+        estimate.source.num_copied_by_module,
+        estimate.source.not_copied,
+        estimate.prediction_experts,
+    ):
         lines.append(f"{'beside it':<13}{line}")
     return lines
 
@@ -298,7 +302,7 @@ def verdicts(report: PruningReport) -> Iterator[str]:
 
     First comes what removed tokens cost, then the perplexity and the largest error of an operator. Then lines count the
     tensors that were copied or left out because the model's class does not load them (`report.model["copied"]` and
-    `["lacks"]`). The last lines are on texts that the user named.
+    `["lacks"]`), and those that lost experts. The last lines are on texts that the user named.
     """
     from optimum_fista.headlines import perplexity_line
     from optimum_fista.report import lines_of_unplaced
@@ -317,7 +321,9 @@ def verdicts(report: PruningReport) -> Iterator[str]:
         else:
             word = "high"
         yield f"largest fit error {worst.fit_error:.2f} ({word}): {worst.name.removesuffix('.weight')}"
-    yield from lines_of_unplaced(report.model.get("copied", {}), report.model.get("lacks", {}))
+    yield from lines_of_unplaced(
+        report.model.get("copied", {}), report.model.get("lacks", {}), report.prediction_experts
+    )
     yield from losses_on_texts(report)
 
 

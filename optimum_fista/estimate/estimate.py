@@ -176,6 +176,7 @@ class Estimate(RunSizes):
             "model": self.weight_bytes - saved,
             "masks": masks if self.packed else 2 * masks,  # the journal's too
             "fused experts, copied by the lazy reader": fused_experts,
+            "layers that predict more tokens, copied to run them": self.prediction_bytes,
             "hidden states of two layers": 2 * hidden_states,
             "activations that wait": int(waiting),
         }

@@ -29,6 +29,7 @@ from optimum_fista.removal.removal import Removal
 from optimum_fista.source import loading
 from optimum_fista.source.formats.dequantizer import read_dequantized
 from optimum_fista.source.inventory import source_tensors
+from optimum_fista.source.prediction_layers import with_fewer_experts
 from optimum_fista.source.quantization import forget_quantization, quantization
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.verdict import LEAST_TOKENS
@@ -42,7 +43,7 @@ class RunSizes:
 
     Attributes of the model:
         model: The dense model on the meta device.
-        source: The tensors of the files (`SourceTensors`).
+        source: The tensors of the files (`SourceTensors`). Layers that predict more tokens have lost their experts.
         quantized: The quantization settings of the source; None if it is not quantized.
         weight_bytes: Of all parameters of the dense model.
         value_bytes: Of a weight, and of a value in a hidden state.
@@ -60,6 +61,9 @@ class RunSizes:
         left_dense: Reasons why other operators stay dense, by name.
         num_removed: Parameters that the result lacks.
         num_removed_layers, removes_experts, removed_parts: What whole parts the run removes.
+        prediction_experts: Of layers that predict more tokens: how many experts stay, and of how many, by the name of
+            their mixture.
+        prediction_bytes: Of the copies of these layers from which they run, before any expert is removed.
         as_stored: Whether tensors are written as they are stored, because the run only removes parts.
         allocates: Whether operators share the zeros by gradients of the loss.
         num_streams: Networks whose hidden states are computed: 0 to 2.
@@ -225,7 +229,7 @@ class RunSizes:
 
         Uses `model`, `length`, `num_samples` and the sizes of `_describe_model`, which are set before.
         """
-        self.source = plan.source
+        self._take_prediction_layers(plan)
         self.as_stored = plan.as_stored
         # Values decide which decoder layers are removed. For the numbers it does not matter.
         self.num_removed_layers = plan.removal.num_removed_layers
@@ -260,6 +264,35 @@ class RunSizes:
         self.num_streams = int(correction.needs_dense) + int(has_pruned_stream)
         self.sequence_bytes = self.value_bytes * self.length * self.hidden  # of hidden states
         self.stream_bytes = self.num_samples * self.sequence_bytes
+
+    def _take_prediction_layers(self, plan: Plan) -> None:
+        """Set `source`, and what is known of layers that predict more tokens and lose experts with the model.
+
+        Sets also `prediction_experts` and `prediction_bytes`. `plan` is that of the run; only descriptions of tensors
+        are read. `self.model` has the shapes of all parameters.
+        """
+        self.prediction_experts: dict[str, tuple[int, int]] = {}
+        self.prediction_bytes = 0
+        stored = plan.source.stored
+        in_layers = f"{plan.layers.name}."  # such as "model.layers."
+        names_around = [
+            name for name, place in plan.source.places.items() if not place.startswith(in_layers)
+        ]
+        state = self.model.state_dict()
+        first_experts: dict[str, range] = {}  # which ones stay does not matter for the sizes
+
+        for layer in plan.source.prediction_layers:
+            num_kept = plan.removal.num_groups_kept[layer.part.name]
+            self.prediction_experts[layer.mixture] = (num_kept, layer.part.groups)
+            first_experts[layer.mixture] = range(num_kept)
+            # It is copied to a model of its own, with all that is around the decoder layers.
+            copied = [*layer.places, *names_around]
+            self.prediction_bytes += sum(stored[name].num_bytes for name in copied)
+            if not self.quantized:  # the lazy reader copies fused experts once more
+                mixture = [state[name] for name in layer.part.tensors]
+                self.prediction_bytes += sum(t.nbytes for t in mixture if t.ndim == 3)
+
+        self.source = with_fewer_experts(plan.source, self.model, first_experts)
 
     @property
     def num_held_out(self) -> int:

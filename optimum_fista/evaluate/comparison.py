@@ -13,7 +13,7 @@ a file, which is read only when its values are needed. Both folders are only rea
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,13 @@ from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.public_names import public_name
 from optimum_fista.records import OperatorReport
-from optimum_fista.removal.parts import Kind, ModelOutline, kept_by_kind, removed_parts
+from optimum_fista.removal.parts import (
+    Kind,
+    ModelOutline,
+    Part,
+    kept_by_kind,
+    removed_parts,
+)
 from optimum_fista.removal.removal import kept_experts
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
@@ -37,6 +43,7 @@ from optimum_fista.source.formats.dequantizer import dequantizer_of
 from optimum_fista.source.inventory import source_tensors
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.names import stored_names
+from optimum_fista.source.prediction_layers import with_fewer_experts
 from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
 
@@ -277,7 +284,16 @@ def _copied_tensors(
     """
     # Tensors that are still quantized are copied only if the result is quantized, too.
     is_quantized = dequantizer_of(folder) is not None
-    source = source_tensors(dense_model, dense_folder, quantized=is_quantized)
+    source = source_tensors(
+        dense_model, dense_folder, _mixture_of(dense_model, report), quantized=is_quantized
+    )
+    # Experts that stay in layers that predict more tokens, by the names of their mixtures in the dense model's files.
+    kept = {mixture.name: mixture.groups_kept for mixture in report.prediction_mixtures}
+    source = replace(
+        source,
+        prediction_layers=[layer for layer in source.prediction_layers if layer.mixture in kept],
+    )
+    source = with_fewer_experts(source, dense_model, kept)
     # modules of these tensors, such as "mtp", that the run did not copy, each with the reason
     lacks: dict[str, str] = report.model.get("lacks", {})
     source = replace(source, not_copied=lacks)
@@ -285,6 +301,21 @@ def _copied_tensors(
     # Tensors of a decoder layer have the new number of the layer in their names.
     layers_kept = report.model.get("layers_kept", range(num_layers))
     return source.renamed(layers_kept, num_layers).tensors_to_copy
+
+
+def _mixture_of(
+    dense_model: PreTrainedModel, report: PruningReport
+) -> Callable[[str], Part | None]:
+    """Return a function that returns the mixture to which a parameter of the dense model belongs, by its name.
+
+    It returns `None` for all parameters if the run removed no experts from layers that predict more tokens
+    (`report.prediction_mixtures`). The model is only read.
+    """
+    mixtures: Sequence[Part] = ()
+    if report.prediction_mixtures:
+        mixtures = ModelOutline(find_decoder_layers(dense_model)).parts("experts").parts
+    by_tensor = {tensor: mixture for mixture in mixtures for tensor in mixture.tensors}
+    return by_tensor.get
 
 
 def _compare_copied(

@@ -1,7 +1,7 @@
 """The sink of a run from files to files, by one process or several, which resumes after a crash.
 
-`run.run` calls `FileSink` in this order: `opened`, `together`, `budgets`, `share`, then `write` and `commit` for each
-decoder layer, and `complete`. Terms:
+`run.run` calls `FileSink` in this order: `opened`, `together`, `budgets`, `share`, then `write`, `store` and `commit`
+for each decoder layer, and `complete`. Terms:
 
 - `Plan`: what is pruned and how; it holds the model, whose weights stay in their files until they are needed.
 - `Budgets`: how many zeros each operator gets, and which decoder layers are removed.
@@ -102,6 +102,8 @@ class FileSink(Sink):
         self._output = output
         # What earlier starts of the run have taken for the decoder layers that they finished; `share` sets it.
         self._seconds_before = 0.0
+        # Name and digest of the shard of the decoder layer that is finished next; `store` sets it.
+        self._shard: tuple[str, str] | None = None
 
     @contextmanager
     def opened(self, products: Products) -> Iterator[None]:
@@ -231,8 +233,8 @@ class FileSink(Sink):
         # "full": each layer is pruned on what the pruned layers before it give.
         layers_depend = plan.config.correction.carry == "full"
         if layers_depend:
-            last_pruned = max(plan.pruned_layers, default=-1)
-            needs_states = 0 < num_first <= last_pruned
+            last_to_reach = max(plan.layers_to_reach, default=-1)
+            needs_states = 0 < num_first <= last_to_reach
             if needs_states and streams is None:
                 num_first = 0  # without hidden states, all layers must run again
             elif needs_states:
@@ -252,37 +254,47 @@ class FileSink(Sink):
         """Do a step in every process, and wait for the others; return the result of this process."""
         return self._ranks.each(step)
 
-    def commit(
-        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
-    ) -> None:
-        """Write the shard and the record of a finished decoder layer; of a removed layer, only its record.
+    def store(self, index: int, layer: nn.Module, record: LayerRecord) -> None:
+        """Write the shard of a decoder layer; a removed layer has none.
 
-        The old weights of the layer are freed, and the masks of its operators go from `self.masks` to the journal on
-        disk, which also gets the hidden states of `travelling` and drops those that entered this layer. The record is
-        written last: a layer without a record is not finished, and `complete` deletes all files that no record names.
-        Raises ValueError if a file of the model has changed since it was hashed (`self._source`). `self._shards` writes
-        shards, `self._journal` everything else, and `self._plan` says which layers are removed.
+        The old weights of the layer are freed. The layer does not count as finished until `commit` writes its record:
+        `self._shard` keeps the name and the digest of the shard until then. `self._shards` writes shards, and
+        `self._plan` says which layers are removed. Raises ValueError if a file of the model has changed since it was
+        hashed (`self._source`).
 
         Args:
             index: The number of the layer.
             layer: The layer, pruned, on its device.
             record: What its report says.
-            travelling: Hidden states (dense and pruned) and held-out sequences that enter the next layer, as far as a
-                run that resumes there needs them. Each has a method `to_save`, which returns lists of tensors by name.
         """
         self.forget_old_weights()  # the dense ones of this layer: the files of the source have them
-        masks = self.masks
-        self.masks = {}
         is_removed = index in self._plan.removal.removed_layers
-        tensors = {} if is_removed else self._shards.tensors_of_layer(layer, record, masks)
+        tensors = {} if is_removed else self._shards.tensors_of_layer(layer, record, self.masks)
 
         # The files that were read must be those that were hashed, or the layer does not count as finished.
         self._source.require_unchanged()
-        shard = None if is_removed else self._shards.write_layer(index, tensors)  # name and digest
+        self._shard = None if is_removed else self._shards.write_layer(index, tensors)
+
+    def commit(self, index: int, record: LayerRecord, travelling: Travelling) -> None:
+        """Write the record of the decoder layer whose shard `store` has written: now it is finished.
+
+        The masks of its operators go from `self.masks` to the journal on disk (`self._journal`), which also gets the
+        hidden states of `travelling` and drops those that entered this layer. The record is written last: a layer
+        without a record is not finished, and `complete` deletes all files that no record names. `self._shard` is the
+        name and the digest of the shard.
+
+        Args:
+            index: The number of the layer.
+            record: What its report says.
+            travelling: Hidden states (dense and pruned) and held-out sequences that enter the next layer, as far as a
+                run that resumes there needs them. Each has a method `to_save`, which returns lists of tensors by name.
+        """
+        masks = self.masks
+        self.masks = {}
         streams: dict[str, list[torch.Tensor]] = {}  # by name, such as "pruned", a batch each
         for traveller in travelling:
             streams |= traveller.to_save()
-        self._journal.keep_layer(index, shard, masks, record, streams)
+        self._journal.keep_layer(index, self._shard, masks, record, streams)
 
     def complete(
         self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
@@ -310,13 +322,14 @@ class FileSink(Sink):
         """
         layers = self._collect_records(report)
         report.seconds["total"] = self._seconds_before + time.perf_counter() - started
+        plan = plan.with_fewer_prediction_experts(report)
         # Renames the operators in the report, and gives the model the smaller configuration if parts are removed.
         complete_report(plan, report, held_out)
 
         folder = self._journal.model
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         _delete_all_but(folder, shards)
-        shards.add(folder / self._shards.write_rest())
+        shards.add(folder / self._shards.write_rest(plan.source.tensors_to_copy))
         # The file of each tensor, by the name of the tensor.
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         totals = {"total_parameters": report.model["num_parameters"]}
@@ -369,6 +382,7 @@ class FileSink(Sink):
         report.lost_masks = []
         report.zeros_filled = 0
         report.zeros_uncovered = 0
+        report.prediction_mixtures = []
         for layer in layers.values():
             report.add(layer.record)
         return layers

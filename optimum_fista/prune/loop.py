@@ -16,7 +16,7 @@ memory, but hidden states must be kept between the layers.
   network, of the pruned one, or both).
 - `GroupProblems`: for each operator of a group its `LayerProblem` (Gram matrix, weights, targets), on tokens to fit to
   and on held-out ones. `PrunedOperator`: the weights, mask and error that a method returns.
-- `Sink`: overwrites weights in the model (`write`), takes that back (`undo`), or makes it final (`commit`).
+- `Sink`: overwrites weights in the model (`write`), takes that back (`undo`), or makes it final (`store`, `commit`).
 - `HeldOut`: held-out sequences on their way through the dense and the pruned layers, to measure perplexities.
 - `LayerRecord`: what the report says of a decoder layer, with a report for each operator.
 """
@@ -45,7 +45,8 @@ from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.prune.progress import Progress
 from optimum_fista.prune.reordering import reorder_channels
 from optimum_fista.prune.sink import Sink
-from optimum_fista.records import LayerRecord, LayerReport, OperatorReport
+from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, OperatorReport
+from optimum_fista.removal.prediction_experts import choose_prediction_experts
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import prune_stacked
 from optimum_fista.solve.method import PrunedOperator
@@ -83,8 +84,8 @@ def prune_layers(
     num_layers = len(plan.layers)
     if todo is None:
         todo = range(num_layers)
-    # Layers after the last one to prune need not run. Without such a layer, none need.
-    last = max((index for index in plan.pruned_layers if index in todo), default=-1)
+    # Layers after the last one to prune or to reach need not run. Without such a layer, none need.
+    last = max((index for index in plan.layers_to_reach if index in todo), default=-1)
     # The first layer to run: the one that the hidden states enter, if there are any.
     first = 0 if calibration.states is None else min(todo)
     # Operators that no decoder layer is asked for: by name, with the reason why they stay dense.
@@ -136,8 +137,8 @@ class _Loop:
 
         `self.plan` says what is pruned. Weights of the layer are overwritten through `self.sink`, which also gets its
         masks and writes its files, if it is a sink for files. `self.calibration` is replaced by one with the hidden
-        states that leave the layer. `self.held_out` runs through the layer, and `self.report` gets its record. The
-        callbacks are called.
+        states that leave the layer. `self.held_out` runs through the layer, and `self.report` gets its record. After
+        the last layer, layers that predict more tokens run. The callbacks are called.
 
         Args:
             index: The number of the layer.
@@ -182,12 +183,46 @@ class _Loop:
                 )
                 # Masks of an earlier run of operators that this one leaves alone.
                 layer_record = self.plan.removal.carry_masks(layer, layer_record, self.sink)
-                self.report.add(layer_record)
-                self.sink.commit(index, layer, layer_record, self._travelling(index))
+                self.sink.store(index, layer, layer_record)
 
         if is_mine:
+            # Only now, when the weights of the last decoder layer are off the device.
+            if index == len(self.plan.layers) - 1:
+                layer_record = replace(layer_record, prediction_mixtures=self._predict())
+            self.report.add(layer_record)
+            self.sink.commit(index, layer_record, self._travelling(index))
             for callback in self.callbacks:
                 callback.on_layer_end(index, layer_record.report, layer_record.operators)
+
+    def _predict(self) -> list[MixtureReport]:
+        """Choose the experts of the layers that predict more tokens; none if `self.plan` has no such layers.
+
+        They run on the hidden states that leave the last decoder layer, which `self.calibration` has. If memory runs
+        out, they run on smaller batches, and `self.report` gets a warning.
+        """
+        plan = self.plan
+        if not plan.prediction_layers:
+            return []
+
+        def choose(calibration: Calibration) -> list[MixtureReport]:
+            """Choose the experts on the batches of `calibration`, with its hidden states."""
+            assert calibration.states is not None
+            return choose_prediction_experts(
+                plan.prediction_layers,
+                plan.layers,
+                calibration.batches,
+                calibration.states.to_prune_on,
+                plan.storage,
+            )
+
+        release_memory()  # the allocator still holds memory of the last decoder layer
+        return retried(
+            choose,
+            self.calibration,
+            where="the layers that predict more tokens",
+            plan=plan,
+            report=self.report,
+        )
 
     def _travelling(self, index: int) -> list[HiddenStates | HeldOut]:
         """Return what a run that resumes after the decoder layer number `index` needs besides its weights.
@@ -196,8 +231,8 @@ class _Loop:
         those of the held-out text (`self.held_out`), if the run has one. Changes nothing, and copies nothing.
         """
         travelling: list[HiddenStates | HeldOut] = []
-        # Whether a later layer is pruned.
-        is_followed = index < max(self.plan.pruned_layers, default=-1)
+        # Whether a later layer is pruned, or has to run.
+        is_followed = index < max(self.plan.layers_to_reach, default=-1)
         # "full": the targets of a layer count the errors of all layers before it.
         if self.plan.config.correction.carry == "full" and is_followed:
             assert self.calibration.states is not None

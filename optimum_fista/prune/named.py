@@ -29,7 +29,7 @@ from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.files import FileSink, Output
 from optimum_fista.prune.identity import join_run, run_fingerprint
 from optimum_fista.prune.journal import Journal
-from optimum_fista.prune.plan import Plan, plan_run
+from optimum_fista.prune.plan import Plan, plan_run, prediction_layers_of
 from optimum_fista.prune.ranks import RankError, joined_ranks, require_independent_layers
 from optimum_fista.prune.run import run
 from optimum_fista.prune.source_files import shared_files
@@ -206,10 +206,11 @@ def _read_model(
     """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
 
     `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `offload_folder`
-    gets copies of weights that can't be read from the files in parts. `storage` is where the user wants activations to
-    be kept; if the user does not say (`None`) and computes on the CPU, they go to the folder `disk`. `progress` says
-    whether bars are shown. `device` is where to compute, such as "cuda:0"; `None`: the accelerator if there is one. A
-    Hub id is downloaded into the cache; nothing else is written but the copies.
+    gets copies of weights that can't be read from the files in parts, and of layers that predict more tokens and lose
+    experts, too. `storage` is where the user wants activations to be kept; if the user does not say (`None`) and
+    computes on the CPU, they go to the folder `disk`. `progress` says whether bars are shown. `device` is where to
+    compute, such as "cuda:0"; `None`: the accelerator if there is one. A Hub id is downloaded into the cache; nothing
+    else is written but the copies.
     """
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
     model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)
@@ -228,9 +229,13 @@ def _read_model(
             quantized=files_dtypes and removal.keeps_values,
             layers_name=removal.layers.name,
         )
+    source, prediction_layers = prediction_layers_of(
+        removal, source, offload_folder / "prediction layers"
+    )
     plan = plan_run(
         removal,
         source,
+        prediction_layers=prediction_layers,
         files_dtypes=files_dtypes,
         storage=storage,
         progress=progress,

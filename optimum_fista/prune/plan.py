@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -23,9 +24,15 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import Products, choose_products
 from optimum_fista.packed.format import packed_names
 from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.removal.prediction_experts import (
+    LoadedPredictionLayer,
+    load_prediction_layers,
+)
 from optimum_fista.removal.removal import Removal
+from optimum_fista.run_record import RunRecord
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.source.names import stored_names
+from optimum_fista.source.prediction_layers import with_fewer_experts
 from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor
 
@@ -64,6 +71,7 @@ class Plan:
     Attributes:
         removal: What is taken from the model: operators to prune with their patterns, and parts to remove.
         source: The tensors in the files of the model, by their names in the result; empty if they are not known.
+        prediction_layers: Layers that predict more tokens and lose experts, too; they run after the decoder layers.
         files_dtypes: Whether tensors are written in the dtypes of the files, not in the model's.
         budgets: Decided by the loss of the dense model; empty until `with_budgets`.
         storage: Where activations are kept between passes; `None`: on the device of their decoder layer.
@@ -73,6 +81,7 @@ class Plan:
 
     removal: Removal
     source: SourceTensors = field(default_factory=SourceTensors)
+    prediction_layers: Sequence[LoadedPredictionLayer] = ()
     files_dtypes: bool = False
     budgets: Budgets = field(default_factory=Budgets)
     storage: Storage | None = None
@@ -97,6 +106,15 @@ class Plan:
             removal=self.removal.without_layers(removed_layers),
             source=self.source.renamed(stay, len(self.layers)),
         )
+
+    def with_fewer_prediction_experts(self, report: RunRecord) -> Plan:
+        """Return a copy of the plan whose `source` has layers that predict more tokens without the removed experts.
+
+        `report` is that of the run after the last decoder layer; its `prediction_mixtures` say which experts stay. It
+        is only read. The model is still dense.
+        """
+        kept = {mixture.name: mixture.groups_kept for mixture in report.prediction_mixtures}
+        return replace(self, source=with_fewer_experts(self.source, self.layers.model, kept))
 
     @property
     def layers(self) -> DecoderLayers:
@@ -144,6 +162,19 @@ class Plan:
             for index, (name, operators) in enumerate(self.removal.operators.items())
             if operators or name in self.removal.mixtures
         ]
+
+    @property
+    def layers_to_reach(self) -> list[int]:
+        """Indices of the decoder layers that have to run: those of `pruned_layers`, and perhaps the last one.
+
+        If layers that predict more tokens lose experts (`self.prediction_layers`), they get the hidden states that
+        leave the last decoder layer.
+        """
+        indices = self.pruned_layers
+        last = len(self.layers) - 1
+        if self.prediction_layers and last not in indices:
+            indices.append(last)
+        return indices
 
     @property
     def costs(self) -> list[float]:
@@ -196,11 +227,28 @@ class Plan:
         )
 
 
+def prediction_layers_of(
+    removal: Removal, source: SourceTensors, copies: Path
+) -> tuple[SourceTensors, list[LoadedPredictionLayer]]:
+    """Load the layers that predict more tokens and lose experts, too; return `source` as it is known then.
+
+    In the returned copy of `source` (the tensors in the files of the model), modules that can't be loaded are not
+    copied. `removal` says how many experts stay. The layers are copied to the folder `copies`, and read from there
+    until the run ends. Without such layers, nothing is written.
+    """
+    if not source.prediction_layers:
+        return source, []
+    first = source.prediction_layers[0]
+    num_kept = removal.num_groups_kept[first.part.name]  # equally many in all mixtures
+    return load_prediction_layers(source, removal.layers, num_kept, copies)
+
+
 def plan_run(
     removal: Removal,
     source: SourceTensors | None = None,
     *,
     loaded: bool = True,
+    prediction_layers: Sequence[LoadedPredictionLayer] = (),
     files_dtypes: bool = False,
     storage: Storage | None = None,
     progress: bool = False,
@@ -210,13 +258,15 @@ def plan_run(
 
     Nothing is changed, and no zeros are allocated yet. `removal` comes from `plan_removal`, and `source` from
     `source_tensors`; it is `None` if the files are not known. If `loaded` is False, the model may be on the meta
-    device, for an estimate. `files_dtypes` says whether tensors are written in the dtypes of the files, and not in that
-    of the model. `storage` is where activations are kept between passes (`None`: on the device of their decoder layer).
-    `progress` shows bars, and `callbacks` are called as operators and decoder layers are pruned.
+    device, for an estimate. `prediction_layers` are those of `source`, as `prediction_layers_of` loads them.
+    `files_dtypes` says whether tensors are written in the dtypes of the files, and not in that of the model. `storage`
+    is where activations are kept between passes (`None`: on the device of their decoder layer). `progress` shows bars,
+    and `callbacks` are called as operators and decoder layers are pruned.
     """
     plan = Plan(
         removal=removal,
         source=SourceTensors() if source is None else source,
+        prediction_layers=prediction_layers,
         files_dtypes=files_dtypes,
         storage=storage,
         progress=progress,

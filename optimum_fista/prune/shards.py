@@ -103,12 +103,12 @@ class ShardWriter:
         # Shards are numbered without the decoder layers that the run removes.
         return self._write(self._layers_left.index(index), tensors)
 
-    def write_rest(self) -> str:
+    def write_rest(self, tensors_to_copy: Mapping[str, StoredTensor]) -> str:
         """Write the last shard, with the tensors outside the decoder layers, to the folder; return its file name.
 
-        These are embeddings, norms and the head, and tensors of the source's files that the model's class does not load
-        (`tensors_to_copy`). The model is only read. `self._layers_left` are the numbers of the decoder layers that
-        stay, each of which has a shard before this one.
+        These are embeddings, norms and the head, and `tensors_to_copy`: tensors of the source's files that the model's
+        class does not load, by their names in the result. The model is only read. `self._layers_left` are the numbers
+        of the decoder layers that stay, each of which has a shard before this one.
         """
         plan = self._plan
         # The tensors of the source's files outside the decoder layers (`None`), of which no part is cut ({}).
@@ -121,7 +121,7 @@ class ShardWriter:
             )
         around = self._in_stored_form(originals, tensors)
         last = len(self._layers_left)
-        name, _ = self._write(last, around | plan.source.tensors_to_copy)  # without its digest
+        name, _ = self._write(last, around | dict(tensors_to_copy))  # without its digest
         return name
 
     def _write(self, number: int, tensors: Mapping[str, StoredTensor]) -> tuple[str, str]:

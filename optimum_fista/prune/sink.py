@@ -1,9 +1,9 @@
 """Sinks: where a run puts what it has pruned, and what is undone if the run fails.
 
 A run (`run.run`) talks to its sink in this order: `opened` around everything, `budgets` and `share` before the first
-decoder layer, `write` for each operator, then `undo` (to prune the layer again) or `commit` for each decoder layer, and
-`complete` at the end. `Sink` has what all sinks share. `ModelSink` is for a model in memory, which an exception leaves
-as it was; `files.FileSink` is for the files of a model. Terms:
+decoder layer, `write` for each operator, then `undo` (to prune the layer again) or `store` and `commit` for each
+decoder layer, and `complete` at the end. `Sink` has what all sinks share. `ModelSink` is for a model in memory, which
+an exception leaves as it was; `files.FileSink` is for the files of a model. Terms:
 
 - `LinearOperator`: a linear module of a decoder layer, or one matrix of one expert. `owner` is the module with its
   parameter, `tensor` the name of the parameter there, `transposed` whether that is stored as [in, out].
@@ -119,10 +119,12 @@ class Sink(ABC):
         """Do a step in every process of the run, and wait for the others; return the result of this process."""
 
     @abstractmethod
-    def commit(
-        self, index: int, layer: nn.Module, record: LayerRecord, travelling: Travelling
-    ) -> None:
+    def store(self, index: int, layer: nn.Module, record: LayerRecord) -> None:
         """Make the weights of a decoder layer final, while they are on the device."""
+
+    @abstractmethod
+    def commit(self, index: int, record: LayerRecord, travelling: Travelling) -> None:
+        """Count the decoder layer whose weights were stored last as finished; `record` may say more by now."""
 
     @abstractmethod
     def complete(
@@ -255,13 +257,7 @@ class ModelSink(Sink):
         """Do a step, and return its result; there is only one process."""
         return step()
 
-    def commit(
-        self,
-        index: int,
-        layer: nn.Module,
-        record: LayerRecord,
-        travelling: Travelling,
-    ) -> None:
+    def store(self, index: int, layer: nn.Module, record: LayerRecord) -> None:
         """Make the weights of a decoder layer final, while they are on the device.
 
         `undo` no longer puts them back; an error in the run still does (`self._undo`). Offloaded weights
@@ -273,6 +269,9 @@ class ModelSink(Sink):
             store_tensor(owner, name, getattr(owner, name), self._undo.append)
         self._onloaded.clear()
         self._num_committed = len(self._undo)
+
+    def commit(self, index: int, record: LayerRecord, travelling: Travelling) -> None:
+        """Do nothing: a run in memory does not resume."""
 
     def complete(
         self, plan: Plan, report: PruningReport, held_out: HeldOut | None, started: float
@@ -288,6 +287,7 @@ class ModelSink(Sink):
         # The numbers of the groups (channels, heads, experts) that stay, by the name of their part. They are asked for
         # before names in the report become those of the smaller model.
         kept = groups_kept(report.layers, report.operators)
+        plan = plan.with_fewer_prediction_experts(report)
         stored = plan.source.cut_tensors(model, plan.removal.part_of, kept, strict=False)
         complete_report(plan, report, held_out)
         # Weights and masks: `undo_at_failure` puts them back, too.

@@ -33,6 +33,7 @@ from optimum_fista.source.formats.dequantizer import Dequantizer, dequantizer_of
 from optimum_fista.source.loaded_names import Naming
 from optimum_fista.source.loading import model_without_weights, read_config
 from optimum_fista.source.model_folder import CONFIG_FILE, PACKED_KEY, read_json
+from optimum_fista.source.prediction_layers import find_prediction_layers
 from optimum_fista.source.source_tensors import CutPart, SourceTensors
 from optimum_fista.source.stored_tensor import PLAIN_FLOATS, StoredTensor, read_stored
 
@@ -59,7 +60,8 @@ def source_tensors(
     Modules that are not loaded are not copied in three cases:
 
     - A run cuts parts of decoder layers, and a module has tensors of the same name and shape: the configuration has one
-      number of experts, for instance, for decoder layers and for layers that predict more tokens.
+      number of channels, for instance, for decoder layers and for layers that predict more tokens. Such layers are
+      copied if they only have to lose experts (`prediction_layers` of the result).
     - The result is not quantized and the module can't be dequantized.
     - The model is a part of that in the files, such as the text decoder alone, and its configuration does not describe
       the rest.
@@ -120,18 +122,35 @@ def source_tensors(
     if dequantizer is not None and not quantized:
         stored, not_loaded = _dequantized(stored, not_loaded, dequantizer, model.dtype)
         not_copied |= _modules_still_quantized(stored, not_loaded)
-    not_copied |= _modules_with_cut_parts(stored, not_loaded, shapes_of_parts)
-    not_copied |= _modules_not_described(model, source, config, not_loaded)
+    with_cut_parts = _modules_with_cut_parts(stored, not_loaded, shapes_of_parts)
 
     if layers_name is None:
         layers_name = find_decoder_layers(model).name
+    layers_prefix = _prefix_of_layers(places, f"{layers_name}.")
+    prediction_layers = find_prediction_layers(
+        with_cut_parts,
+        not_loaded,
+        stored,
+        naming=naming,
+        layers_name=layers_name,
+        layers_prefix=layers_prefix,
+        part_of=part_of,
+        in_plain_floats=partial(
+            _in_plain_floats, stored, not_loaded, dequantizer=dequantizer, dtype=model.dtype
+        ),
+    )
+    for layer in prediction_layers:
+        del with_cut_parts[layer.module]
+    not_copied |= with_cut_parts
+    not_copied |= _modules_not_described(model, source, config, not_loaded)
     return SourceTensors(
         stored=stored,
         places=places,
         not_loaded=not_loaded,
         not_copied=not_copied,
-        layers=_prefix_of_layers(places, f"{layers_name}."),
+        layers=layers_prefix,
         settings=settings,
+        prediction_layers=[layer for layer in prediction_layers if layer.module not in not_copied],
     )
 
 
@@ -342,6 +361,30 @@ def _dequantized(
                 if part != "weight":
                     remaining.pop(names[part], None)
     return dense, remaining
+
+
+def _in_plain_floats(
+    stored: Mapping[str, StoredTensor],
+    not_loaded: Mapping[str, str],
+    name: str,
+    *,
+    dequantizer: Dequantizer | None,
+    dtype: torch.dtype,
+) -> StoredTensor | None:
+    """Return the stored tensor `name`, dequantized to `dtype` if it is in FP8; `None` if it stays quantized.
+
+    `stored` and `not_loaded` are all stored tensors, and the modules of those that are not loaded, by name.
+    `dequantizer` is what has loaded the model; `None` if it is not quantized. A tensor that is quantized is read once.
+    """
+    tensor = stored[name]
+    if dequantizer is not None and tensor.dtype not in PLAIN_FLOATS:
+        owner = name.removesuffix("weight")  # such as "model.layers.61.eh_proj."
+        of_owner = {
+            other: module for other, module in not_loaded.items() if other.startswith(owner)
+        }
+        dense, _ = _dequantized(stored, of_owner, dequantizer, dtype)
+        tensor = dense[name]
+    return tensor if tensor.dtype in PLAIN_FLOATS else None
 
 
 def _makes_shape(dequantize: Callable[[], Tensor], shape: tuple[int, ...]) -> bool:

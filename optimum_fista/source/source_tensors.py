@@ -22,9 +22,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +32,12 @@ from transformers import PreTrainedModel
 
 from optimum_fista.source.stored_tensor import PLAIN_FLOATS, StoredTensor, name_of_dtype
 
+if TYPE_CHECKING:
+    from optimum_fista.source.prediction_layers import PredictionLayer
+
 T = TypeVar("T")
-_EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+EXPERT = re.compile(r"(.*\.experts\.)(\d+)(\..*)")
+"""Names of tensors of a single expert, such as "model.layers.3.mlp.experts.7.up_proj.weight"."""
 
 
 class CutPart(Protocol):
@@ -83,6 +87,8 @@ class SourceTensors:
         not_copied: The modules of `not_loaded` that are not copied, each with the reason, a sentence.
         layers: What the names of stored tensors of decoder layers begin with, such as "model.layers.".
         settings: The quantization settings; empty if the weights are not quantized.
+        prediction_layers: Modules of `not_loaded` whose mixtures have to lose as many experts as those of the model
+            (`prediction_layers.with_fewer_experts`); empty if the run removes no experts.
     """
 
     stored: Mapping[str, StoredTensor] = field(default_factory=dict)
@@ -91,6 +97,7 @@ class SourceTensors:
     not_copied: Mapping[str, str] = field(default_factory=dict)
     layers: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    prediction_layers: Sequence[PredictionLayer] = ()
 
     @property
     def tensors_to_copy(self) -> dict[str, StoredTensor]:
@@ -183,7 +190,7 @@ class SourceTensors:
                 change = partial(part.shrink, place, kept=groups)
                 tensors[name] = self.stored[name].changed(change)
                 continue
-            expert_name = _EXPERT.fullmatch(name) if part.is_mixture else None
+            expert_name = EXPERT.fullmatch(name) if part.is_mixture else None
             # Every expert may have tensors of its own, which stay or go whole.
             if expert_name is not None:
                 before, number, after = expert_name.groups()
@@ -359,6 +366,10 @@ class SourceTensors:
             not_copied=self.not_copied,
             layers=self.layers,
             settings=renamed_in_lists(self.settings),
+            prediction_layers=[
+                replace(layer, places=with_new_names(layer.places))
+                for layer in self.prediction_layers
+            ],
         )
 
 

@@ -25,7 +25,10 @@ class Recorder(PruningCallback):
     def undo(self):
         self.events.append(("undo", ""))
 
-    def commit(self, index, layer, record, travelling):
+    def store(self, index, layer, record):
+        self.events.append(("store", record.report.name))
+
+    def commit(self, index, record, travelling):
         self.events.append(("commit", record.report.name))
 
     def on_operator_end(self, report):
@@ -47,7 +50,7 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
     for layer in ("model.layers.0", "model.layers.1"):
         for group in GROUPS:
             expected += [("write", name) for name in group] + [("report", name) for name in group]
-        expected += [("commit", layer), ("layer", layer)]
+        expected += [("store", layer), ("commit", layer), ("layer", layer)]
 
     with evaluation_mode(llama), torch.no_grad():
         prune_layers(plan, calibration, report, recorder)

@@ -45,7 +45,7 @@ def test_undo_puts_back_what_was_written_since_the_last_commit():
 
     with suppress(ValueError), sink.opened("float32"):
         sink.write(first, torch.zeros(3, 4))
-        sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), [])
+        sink.store(0, model[0], LayerRecord(LayerReport("0", None, 0.0)))
         sink.write(second, torch.zeros(3, 4))
         sink.write(second, torch.ones(3, 4))
         sink.undo()
@@ -70,7 +70,7 @@ def test_offloaded_weights_change_where_they_are_kept_when_their_layer_is_commit
             assert torch.equal(operator.parameter, before)
             sink.write(operator, torch.ones(3, 4))
             assert torch.equal(offloaded_tensor(model[0], "weight"), before)
-            sink.commit(0, model[0], LayerRecord(LayerReport("0", None, 0.0)), [])
+            sink.store(0, model[0], LayerRecord(LayerReport("0", None, 0.0)))
             assert torch.equal(offloaded_tensor(model[0], "weight"), torch.ones(3, 4))
             sink.undo()
         assert torch.equal(offloaded_tensor(model[0], "weight"), torch.ones(3, 4))

@@ -324,9 +324,15 @@ def test_tensors_that_the_class_does_not_load_are_copied(tmp_path, pattern, plac
 
 
 @pytest.mark.parametrize("place", ["files", "memory"])
-def test_a_layer_for_more_tokens_is_not_copied_if_it_would_have_to_lose_experts(tmp_path, place):
+def test_a_layer_for_more_tokens_whose_input_is_not_known_is_not_copied_without_its_experts(
+    tmp_path, place
+):
     family = "glm4_moe" if place == "memory" else "deepseek_v3"
     source, more = folder_with_more_tokens(tmp_path / "source", family)
+    del more["model.layers.4.enorm.weight"]
+    tensors = load_file(source / "model.safetensors")
+    del tensors["model.layers.4.enorm.weight"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
     output = tmp_path / "out"
     pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.25"), progress=False)
 
@@ -370,6 +376,10 @@ def test_tensors_that_the_class_does_not_load_are_in_a_recovered_model(tmp_path)
         ("2:4", "35 tensors that the model's class does not load are copied: model.layers."),
         (
             "experts:0.25",
+            "layers that predict more tokens lose experts, too: model.layers.4.mlp.experts (3 of 4 left)",
+        ),
+        (
+            "experts:0.25+heads:0.25",
             "not in the pruned model: model.layers.4 (33 tensors: parts that decoder layers lose would",
         ),
     ],

@@ -39,6 +39,19 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_moe": _LLAMA | _MOE | {"head_dim": 8, "num_experts": 4},
     "deepseek_v3": _LLAMA | _MOE | _LATENT | _ROUTED | {"num_key_value_heads": 4},
     "glm4_moe": _LLAMA | _MOE | _ROUTED | {"head_dim": 8},
+    "qwen3_next": _LLAMA
+    | _MOE
+    | {
+        "head_dim": 16,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
     "gpt_oss": _SLIDING | _FOUR_EXPERTS,
     "granitemoe": _LLAMA | _FOUR_EXPERTS,
     "llama4_text": _LLAMA
@@ -46,7 +59,8 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     | {"num_experts_per_tok": 1, "head_dim": 8, "interleave_moe_layer_step": 1},
 }
 MOE_FAMILIES = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "granitemoe", "llama4_text")
-FAMILIES = tuple(family for family in _CONFIGS if family not in (*MOE_FAMILIES, "glm4_moe"))
+_OTHER_MOE = ("glm4_moe", "qwen3_next")
+FAMILIES = tuple(family for family in _CONFIGS if family not in MOE_FAMILIES + _OTHER_MOE)
 
 
 def tiny_model(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
