@@ -277,11 +277,12 @@ def _warn_of_unreached_experts(report: PruningReport) -> None:
     It names their mixtures and numbers; `expert_tokens` of each mixture in the report has them all. Such an expert
     stays only if more have to stay than were reached.
     """
-    with_unreached = [mixture for mixture in report.mixtures if mixture.unreached]
+    mixtures = [*report.mixtures, *report.prediction_mixtures]
+    with_unreached = [mixture for mixture in mixtures if mixture.unreached]
     if not with_unreached:
         return
     num_unreached = sum(len(mixture.unreached) for mixture in with_unreached)
-    num_experts = sum(len(mixture.expert_tokens) for mixture in report.mixtures)
+    num_experts = sum(len(mixture.expert_tokens) for mixture in mixtures)
     names = [f"{mixture.name} ({_short_list(mixture.unreached)})" for mixture in with_unreached]
     num_kept = sum(len({*mixture.unreached} & {*mixture.groups_kept}) for mixture in with_unreached)
     went_first = "they were removed before all others"
@@ -292,7 +293,7 @@ def _warn_of_unreached_experts(report: PruningReport) -> None:
         )
     report.warn(
         f"no calibration token reached {num_unreached:,} of {num_experts:,} experts, in {len(with_unreached)} of "
-        f"{len(report.mixtures)} mixtures: {first_names(names)}; {went_first}. Pass more sequences (--num-samples), or "
+        f"{len(mixtures)} mixtures: {first_names(names)}; {went_first}. Pass more sequences (--num-samples), or "
         "text of the kind that uses them."
     )
 

@@ -141,7 +141,9 @@ def find_prediction_layers(
             hidden_norm=hidden_norm,
             projection=projection,
         )
-        if part.is_mixture and _has_all_experts(layer, stored, f"{layers_prefix}{number}."):
+        # A router that reads experts from a table would need substitutes of those that are removed.
+        can_lose_experts = part.is_mixture and part.table is None
+        if can_lose_experts and _has_all_experts(layer, stored, f"{layers_prefix}{number}."):
             layers.append(layer)
     return layers
 
