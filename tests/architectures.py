@@ -14,7 +14,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from families import FAMILIES, MULTIMODAL, Outcome, try_family, what_can_go
+from families import (
+    EXPERTS_WORK,
+    FAMILIES,
+    MIXTURE_OPTIONS,
+    MULTIMODAL,
+    Outcome,
+    try_experts,
+    try_family,
+    what_can_go,
+)
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
@@ -43,6 +52,8 @@ def format_page(outcomes: Iterable[Outcome], multimodal: Iterable[Outcome]) -> s
         f"{len(works)} work ({len({o.model_class for o in works})} model classes).",
         *("", "## What can become smaller", ""),
         *_smaller(works),
+        *("", "## Experts", ""),
+        *_experts([*works, *(o for o in others if o.status == "works")]),
         *("", "## What does not work", ""),
         *_grouped("what happens", ((_failure(o), o.family) for o in found if o.status != "works")),
         *("", "## Multimodal models", ""),
@@ -73,6 +84,21 @@ def _smaller(works: list[Outcome]) -> list[str]:
         "families.",
         "",
         *_grouped("what can go", ((", ".join(o.smaller) or "nothing", o.family) for o in works)),
+    ]
+
+
+def _experts(works: Iterable[Outcome]) -> list[str]:
+    """Of all families with a mixture: whether experts can be removed, or why not; each family and reason once."""
+    pairs = {(o.experts, o.family) for o in works if o.experts}
+    removable = {family for text, family in pairs if text == EXPERTS_WORK}
+    families = {family for _, family in pairs}
+    optional = ", ".join(f"`{family}`" for family in sorted(MIXTURE_OPTIONS))
+    return [
+        f"`experts:SHARE` removes experts from {len(removable)} of the {len(families)} families that have a mixture. "
+        "In memory and from files, the result is the same, and `verify` accepts it. Families that have a mixture only "
+        f"if their configuration says so are tried with one: {optional}.",
+        "",
+        *_grouped("`experts:SHARE`", pairs),
     ]
 
 
@@ -107,7 +133,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             outcome = try_family(family, Path(folder) / "model", multimodal=multimodal)
             if outcome.status == "works":
-                outcome = replace(outcome, smaller=what_can_go(family, multimodal=multimodal))
+                outcome = replace(
+                    outcome,
+                    smaller=what_can_go(family, multimodal=multimodal),
+                    experts=try_experts(family, Path(folder), multimodal=multimodal),
+                )
         outcomes.append(outcome)
     keep(outcomes)
 

@@ -6,10 +6,25 @@ from dataclasses import replace
 
 import pytest
 from architectures import COMMAND, PAGE, format_page, read_outcomes
-from families import FAMILIES, try_family, what_can_go
+from families import FAMILIES, try_experts, try_family, what_can_go
 from packaging.version import parse
 
 TABLE, MULTIMODAL_TABLE = read_outcomes(), read_outcomes(multimodal=True)
+EXPERTS_TRIED = [(o.family, o.multimodal) for o in TABLE.values() if o.experts]
+EXPERTS_TRIED += [(o.family, o.multimodal) for o in MULTIMODAL_TABLE.values() if o.experts]
+EXPERTS_TRIED_ALWAYS = (
+    ("dbrx", False),
+    ("deepseek_v4", False),
+    ("doge", False),
+    ("ernie4_5_vl_moe", True),
+    ("gemma4_text", False),
+    ("hunyuan_v1_moe", False),
+    ("inkling_text", False),
+    ("jetmoe", False),
+    ("longcat_flash", False),
+    ("minimax_m3_vl", True),
+    ("zaya", False),
+)
 WRITTEN_WITH = re.search(r"^transformers (\S+):", PAGE.read_text(), re.MULTILINE)[1]
 pytestmark = pytest.mark.skipif(
     parse(importlib.metadata.version("transformers")) < parse(WRITTEN_WITH),
@@ -57,6 +72,21 @@ def test_a_multimodal_family_has_the_outcome_that_the_page_promises(family, tmp_
     promised = MULTIMODAL_TABLE[family]
     outcome = try_family(family, tmp_path / "model", multimodal=True)
     assert replace(outcome, smaller=promised.smaller) == promised
+
+
+@pytest.mark.parametrize(
+    ("family", "multimodal"),
+    [
+        pytest.param(
+            *case, marks=() if case in EXPERTS_TRIED_ALWAYS else pytest.mark.slow, id=case[0]
+        )
+        for case in EXPERTS_TRIED
+    ],
+)
+def test_experts_can_be_removed_from_the_families_on_the_page(family, multimodal, tmp_path):
+    promised = (MULTIMODAL_TABLE if multimodal else TABLE)[family]
+
+    assert try_experts(family, tmp_path, multimodal=multimodal) == promised.experts
 
 
 def test_parts_that_can_be_removed_from_a_multimodal_family_are_those_on_the_page():

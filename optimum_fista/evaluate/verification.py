@@ -488,10 +488,10 @@ def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_group
         router_groups: Another kind of groups: the router chooses among so many groups of experts first
             (`count_router_groups`). Each group keeps equally many.
     """
-    # The experts share tensors; their module has no parameters but these.
-    fused = model.get_submodule(mixture.name).parameters(recurse=False)
-    # Weights are [experts, out, in]; biases, [experts, out], are left out.
-    numbers = {len(parameter) for parameter in fused if parameter.ndim == 3}
+    # The experts share tensors; their module has no parameters but these. Down projections are [experts, out, in], and
+    # other weights may have more entries after those of the experts.
+    fused = dict(model.get_submodule(mixture.name).named_parameters(recurse=False))
+    numbers = {len(fused["down_proj"])} if "down_proj" in fused else set[int]()
     num_kept = len(mixture.groups_kept)
     if not numbers:
         raise VerificationError(

@@ -194,6 +194,8 @@ class FusedExperts:
 
         self._experts = [self._operators_of(expert) for expert in range(len(down))]
         self.operators = [operator for expert in self._experts for operator in expert.values()]
+        # Whether choices beyond the number of experts are of experts that return their inputs (LongCat-Flash).
+        self._has_identities = has_identities(module)
         self._checked = False  # whether the first output was compared with the original one
 
     def __len__(self) -> int:
@@ -330,6 +332,15 @@ class FusedExperts:
                 watcher(expert, tokens, expert_outputs)
             # the sum has the dtype of the hidden states
             output = output.index_add(0, rows, expert_outputs.to(output.dtype))
+
+        if self._has_identities:
+            # choices beyond the last expert
+            beyond = slice(batch.bounds[-1], None)
+            rows = batch.rows[beyond]
+            returned_inputs = batch.hidden_states[rows]
+            if batch.weights is not None:
+                returned_inputs = returned_inputs * batch.weights[beyond]
+            output = output.index_add(0, rows, returned_inputs.to(output.dtype))
         return output
 
     def output_of(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:
@@ -383,12 +394,22 @@ def is_fused_experts(module: nn.Module) -> bool:
 def can_be_split(module: nn.Module) -> bool:
     """Tell whether the form of fused experts is known: an up and a down projection, with a gate or without.
 
-    Both must have matrices of the same number of experts. `module` is a mixture (`is_fused_experts`).
+    Both must have matrices of the same number of experts, unless the mixture also has experts that return their inputs.
+    `module` is a mixture (`is_fused_experts`).
     """
     fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
     has_names = set(fused) in ({"gate_up_proj", "down_proj"}, {"up_proj", "down_proj"})
+    if not has_names:
+        return False
     numbers_of_experts = {parameter.shape[0] for parameter in fused.values()}
-    return has_names and len(numbers_of_experts) == 1
+    if has_identities(module):  # the first matrices may have entries for them, which are never used
+        return fused["down_proj"].shape[0] == min(numbers_of_experts)
+    return len(numbers_of_experts) == 1
+
+
+def has_identities(module: nn.Module) -> bool:
+    """Tell whether a mixture has experts that return their inputs, numbered after those with weights."""
+    return isinstance(getattr(module, "identity_expert", None), nn.Identity)
 
 
 @contextmanager

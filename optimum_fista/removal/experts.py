@@ -168,7 +168,8 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
         # Norms in float32, their sum over all tokens in float64: only that has many terms.
         norms_of_tokens = torch.linalg.vector_norm(real_outputs.detach().float(), dim=-1)
         norms[expert] += norms_of_tokens.sum(dtype=torch.float64)
-        num_tokens[expert] += len(real_outputs)
+        # Some routers give a token that skips the mixture to an expert with the weight 0 (Zaya).
+        num_tokens[expert] += (norms_of_tokens > 0).sum()
 
     # Each target is made by a pass of the layer, in which `add_outputs` is called for every expert.
     with split_experts(experts.operators, add_outputs):

@@ -56,6 +56,9 @@ _WORDS: dict[Kind, tuple[str, ...]] = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
 }
 
+# What they call the number of experts that a token is sent to.
+_WORDS_FOR_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+
 # What an outline gets for a size that its configuration leaves open: no model would choose it.
 _UNUSUAL_SIZE = 8
 
@@ -123,8 +126,12 @@ class Part:
         """Return the numbers of the entries that stay on an axis of `size` entries, int64, on the CPU.
 
         The axis has all groups of the part `repeats` times; `kept` are the numbers of the groups that stay, in the
-        order that they get.
+        order that they get. After the experts of a mixture, which have one entry each, there may be further entries,
+        all of which stay: a router may have rows for shared experts, for experts without weights, or for none.
         """
+        if self.is_mixture:
+            others = torch.arange(self.groups, size)
+            return torch.cat([torch.tensor(kept, dtype=torch.int64), others])
         by_group = torch.arange(size).view(repeats, self.groups, -1)  # [repeats, groups, entries]
         return by_group[:, list(kept)].flatten()
 
@@ -410,8 +417,7 @@ def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
 
     `config` is a text configuration without overrides, which is only read. Returns `Parts` without any part in them.
     """
-    # How many experts a token is sent to. Configurations have two words for it; `None` and 0 state nothing.
-    top_k = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None) or 1
+    top_k = _experts_for_a_token(config)
     router_groups = count_router_groups(config)
     if router_groups == 1:
         at_least = top_k
@@ -429,6 +435,20 @@ def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
         num_router_groups=router_groups,
         at_least=at_least,
     )
+
+
+def _experts_for_a_token(config: PreTrainedConfig) -> int:
+    """Read from a text configuration how many experts a token is sent to; the most, if decoder layers differ.
+
+    1 if the configuration does not state it. `config` is only read.
+    """
+    for word in _WORDS_FOR_TOP_K:
+        value = getattr(config, word, None)
+        if isinstance(value, list):  # a number for each decoder layer
+            value = max(value, default=None)
+        if value:  # `None` and 0 state nothing
+            return int(value)
+    return 1
 
 
 def count_router_groups(config: PreTrainedConfig) -> int:
@@ -450,14 +470,14 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
     and no parts yet (`_stated_number`).
     """
     # The axis on which a tensor becomes smaller, by its name; and the smaller settings, as text for messages.
-    axes, smaller_settings = _shrinking_axes(outline, stated)
+    axes, small_shapes, smaller_settings = _shrinking_axes(outline, stated)
 
     parts = list[Part]()
     for layer_name, _ in outline.layers:
         # with a dot: "model.layers.1." is no beginning of "model.layers.10"
         prefix = f"{layer_name}."
         if stated.kind == "experts":
-            parts += _mixtures(outline, prefix, axes, stated)
+            parts += _mixtures(outline, prefix, axes, small_shapes, stated)
         else:
             parts += _operators(outline, prefix, axes, stated)
 
@@ -480,12 +500,15 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
     return replace(stated, groups=first.groups, parts=tuple(parts))
 
 
-def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int], str]:
+def _shrinking_axes(
+    outline: ModelOutline, stated: Parts
+) -> tuple[dict[str, int], dict[str, tuple[int, ...]], str]:
     """Build an outline with fewer groups in every part, and find the tensors that are smaller in it.
 
     `outline` is that of the model as it is; it builds its copy without weights if it has none yet. `stated` has the
     numbers of the configuration by their words, such as {"intermediate_size": 64} (`_stated_number`). Returns the axis
-    that is smaller, by the name of the tensor, and the settings of the smaller outline, as text for messages.
+    that is smaller, by the name of the tensor; the shapes of all tensors of the smaller outline; and its settings, as
+    text for messages.
 
     Raises UnsupportedArchitectureError if a tensor differs otherwise, or if there is nothing to remove.
     """
@@ -522,7 +545,7 @@ def _shrinking_axes(outline: ModelOutline, stated: Parts) -> tuple[dict[str, int
                 f"{name} of shape {shape} would have shape {small_shape} with {as_text(fewer)}"
             )
         axes[name] = differing[0]
-    return axes, as_text(fewer)
+    return axes, small_shapes, as_text(fewer)
 
 
 def _operators(
@@ -643,7 +666,11 @@ def _axis_of_inputs(module: nn.Module) -> int:
 
 
 def _mixtures(
-    outline: ModelOutline, prefix: str, axes: Mapping[str, int], stated: Parts
+    outline: ModelOutline,
+    prefix: str,
+    axes: Mapping[str, int],
+    small_shapes: Mapping[str, tuple[int, ...]],
+    stated: Parts,
 ) -> Iterator[Part]:
     """Find the mixture of a decoder layer: tensors with an entry for each expert on one axis.
 
@@ -654,6 +681,7 @@ def _mixtures(
         outline: Of the model; only read.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
         axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
+        small_shapes: Shapes of all tensors in the outline with half of the experts, by name.
         stated: The number of experts (`groups`) and of groups of the router, without any part yet (`_stated_number`).
     """
     tensors = {
@@ -665,18 +693,28 @@ def _mixtures(
     if not shrinking:
         return
 
+    num_removed = stated.groups - stated.groups // 2  # in the smaller outline
     for name in shrinking:
-        has_entry_for_each_expert = tensors[name].shape[axes[name]] == stated.groups
-        if not has_entry_for_each_expert:
+        axis = axes[name]
+        size = tensors[name].shape[axis]
+        # There may be further entries besides those of experts.
+        has_entry_for_each_expert = size - small_shapes[name][axis] == num_removed
+        if not has_entry_for_each_expert or size < stated.groups:
             raise UnsupportedArchitectureError(
                 f"{name} is not a mixture with one entry for each expert"
             )
     table = _routing_table(outline.text_config, tensors, shrinking)
     # names of modules that have the matrices of all experts in one tensor of three axes; a router has two
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
-    if len(fused) != 1:
+    if not fused:
         raise UnsupportedArchitectureError(
-            f"{prefix.rstrip('.')} is not a mixture with one entry for each expert"
+            f"{prefix.rstrip('.')} keeps its experts in another form than one 3-D parameter for a matrix of all of them"
+        )
+    if len(fused) > 1:
+        names = ", ".join(name.removeprefix(prefix) for name in sorted(fused))
+        raise UnsupportedArchitectureError(
+            f"{prefix.rstrip('.')} keeps its experts in several modules ({names}), and experts can be removed only if "
+            "one module has all their matrices"
         )
     (module_of_experts,) = fused
     yield Part(

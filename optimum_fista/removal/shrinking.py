@@ -368,9 +368,10 @@ def _changed_attributes(
 def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> bool:
     """Tell whether the attribute `word` of a module may be `new` instead of `old` in the smaller model of `plan`.
 
-    It may if both are numbers of decoder layers, the number of one layer, lists with an entry for each layer, or sizes
-    that shrink as a part does. `total` is the number of decoder layers of the model as it is; `plan.layers` are the
-    numbers of those that stay, and `plan.num_kept` says how many groups each part keeps.
+    It may if both are numbers of decoder layers, the number of one layer, lists with an entry for each layer, sizes
+    that shrink as a part does, or numbers of experts that fall by the number of those removed. `total` is the number of
+    decoder layers of the model as it is; `plan.layers` are the numbers of those that stay, and `plan.num_kept` says how
+    many groups each part keeps.
     """
     names_layers = "layer" in word
     if type(old) is not int or type(new) is not int:
@@ -387,4 +388,11 @@ def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> b
     if old == 0:  # no proportion
         return False
     shares_kept = {Fraction(plan.num_kept[name], part.groups) for name, part in plan.parts.items()}
-    return Fraction(new, old) in shares_kept
+    if Fraction(new, old) in shares_kept:
+        return True
+    # or the number of all experts, together with some that always stay
+    for name, part in plan.parts.items():
+        counts_more = part.is_mixture and old > part.groups
+        if counts_more and old - new == part.groups - plan.num_kept[name]:
+            return True
+    return False

@@ -244,6 +244,7 @@ class _Samples:
         if len(states) != 1 or len(ids) != 1:
             raise self.router.unknown()
         router_states = states[0].reshape(-1, states[0].shape[-1])
+        are_same = torch.equal(router_states, hidden_states)
         if not torch.equal(self.router.table[ids[0].reshape(-1)].long(), chosen):
             raise self.router.unknown()
         # The first tokens are enough to see whether weights for other rows can be computed.
@@ -266,9 +267,10 @@ class _Samples:
                 is_own = is_real & (chosen == expert).any(dim=1)
             tokens = is_own.nonzero()[:num_missing, 0]
             if len(tokens):
-                samples.append(
-                    _Sample(hidden_states[tokens], router_states[tokens], chosen[tokens])
-                )
+                states_of_tokens = hidden_states[tokens]
+                # In most models router and experts get the same hidden states, which are kept once then.
+                router_states_of_tokens = states_of_tokens if are_same else router_states[tokens]
+                samples.append(_Sample(states_of_tokens, router_states_of_tokens, chosen[tokens]))
 
 
 def _joined(samples: Sequence[_Sample]) -> _Sample:

@@ -194,7 +194,12 @@ class SourceTensors:
             # Every expert may have tensors of its own, which stay or go whole.
             if expert_name is not None:
                 before, number, after = expert_name.groups()
-                if int(number) in groups:
+                # Tensors that are numbered after all experts of the part stay, too.
+                are_after_experts = int(number) >= part.groups
+                if are_after_experts:
+                    new_number = int(number) - part.groups + len(groups)
+                    tensors[f"{before}{new_number}{after}"] = self.stored[name]
+                elif int(number) in groups:
                     new_number = groups.index(int(number))
                     tensors[f"{before}{new_number}{after}"] = self.stored[name]
                 continue
@@ -241,7 +246,8 @@ class SourceTensors:
 
         # How many rows or columns share one value: the smallest possible number that the quantization settings name.
         block_size = self._block_size(whole_size, size)
-        divides_into_groups = size % (part.groups * repeats) == 0
+        # A mixture may have further entries after those of its experts (`entries`).
+        divides_into_groups = part.is_mixture or size % (part.groups * repeats) == 0
         has_equal_blocks = block_size * size == whole_size
         is_packed = name.endswith("_packed")  # several numbers in each integer
         if divides_into_groups and has_equal_blocks and not is_packed:

@@ -1,6 +1,7 @@
 """A model that lost whole parts, in every command: what is said of it is true."""
 
 import pytest
+from families import family_model
 from tiny_llama import QUICK, tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import AutoConfig
@@ -110,6 +111,19 @@ def test_a_number_of_experts_is_kept_that_the_devices_divide(
     assert f"| removed | {removed} |" in card
     assert main(["verify", "model-experts-0.33", "--dense", "model"]) == 0
     assert AutoConfig.from_pretrained("model-experts-0.33").num_local_experts == 4
+
+
+def test_a_plan_says_why_experts_can_not_be_removed(text_file, tmp_path, capsys):
+    family_model("jetmoe").save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    flags = ["--pattern", "experts:0.5", *QUICK, "--calibration", str(text_file)]
+
+    assert main(["prune", str(tmp_path / "dense"), "--dry-run", *flags]) == 1
+
+    reason = (
+        "JetMoeForCausalLM can't lose experts: model.layers.0 keeps its experts in several modules"
+    )
+    assert reason in capsys.readouterr().err
 
 
 def test_a_rounded_share_is_printed_beside_the_share_that_was_asked_for(

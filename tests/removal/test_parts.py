@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import family_model
+from families import MIXTURE_OPTIONS, family_model
 from shrunken_config import shrunken_config
 from shrunken_models import parts_of
 from tiny_models import tiny_model
@@ -124,6 +124,19 @@ def test_what_can_not_be_lost_is_refused_with_the_reason(family, kind, reason):
         match=f"^{type(model).__name__} can't lose {kind}: .*({reason})",
     ):
         parts_of(model, kind)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("hunyuan_v1_moe", {"moe_topk": [1, 3]}),  # a number for each decoder layer
+        ("gemma4_text", MIXTURE_OPTIONS["gemma4_text"] | {"top_k_experts": 3}),
+    ],
+)
+def test_at_least_as_many_experts_stay_as_a_token_is_sent_to(family, settings):
+    model = family_model(family, settings=settings)
+
+    assert parts_of(model, "experts").at_least == 3
 
 
 def test_layers_of_different_sizes_are_refused():

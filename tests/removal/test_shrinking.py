@@ -46,6 +46,12 @@ def test_a_shrunken_model_computes_what_the_whole_does_without_the_removed_parts
     assert generates_alike(assert_shrinks(tiny_model(family), tmp_path, **numbers))
 
 
+@pytest.mark.parametrize("family", ["deepseek_v4", "inkling_text", "longcat_flash", "zaya"])
+def test_other_rows_of_a_router_than_those_of_removed_experts_stay(family, tmp_path):
+    """Rows of shared experts, of experts that return their inputs, of none; and a table with the experts of a token."""
+    assert_shrinks(family_model(family), tmp_path, experts=3)
+
+
 def test_tokens_are_routed_as_before_if_router_groups_keep_equally_many_experts(tmp_path):
     config = tiny_model("deepseek_v3").config
     config.n_routed_experts = 8

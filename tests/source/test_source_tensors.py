@@ -89,13 +89,15 @@ def fp8_with_more_tokens(folder: Path) -> Path:
                 "mixtral",
                 "gpt_oss",
                 "llama4_text",
-                "ernie4_5_moe",
-            )  # the last has biases [1, experts]
+                "ernie4_5_moe",  # biases [1, experts]
+                "longcat_flash",  # matrices of experts that return their inputs
+            )
         ),
     ],
 )
 def test_stored_tensors_are_cut_like_those_of_the_model(tmp_path, family, options):
-    model = family_model(family) if family == "ernie4_5_moe" else tiny_model(family)
+    has_no_tiny_model = family in ("ernie4_5_moe", "longcat_flash")
+    model = family_model(family) if has_no_tiny_model else tiny_model(family)
     model.save_pretrained(tmp_path / "source")
 
     prune(tmp_path / "source", tmp_path / "stored", **options)

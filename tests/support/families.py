@@ -44,6 +44,20 @@ MULTIMODAL = tuple(
 NO_TEXT_ALONE = "it does not run without an image"
 ENOUGH_TOKENS = patch("optimum_fista.prune.loop.UNDER_CALIBRATED_TOKENS", 0)
 """Inside, no expert is under-calibrated, however few tokens it gets."""
+_GEMMA4_MIXTURE = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 16,
+}
+MIXTURE_OPTIONS: dict[str, dict[str, Any]] = {
+    "doge": {"is_moe": True},
+    "flint": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "gemma4": _GEMMA4_MIXTURE,
+    "gemma4_text": _GEMMA4_MIXTURE,
+}
+"""Families that have a mixture only if the configuration of their text decoder says so, with what it has to say."""
+EXPERTS_WORK = "works"
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class Outcome:
         smaller: The kinds of parts of which half can go.
         seen: Names of the inputs of a multimodal model on which the saved one was compared.
         multimodal: Whether it is the class for images or sounds.
+        experts: `works` if half of its experts can be removed in memory and from files, or why not; "" without a
+            mixture.
     """
 
     family: str
@@ -70,17 +86,29 @@ class Outcome:
     smaller: tuple[str, ...] = ()
     seen: tuple[str, ...] = ()
     multimodal: bool = False
+    experts: str = ""
 
 
 class NotReloaded(Exception):
     """What was saved can't be loaded or verified; the message says why."""
 
 
-def family_model(family: str, seed: int = 0, kind: Any = AutoModelForCausalLM) -> PreTrainedModel:
-    """A random tiny float32 model of a family; every parameter is random, biases and norms included."""
+def family_model(
+    family: str,
+    seed: int = 0,
+    kind: Any = AutoModelForCausalLM,
+    settings: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """A random tiny float32 model of a family; every parameter is random, biases and norms included.
+
+    `settings` are for the configuration of its text decoder, which is the tiny default otherwise.
+    """
+    config = shrunken_config(family)
+    for name, value in (settings or {}).items():
+        setattr(config.get_text_config(decoder=True), name, value)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = kind.from_config(shrunken_config(family), dtype=torch.float32).eval()
+        model = kind.from_config(config, dtype=torch.float32).eval()
         randomize(model, torch.default_generator)
     return model
 
@@ -233,6 +261,41 @@ def what_can_go(family: str, *, multimodal: bool = False) -> tuple[str, ...]:
         assert bool(torch.isfinite(logits(model, **batches[0])).all())
         removable.append(part)
     return tuple(removable)
+
+
+def try_experts(family: str, folder: Path, *, multimodal: bool = False) -> str:
+    """Remove half of the experts of a family in memory and from files; returns what `Outcome.experts` says of it.
+
+    Asserts that both give the same tensors and pass `verify` against the dense model, in `folder`.
+    """
+    model = family_model(
+        family, kind=_auto_class(multimodal), settings=MIXTURE_OPTIONS.get(family, {})
+    )
+    names_of_modules = [
+        name for _, layer in find_decoder_layers(model) for name, _ in layer.named_modules()
+    ]
+    has_mixture = family in MIXTURE_OPTIONS or any(
+        name.split(".")[-1] == "experts" for name in names_of_modules
+    )
+    if not has_mixture:
+        return ""
+    batches = family_batches(model)
+    model.save_pretrained(folder / "dense")
+    pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.5"), progress=False)
+    try:
+        report = prune(pruner, model, batches)
+    except UnsupportedArchitectureError as error:
+        reason = " ".join(str(error).split()).partition("can't lose experts: ")[2]
+        return reason.removesuffix(".")
+
+    assert report.mixtures
+    assert bool(torch.isfinite(logits(model, **batches[0])).all())
+    prune(pruner, str(folder / "dense"), batches, output_dir=folder / "streamed", device="cpu")
+    streamed = type(model).from_pretrained(folder / "streamed").state_dict()
+    assert all(torch.equal(tensor, streamed[name]) for name, tensor in model.state_dict().items())
+    verified = verify_checkpoint(folder / "streamed", dense=folder / "dense")
+    assert verified.num_mixtures == len(report.mixtures)
+    return EXPERTS_WORK
 
 
 def prune(

@@ -134,6 +134,7 @@ _EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {"mamba_d_ssm": 64},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
     "glm5_next_text": {"index_kpool": 2},
     # full attention has larger heads; the configurations say so for each decoder layer
     **{

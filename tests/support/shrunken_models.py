@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.removal.parts import ModelOutline, Parts
 from optimum_fista.removal.proof import require_same_outputs
+from optimum_fista.removal.routing_table import repointed
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
 from optimum_fista.removal.smaller_modules import shrink_model
 
@@ -79,6 +80,10 @@ def expected_logits(model, plan, kept):
             weight.copy_(part.without_columns(weight, kept[name]))
             continue
         has_experts = True
+        if part.table is not None:
+            # the table names only kept experts, by their old numbers
+            new_numbers = repointed(tensors[part.table], part.groups, kept[name])
+            tensors[part.table].copy_(torch.tensor(kept[name])[new_numbers])
         removed = torch.tensor(removed_groups(part, kept[name]))
         for key, (axis, _) in part.tensors.items():
             if "bias" in key and not key.startswith(name):  # added to the scores of experts
