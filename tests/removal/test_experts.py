@@ -77,6 +77,26 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
     assert saliency.tolist() == pytest.approx(means, rel=1e-5)
 
 
+def test_tokens_that_skip_the_mixture_are_of_no_expert():
+    """Zaya gives them to the first expert with the weight 0, if its router chooses the entry after the experts."""
+    _, experts, activations, entering = mixture_layer("zaya")
+    biases = activations.layer.mlp.gate.balancing_biases
+    counts = []
+    for bias_of_skipping in (1000.0, -1000.0):
+        biases[-1] = bias_of_skipping
+        targets = LayerTargets(
+            activations,
+            [],
+            Correction("full"),
+            HiddenStates(entering, entering),
+            experts=experts.module,
+        )
+        counts.append(score_experts(experts, targets).num_tokens.sum().item())
+
+    num_tokens = sum(ids.numel() for ids in family_tokens())
+    assert counts == [0, num_tokens]
+
+
 def test_the_device_holds_the_inputs_of_experts_of_one_batch_at_a_time():
     _, experts, activations, entering = mixture_layer("mixtral")
     assert len(entering) > 1
