@@ -61,8 +61,8 @@ class PruningOptions:
     pattern: str = option(
         "unstructured",
         "2:4 keeps 2 of every 4 consecutive inputs of a row; 4:8-pairs keeps 2 whole pairs of every 4; channels:0.25, "
-        "heads:0.5, experts:0.25 or layers:0.1, or several joined by +, remove whole parts; vocab:0.35 removes tokens "
-        "that the text rarely has, vocab:unused those that it never has (docs/smaller.md)",
+        "heads:0.5, experts:0.25, expert_channels:0.25 or layers:0.1, or several joined by +, remove whole parts; "
+        "vocab:0.35 removes tokens that the text rarely has, vocab:unused those that it never has (docs/smaller.md)",
     )
     scope: Literal["matrix", "row"] | None = option(
         None,

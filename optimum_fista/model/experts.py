@@ -196,7 +196,8 @@ class FusedExperts:
         self.operators = [operator for expert in self._experts for operator in expert.values()]
         # Whether choices beyond the number of experts are of experts that return their inputs (LongCat-Flash).
         self._has_identities = has_identities(module)
-        self._checked = False  # whether the first output was compared with the original one
+        # The shape of the down projections when the output was compared with the original one; `None`: not yet.
+        self._compared_shape: torch.Size | None = None
 
     def __len__(self) -> int:
         return len(self._experts)
@@ -233,15 +234,17 @@ class FusedExperts:
         """Compute the module's output expert by expert, in place of its own forward pass `original`.
 
         The other arguments are those of the forward pass. `watcher` is called for every expert. The first output is
-        compared with that of `original`, and the module is refused if they differ. `self._checked` is set then: whether
-        they agree does not depend on the batch.
+        compared with that of `original`, and the module is refused if they differ. Whether they agree does not depend
+        on the batch, but it may on the sizes of the experts: a copy of the module that has fewer channels is compared
+        again. `self._compared_shape` becomes the shape of the down projections then.
         """
         values = self.values(arguments, keywords)  # the first are the hidden states
         assigned = self.assigned(*arguments, **keywords)
         output = self.outputs(assigned, watcher).view(values[0].shape)
-        if not self._checked:
+        shape = self.module.get_parameter("down_proj").shape
+        if self._compared_shape != shape:
             self._compare(original, values, output)
-            self._checked = True
+            self._compared_shape = shape
         return output
 
     def _compare(self, original: Callable[..., Tensor], values: list[Any], output: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Parts that a model can lose as a whole: channels of MLPs, heads of attention, experts of mixtures.
+"""Parts that a model can lose as a whole: channels of MLPs and experts, heads of attention, experts of mixtures.
 
 There is no list of families. An *outline* (a model without weights, see `outline`) is built from the configuration,
 once as it is and once with fewer parts. The tensors whose shapes differ are those that shrink. If unexpected ones
@@ -8,7 +8,8 @@ model can't lose them.
 A `Part` belongs to one decoder layer, and consists of *groups* that can be removed one by one: single channels, a
 key-value head with its query heads, or single experts. The part of a linear operator has columns of its weight, and
 the rows of other operators that compute their inputs. The part of a mixture has an entry of each tensor for an expert.
-`Parts` are all parts of one kind in a model ("channels", "heads" or "experts"). A run makes one `ModelOutline`, and
+Every expert may lose channels of its own ("expert_channels"): then it is a part itself, although it has its matrices in
+the tensors of its mixture. `Parts` are all parts of one kind in a model. A run makes one `ModelOutline`, and
 asks it for the `Parts` of each kind that its pattern names.
 
 A configuration states the number of parts by one of its *words*, such as "num_attention_heads". *Overrides* are its
@@ -27,6 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.experts import FusedExperts, can_be_split, is_fused_experts
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import LINEAR
 from optimum_fista.removal.layer_overrides import (
@@ -40,7 +42,7 @@ from optimum_fista.removal.outline import as_text, described_model, shapes_of
 from optimum_fista.removal.routing_table import repointed
 from optimum_fista.solve.patterns import PartShare, WholeParts
 
-Kind = Literal["channels", "heads", "experts"]
+Kind = Literal["channels", "expert_channels", "heads", "experts"]
 
 # What configurations call these numbers. Of several words, the first that changes the right shapes is used.
 _WORDS: dict[Kind, tuple[str, ...]] = {
@@ -51,6 +53,13 @@ _WORDS: dict[Kind, tuple[str, ...]] = {
         "decoder_ffn_dim",
         "ffn_hidden_size",
         "d_ff",
+    ),
+    "expert_channels": (
+        "moe_intermediate_size",
+        "moe_hidden_size",
+        "expert_ffn_hidden_size",
+        "intermediate_size",
+        "ffn_hidden_size",
     ),
     "heads": ("num_attention_heads",),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
@@ -64,7 +73,7 @@ _UNUSUAL_SIZE = 8
 
 
 class GroupAxis(NamedTuple):
-    """Where a tensor has the groups of a part."""
+    """Where a tensor has the groups of a part; if the part is an expert, where its own matrix in the tensor has them."""
 
     axis: int
     repeats: int  # how often all groups are on the axis: twice if a gate and an up projection are one matrix
@@ -74,7 +83,9 @@ class GroupAxis(NamedTuple):
 class Part:
     """Groups of columns of a linear operator that can be removed, with the rows that compute their inputs.
 
-    The groups of a mixture are its experts, not columns, and `name` is that of the module that holds them.
+    The groups of a mixture are its experts, not columns, and `name` is that of the module that holds them. If `expert`
+    is set, the operator is the down projection of this expert, and the groups are its channels. Then each of `tensors`
+    has the matrices of all experts, which are parts of their own, one after the other on its first axis.
     """
 
     name: str  # of the operator, such as model.layers.0.mlp.down_proj
@@ -87,6 +98,8 @@ class Part:
     # The name in the model of the table from which the router of a mixture reads the experts of a token
     # (`routing_table`). It keeps its shape, and names only experts that stay. None: the router has no table.
     table: str | None = None
+    # The number of the expert in its mixture. None: the part is no expert, and has its tensors for itself.
+    expert: int | None = None
 
     def changes(self, name: str) -> bool:
         """Tell whether the tensor called `name` in the model becomes another one if groups are removed.
@@ -96,9 +109,21 @@ class Part:
         return name in self.tensors or name == self.table
 
     @property
+    def weight(self) -> str:
+        """The name in the model of the tensor that loses columns; of a mixture, no tensor has this name.
+
+        `self.name` is that of the operator. The matrix of an expert (`self.expert`) is in a tensor of its mixture: that
+        of "model.layers.3.mlp.experts.5.down_proj" is in "model.layers.3.mlp.experts.down_proj".
+        """
+        if self.expert is None:
+            return f"{self.name}.weight"
+        mixture, _, tensor = self.name.rsplit(".", 2)
+        return f"{mixture}.{tensor}"
+
+    @property
     def is_mixture(self) -> bool:
         """Tell whether the groups are experts, not columns."""
-        return f"{self.name}.weight" not in self.tensors
+        return self.weight not in self.tensors
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
         """Find the numbers of the groups of columns that a mask [out, in] keeps (True = kept), rising.
@@ -112,7 +137,7 @@ class Part:
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the tensor called `name`, one of this part, with only the groups `kept`, in this order.
 
-        `self.tensors` says, by the name of a tensor in the model, on which axis its groups are, and how often. The
+        Of an expert, `tensor` is its own matrix in the tensor called `name`. `self.tensors` says, by the name of a tensor in the model, on which axis its groups are, and how often. The
         tensor called `self.table` keeps its shape: it names experts, and `kept` may say which ones replace the removed
         ones (`KeptExperts`). `self.groups` is the number of experts then.
         """
@@ -141,7 +166,7 @@ class Part:
         `tensor` is [out, in] or [in, out]; `self.tensors` says which axis has the columns. The columns of a group are
         side by side, so the axis is divided into groups.
         """
-        axis = self.tensors[f"{self.name}.weight"].axis
+        axis = self.tensors[self.weight].axis
         removed = sorted(set(range(self.groups)).difference(kept))
         indices = torch.tensor(removed, dtype=torch.int64, device=tensor.device)
         by_group = tensor.unflatten(axis, (self.groups, -1))
@@ -155,7 +180,9 @@ class Parts:
     kind: Kind
     # What the configuration calls the number, with its value. None: the configuration leaves it to the model.
     words: Mapping[str, int | None]
-    groups: int = 0  # of each part; 0 as long as they have to be counted in columns
+    # Of each part; 0 as long as they have to be counted in columns. Of expert_channels, those of an expert: a shared
+    # expert has a multiple of them if the configuration states how many experts wide it is.
+    groups: int = 0
     constants: Mapping[str, int] = field(default_factory=dict)  # further settings to state
     num_router_groups: int = 1  # as in `Part`
     at_least: int = 1  # groups: a mixture needs as many experts as a token is sent to
@@ -175,6 +202,10 @@ class Parts:
             # With two query heads for each key-value head, for instance, there are 2 * count query heads.
             numbers[word] = count * present // self.groups
         return numbers | dict(self.constants)
+
+    def num_kept(self, part: Part, count: int) -> int:
+        """How many groups a part keeps if `count` of `self.groups` stay."""
+        return count * part.groups // self.groups
 
     def scaled_overrides(self, overrides: Overrides | None, count: int) -> Overrides | None:
         """Copy the overrides of single decoder layers, with the numbers for `count` groups in every part.
@@ -222,6 +253,8 @@ class ModelOutline:
         """Find what the model can lose of one kind.
 
         - `"channels"` of plain MLPs: columns of the down projection, with the rows that compute their inputs.
+        - `"expert_channels"` of mixtures: columns of the down projection of every expert, with the rows that compute
+          their inputs, and the same of other MLPs whose size follows from the same number, such as shared experts.
         - `"heads"`: key-value heads with their query heads: columns of the output projection, with rows of q, k and v.
         - `"experts"` of mixtures, with their outputs of the router.
 
@@ -255,6 +288,9 @@ class RemovedParts:
         if self.share.kind == "layers":
             kind = "decoder layers"
             place = ""  # they are no parts of a decoder layer
+        elif self.share.kind == "expert_channels":
+            kind = "channels"
+            place = " of every expert"
         else:
             kind = self.share.kind
             place = " of every decoder layer"
@@ -303,7 +339,7 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
 
 
 def kept_by_kind(removed: Iterable[RemovedParts]) -> dict[Kind, int]:
-    """How many channels, heads and experts every decoder layer keeps, by kind.
+    """How many channels, heads and experts every decoder layer keeps, and how many channels every expert, by kind.
 
     `removed` has an entry for each kind that loses some. That of decoder layers is left out.
     """
@@ -372,7 +408,7 @@ def _stated_number(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | N
         if len(different_values) > 1:
             numbers = ", ".join(map(str, different_values))
             raise UnsupportedArchitectureError(f"{word} differs between decoder layers ({numbers})")
-    if kind == "channels":
+    if kind in ("channels", "expert_channels"):
         return Parts(kind, {word: value})  # with `None`, the model computes the number
     return _stated_experts(common, word, value) if value else None
 
@@ -478,6 +514,12 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
         prefix = f"{layer_name}."
         if stated.kind == "experts":
             parts += _mixtures(outline, prefix, axes, small_shapes, stated)
+        elif stated.kind == "expert_channels":
+            experts = list(_experts(outline, prefix, axes))
+            of_experts = {name for part in experts for name in part.tensors}
+            # MLPs whose size follows from the same number, such as shared experts
+            others = {name: axis for name, axis in axes.items() if name not in of_experts}
+            parts += [*experts, *_operators(outline, prefix, others, stated)]
         else:
             parts += _operators(outline, prefix, axes, stated)
 
@@ -492,8 +534,19 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
             f"no tensor of a decoder layer changes with {smaller_settings}"
         )
     first = parts[0]
+    if stated.kind == "expert_channels":
+        experts = [part for part in parts if part.expert is not None]
+        if not experts:
+            raise UnsupportedArchitectureError(
+                f"no matrix of an expert changes with {smaller_settings}"
+            )
+        first = experts[0]
     for part in parts:
-        if part.groups != first.groups:  # one word of the configuration can't state two sizes
+        is_several_experts_wide = stated.kind == "expert_channels" and part.expert is None
+        size = first.groups
+        if is_several_experts_wide and part.groups % first.groups == 0:
+            size = part.groups
+        if part.groups != size:  # one word of the configuration can't state two sizes
             raise UnsupportedArchitectureError(
                 f"{first.name} has {first.groups} {stated.kind}, and {part.name} has {part.groups}"
             )
@@ -557,7 +610,7 @@ def _operators(
         outline: Of the model.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
         axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
-        stated: The kind ("channels" or "heads") and the number of groups in a part, as the configuration states them.
+        stated: The kind ("channels", "expert_channels" or "heads") and the number of groups in a part, as the configuration states them.
             The caller makes a copy of it with the parts that are found here.
 
     Raises:
@@ -654,7 +707,7 @@ def _part_of_operator(
             )
         # The rows of a head are together. But if a gate and an up projection are one matrix, all channels of the gate
         # come before those of the up projection: the matrix has all groups twice.
-        has_all_groups_again = stated.kind == "channels" and tensor is not weight
+        has_all_groups_again = stated.kind != "heads" and tensor is not weight
         repeats = tensor.entries // groups if has_all_groups_again else 1
         tensors[tensor.name] = GroupAxis(tensor.axis, repeats)
     return Part(name=operator, groups=groups, width=weight.entries // groups, tensors=tensors)
@@ -663,6 +716,54 @@ def _part_of_operator(
 def _axis_of_inputs(module: nn.Module) -> int:
     """The axis of the inputs in the stored weight: the second one of [out, in], the first one of [in, out]."""
     return 0 if isinstance(module, Conv1D) else 1
+
+
+def _experts(outline: ModelOutline, prefix: str, axes: Mapping[str, int]) -> Iterator[Part]:
+    """Find the experts of a decoder layer that lose channels: each is a part. Changes nothing.
+
+    Raises UnsupportedArchitectureError if the matrices of experts are in an unknown form.
+
+    Args:
+        outline: Of the model.
+        prefix: The name of the layer with a dot, such as "model.layers.3.".
+        axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
+    """
+    layer_name = prefix.removesuffix(".")
+    for name, module in outline.dense.get_submodule(layer_name).named_modules(prefix=layer_name):
+        own_tensors = [f"{name}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
+        shrinking = [tensor for tensor in own_tensors if tensor in axes]
+        if not shrinking or not is_fused_experts(module):
+            continue
+        down = f"{name}.down_proj"
+        if not can_be_split(module) or down not in shrinking:
+            raise UnsupportedArchitectureError(
+                f"{name} ({type(module).__name__}) keeps the weights of its experts in an unknown form"
+            )
+
+        experts = FusedExperts(name, module)
+        groups = outline.shapes[down][axes[down]]  # the channels of an expert
+        tensors = dict[str, GroupAxis]()
+        for tensor in shrinking:
+            axis = axes[tensor]
+            entries = outline.shapes[tensor][axis]
+            if axis == 0 or entries % groups:
+                raise UnsupportedArchitectureError(
+                    f"{tensor} has no rows of its own for each of {groups} channels of an expert"
+                )
+            # All channels of the gate come before those of the up projection. If gate and up alternate, both entries
+            # of a channel are together.
+            repeats = 1 if experts.interleaved else entries // groups
+            # The matrix of one expert lacks the first axis.
+            tensors[tensor] = GroupAxis(axis - 1, repeats)
+        for operator in experts.operators:
+            if operator.kind == "down_proj":
+                yield Part(
+                    name=operator.name,
+                    groups=groups,
+                    width=1,
+                    tensors=tensors,
+                    expert=operator.expert,
+                )
 
 
 def _mixtures(

@@ -1,8 +1,8 @@
 """Removing whole parts of a model: the run prunes columns of some operators, then the model becomes a smaller one.
 
 A *part* of a decoder layer consists of *groups*: channels of its MLP, heads of its attention, or experts of its
-*mixture*. A channel or a head is a group of columns of the linear *operator* that reads it. So the loop prunes these
-columns by any method, and the rows that compute them are removed afterwards. Experts are removed after the operators
+*mixture*. Experts may lose channels, too. A channel or a head is a group of columns of the linear *operator* that reads
+it. So the loop prunes these columns by any method, and the rows that compute them are removed afterwards. Experts are removed after the operators
 are pruned. The smaller model must compute the same as the model with zeros. This is proved on shapes
 (`removal.shrinking`), and once on numbers for every kind of decoder layer.
 
@@ -138,9 +138,14 @@ class PartsRemoval(Removal):
     def keeps_values(self) -> bool:
         """Tell whether all weights that stay keep their values, because nothing is refitted.
 
-        `self.num_kept_by_kind` has the kinds of parts that are removed ("channels", "heads" or "experts"), and
-        `self.mixtures` those that lose experts.
+        If experts lose channels, the answer is no, so that their matrices are never cut as the files store them: each
+        expert keeps other channels, and the files may have all experts in one tensor.
+
+        `self.num_kept_by_kind` has the kinds of parts that are removed, such as "heads", and `self.mixtures` those that lose
+        experts.
         """
+        if "expert_channels" in self.num_kept_by_kind:
+            return False
         correction = self.config.correction
         loses_columns = "channels" in self.num_kept_by_kind or "heads" in self.num_kept_by_kind
         method_updates_weights = loses_columns and METHODS[self.config.method].updates_weights
@@ -401,26 +406,22 @@ class PartsRemoval(Removal):
         mask = unpack_mask(sink.masks[operator.name], operator.stored_shape)
         part = self.smaller_plan.parts.get(operator.name.removesuffix(".weight"))
         groups = None  # an operator that is no part was only refitted
+        num_outputs, num_inputs = operator.shape
         if part is not None:
             mask_by_outputs = mask.T if operator.stored_transposed else mask  # [out, in]
             groups = part.kept_by(mask_by_outputs)
+            num_inputs = len(groups) * part.width
 
-        new_name = self.new_name(operator.name)
-        assert new_name is not None  # operators of removed layers are not pruned
-        stored_shape = self.smaller_plan.model.get_parameter(new_name).shape
-        smaller_mask = torch.ones(stored_shape, dtype=torch.bool)
-        sink.masks[operator.name] = pack_mask(smaller_mask)
-        if operator.stored_transposed:
-            num_inputs, num_outputs = stored_shape
-        else:
-            num_outputs, num_inputs = stored_shape
-        return replace(
+        smaller = replace(
             operator,
             shape=(num_outputs, num_inputs),
             groups_kept=groups,
-            num_kept=smaller_mask.numel(),
+            num_kept=num_outputs * num_inputs,
             sparsity=0.0,
         )
+        smaller_mask = torch.ones(smaller.stored_shape, dtype=torch.bool)
+        sink.masks[operator.name] = pack_mask(smaller_mask)
+        return smaller
 
     def carry_masks(
         self, layer: nn.Module, record: LayerRecord, sink: PrunedWeights

@@ -41,13 +41,10 @@ def require_same_outputs(
     """
     zeroed = dict[str, Tensor]()
     for full_name, tensor in tensors_of(module, name):
-        part = plan.part_of(full_name)
-        if part is None:
-            continue
-        loses_columns = full_name == f"{part.name}.weight"  # other tensors of a part lose rows
-        if loses_columns:
-            # a tensor of the same shape, with zeros in the columns of the groups that do not stay
-            zeroed[full_name] = part.without_columns(tensor.detach(), kept[part.name])
+        # a tensor of the same shape, with zeros in the columns of the groups that do not stay
+        with_zeros = plan.with_zeros(full_name, tensor.detach(), kept)
+        if with_zeros is not None:  # other tensors of a part lose rows
+            zeroed[full_name] = with_zeros
     small = smaller_copy(plan, name, module, kept)
 
     shown_name = name if name else type(module).__name__

@@ -2,9 +2,9 @@
 
 A `Shrinking` says which tensors of a model become smaller, which decoder layers stay under which new names, and which
 configuration describes the result, so that plain Transformers loads it without extra code. A *part* (`parts.Part`)
-belongs to one decoder layer, and consists of *groups* that can be removed one by one: channels of its MLP, heads of its
-attention, or experts of its mixture. Channels, heads and experts are the *kinds*. Every decoder layer keeps the same
-number of groups of one kind. The plan leaves open *which* of them stay: a run finds that out later, and passes it as
+belongs to one decoder layer, and consists of *groups* that can be removed one by one: channels of its MLP or of one of
+its experts, heads of its attention, or experts of its mixture. These are the *kinds*. Every part of one kind keeps the
+same share of its groups. The plan leaves open *which* of them stay: a run finds that out later, and passes it as
 `kept`, the numbers of the groups that stay, by the name of the part, such as `model.layers.0.mlp.down_proj`.
 
 An *outline* (`parts.ModelOutline`) has the model that is to become smaller, and a copy of it without weights
@@ -18,6 +18,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -67,15 +68,29 @@ class Shrinking:
             return None
         return f"{self.layers_name}.{new_numbers[number]}{dot}{rest}"
 
+    @cached_property
+    def _parts_by_tensor(self) -> dict[str, list[Part]]:
+        """The parts to which a tensor belongs that becomes another one, by its name in the model.
+
+        It is one part (of `self.parts`), or all experts of a mixture in the order of their numbers, if each of them
+        loses channels of its own.
+        """
+        parts_by_tensor = dict[str, list[Part]]()
+        for part in self.parts.values():
+            changed = [*part.tensors]
+            if part.table is not None:
+                changed.append(part.table)
+            for name in changed:
+                parts_by_tensor.setdefault(name, []).append(part)
+        return parts_by_tensor
+
     def part_of(self, name: str) -> Part | None:
         """The part to which the tensor called `name` in the model belongs; `None` if the tensor stays as it is.
 
-        `self.parts` are those that become smaller, by name.
+        If it has the matrices of several experts, each of which is a part, this is the first of them.
         """
-        for part in self.parts.values():
-            if part.changes(name):
-                return part
-        return None
+        parts = self._parts_by_tensor.get(name)
+        return parts[0] if parts else None
 
     def reasons_left_dense(self, names: Iterable[str]) -> dict[str, str]:
         """Say why the linear operators called `names` in the model are not pruned, by their names.
@@ -86,9 +101,14 @@ class Shrinking:
         for name in names:
             if self.new_name(name) is None:
                 continue
+            # Matrices of an expert have no tensor of their own, but its down projection is a part.
+            expert_name, _, _ = name.rpartition(".")
+            expert = self.parts.get(f"{expert_name}.down_proj")
             part = self.part_of(f"{name}.weight")
             if part is None:
                 part = self.parts.get(name)  # the module of a mixture is called as its part
+            if part is None and expert is not None and expert.expert is not None:
+                part = expert
             if part is None:
                 reasons[name] = "no part of the pattern"
             elif part.is_mixture:
@@ -103,7 +123,39 @@ class Shrinking:
         `name` is that of the tensor in the model. If it belongs to no part, the tensor itself is returned.
         """
         part = self.part_of(name)
-        return tensor if part is None else part.shrink(name, tensor, kept[part.name])
+        if part is None:
+            return tensor
+        if part.expert is None:
+            return part.shrink(name, tensor, kept[part.name])
+
+        # Every expert keeps channels of its own. Its matrix is copied into its place at once, so that no more than one
+        # matrix is in memory twice.
+        smaller: Tensor | None = None
+        for part in self._parts_by_tensor[name]:
+            assert part.expert is not None
+            matrix = part.shrink(name, tensor[part.expert], kept[part.name])
+            if smaller is None:
+                smaller = matrix.new_empty(len(tensor), *matrix.shape)
+            smaller[part.expert] = matrix
+        assert smaller is not None
+        return smaller
+
+    def with_zeros(self, name: str, tensor: Tensor, kept: Kept) -> Tensor | None:
+        """Copy the tensor called `name` with zeros in the columns of the groups that go; `None` if it loses no columns.
+
+        `kept` are the groups that stay of each part. A tensor that loses rows only, or that belongs to no part, loses
+        no columns, and that of a mixture without some of its experts neither.
+        """
+        part = self.part_of(name)
+        if part is None or name != part.weight:
+            return None
+        if part.expert is None:
+            return part.without_columns(tensor, kept[part.name])
+        zeroed = tensor.clone()
+        for part in self._parts_by_tensor[name]:
+            assert part.expert is not None
+            zeroed[part.expert] = part.without_columns(tensor[part.expert], kept[part.name])
+        return zeroed
 
 
 def plan_shrinking(
@@ -202,10 +254,11 @@ def _parts_of_layers(
     parts = dict[str, Part]()
     num_kept = dict[str, int]()
     for kind, count in counts.items():
-        for part in outline.parts(kind).parts:
+        of_kind = outline.parts(kind)
+        for part in of_kind.parts:
             if not part.name.startswith(beginnings_of_removed_names):
                 parts[part.name] = part
-                num_kept[part.name] = count
+                num_kept[part.name] = of_kind.num_kept(part, count)
     return parts, num_kept
 
 
@@ -306,16 +359,16 @@ def _require_described_tensors(outline: ModelOutline, plan: Shrinking) -> None:
 
     `outline.shapes` are the shapes of the model as it is; `plan.model` is the smaller one. Both are only read.
     """
+    # any groups have the same shape
+    first_groups = {part_name: range(count) for part_name, count in plan.num_kept.items()}
     shrunk = dict[str, tuple[int, ...]]()
     for name, shape in outline.shapes.items():
         new_name = plan.new_name(name)
         if new_name is None:
             continue
-        part = plan.part_of(name)
-        if part is not None:
-            first_groups = range(plan.num_kept[part.name])  # any groups have the same shape
+        if plan.part_of(name) is not None:
             tensor = torch.empty(shape, device="meta")
-            shape = tuple(part.shrink(name, tensor, first_groups).shape)
+            shape = tuple(plan.shrink_tensor(name, tensor, first_groups).shape)
         shrunk[new_name] = shape
 
     described = shapes_of(plan.model)

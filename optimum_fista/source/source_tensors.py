@@ -66,6 +66,10 @@ class CutPart(Protocol):
     def table(self) -> str | None:
         """The name in the model of a table that names experts, and keeps its shape; `None` if there is none."""
 
+    @property
+    def expert(self) -> int | None:
+        """The number of an expert that loses channels of its own; its `tensors` have the matrices of all experts."""
+
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the tensor called `name` in the model with only the groups `kept`; a table names only these."""
 
@@ -175,7 +179,9 @@ class SourceTensors:
             strict: Whether a tensor that can't be cut raises ValueError; otherwise it is left out.
 
         Returns:
-            Stored tensors by their names in the result: experts that have tensors of their own get new numbers.
+            Stored tensors by their names in the result: experts that have tensors of their own get new numbers. Tensors
+            of experts that lose channels are left out, because each expert keeps others. A run that removes such
+            channels never writes tensors as they are stored.
         """
         # `self.places` has the parameter of each tensor that is loaded.
         tensors: dict[str, StoredTensor] = {}
@@ -183,6 +189,8 @@ class SourceTensors:
             part = part_of(place)
             if part is None:
                 tensors[name] = self.stored[name]
+                continue
+            if part.expert is not None:
                 continue
             groups = kept[part.name]
             if place == part.table:

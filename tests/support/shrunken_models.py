@@ -76,8 +76,6 @@ def expected_logits(model, plan, kept):
     has_experts = False
     for name, part in plan.parts.items():
         if not part.is_mixture:
-            weight = tensors[f"{name}.weight"]
-            weight.copy_(part.without_columns(weight, kept[name]))
             continue
         has_experts = True
         if part.table is not None:
@@ -88,6 +86,10 @@ def expected_logits(model, plan, kept):
         for key, (axis, _) in part.tensors.items():
             if "bias" in key and not key.startswith(name):  # added to the scores of experts
                 tensors[key].index_fill_(axis, removed, -torch.inf)
+    for name, tensor in tensors.items():
+        with_zeros = plan.with_zeros(name, tensor, kept)
+        if with_zeros is not None:
+            tensor.copy_(with_zeros)
     for index, layer in enumerate(find_decoder_layers(model).modules):
         if index not in plan.layers:
             layer.register_forward_hook(skip, with_kwargs=True)

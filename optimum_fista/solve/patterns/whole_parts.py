@@ -1,4 +1,4 @@
-"""Whole parts of a model: channels of its MLPs, key-value groups with their query heads, experts, or decoder layers.
+"""Whole parts of a model: channels of its MLPs or experts, key-value groups with their query heads, experts, or layers.
 
 This is the only pattern that is not for a single matrix. A `PartShare` says which share of the parts of one kind is
 removed, and a `WholeParts` is one or several of them. `Columns` of the operators that read the parts decide which ones
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal, NoReturn, Self, cast
 
 from optimum_fista.solve.pattern import Scope, SparsityPattern
 
-PartKind = Literal["channels", "heads", "experts", "layers"]
+PartKind = Literal["channels", "expert_channels", "heads", "experts", "layers"]
 
 # A share is refused if the whole number of parts that is nearest to it differs by more than this part of it.
 _LARGEST_ROUNDING = 0.1
@@ -21,15 +21,15 @@ _MOST_SHARES_LISTED = 8  # in an error
 _FAST_MULTIPLE = 64
 
 _SHARE = r"((?:\d+\.?\d*|\.\d+)(?:e-\d+)?)"  # what `float` reads
-_PART = re.compile(rf"(channels|heads|experts|layers):{_SHARE}(?:/(\d+))?")
+_PART = re.compile(rf"(channels|expert_channels|heads|experts|layers):{_SHARE}(?:/(\d+))?")
 
 
 @dataclass(frozen=True)
 class PartShare:
     """Share of the parts of one kind that is removed, in (0, 1).
 
-    The number that stays is a multiple of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64
-    now; for experts, equally many of every group that the router chooses first.
+    The channels of an expert ("expert_channels") are counted as those of an MLP are. The number that stays is a multiple
+    of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64 now; for experts, equally many of every group that the router chooses first.
 
     `divisible_by` is the user's option `keep_divisible`, for experts only. It is a multiple, too, but the number is
     rounded to it however far that is from the share.
@@ -145,7 +145,8 @@ class PartShare:
     def usual_step(kind: PartKind, number: int, num_router_groups: int = 1) -> int:
         """The divisor of the number of parts that stay, if the user gives none; arguments as in `num_kept`."""
         # A size for which kernels are fast stays one.
-        is_fast_now = kind == "channels" and number % _FAST_MULTIPLE == 0
+        are_channels = kind in ("channels", "expert_channels")
+        is_fast_now = are_channels and number % _FAST_MULTIPLE == 0
         can_stay_fast = is_fast_now and number > _FAST_MULTIPLE
         return _FAST_MULTIPLE if can_stay_fast else num_router_groups
 
@@ -183,7 +184,7 @@ class PartShare:
 class WholeParts(SparsityPattern):
     """Shares of the parts of a model: equally many channels, heads and experts in every decoder layer, or whole layers.
 
-    The pattern is for a whole model and refuses a matrix. A run turns it into `Columns` for the operators that read the
+    Every expert may lose channels, too, equally many of each. The pattern is for a whole model and refuses a matrix. A run turns it into `Columns` for the operators that read the
     removed parts (down projection, output projection of the attention), and later removes the rows that compute them.
     Experts are chosen by their outputs, decoder layers by the loss without them. Its sparsity is the largest share.
     """
@@ -217,6 +218,11 @@ class WholeParts(SparsityPattern):
         kinds = {share.kind for share in shares}
         if len(kinds) < len(shares):
             raise ValueError(f"pattern={text!r}: name each kind once.")
+        if {"experts", "expert_channels"} <= kinds:
+            raise ValueError(
+                f"pattern={text!r}: one run removes either experts or their channels: pass one of the two, and prune "
+                "the smaller model with the other."
+            )
         # The sparsity of the whole pattern is its largest share. Each `share` is a `PartShare` here.
         return cls(max(share.share for share in shares), scope, shares=tuple(shares))
 
