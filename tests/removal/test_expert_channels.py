@@ -4,8 +4,9 @@ import warnings
 
 import pytest
 import torch
-from folder_files import files_of
+from folder_files import files_of, tensors_of
 from killed import Killed, killed_at_write
+from quantized_models import fp8_deepseek
 from shrunken_models import assert_shrinks, parts_of
 from tiny_llama import tiny_llama
 from tiny_models import tiny_model
@@ -77,6 +78,38 @@ def test_a_smaller_model_loads_in_transformers_and_is_that_of_a_streamed_run(fam
         verified = verify_checkpoint(tmp_path / folder, dense=tmp_path / "dense")
         assert verified.num_equal
         assert verified.removed
+
+
+@pytest.mark.parametrize("method", ["obs_admm", "wanda"])
+def test_experts_in_fp8_are_dequantized(tmp_path, method):
+    source = fp8_deepseek(tmp_path / "source", n_shared_experts=2)
+
+    prune(source, output=tmp_path / "smaller", method=method)
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smaller", dtype="auto")
+    dtypes = {tensor.dtype for tensor in tensors_of(tmp_path / "smaller").values()}
+    assert torch.float8_e4m3fn not in dtypes
+    assert model.dtype == torch.bfloat16
+    assert model.config.moe_intermediate_size == 12
+    assert verify_checkpoint(tmp_path / "smaller", dense=source).removed
+
+
+def test_masks_of_an_earlier_run_are_cut_like_the_weights(tmp_path):
+    mixture("qwen3_moe").save_pretrained(tmp_path / "dense")
+    prune(tmp_path / "dense", "2:4", output=tmp_path / "sparse", method="wanda")
+
+    _, report = prune(
+        tmp_path / "sparse",
+        output=tmp_path / "smaller",
+        method="wanda",
+        residual_correction=0,
+    )
+
+    gates = [entry for entry in report.carried if "experts.0.gate_proj" in entry.name]
+    assert [entry.shape for entry in gates] == [(12, 32)] * 2
+    assert [entry.pattern for entry in gates] == ["2:4"] * 2
+    assert not report.lost_masks
+    assert verify_checkpoint(tmp_path / "smaller", dense=tmp_path / "sparse").removed
 
 
 def test_every_expert_keeps_as_many_channels_of_its_own():

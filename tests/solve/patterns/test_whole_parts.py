@@ -8,7 +8,14 @@ from optimum_fista.solve.patterns.whole_parts import PartShare
 
 
 @pytest.mark.parametrize(
-    "text", ["channels:0.25", "heads:0.5", "channels:0.3/32+heads:0.25", "channels:1e-06"]
+    "text",
+    [
+        "channels:0.25",
+        "heads:0.5",
+        "channels:0.3/32+heads:0.25",
+        "channels:1e-06",
+        "channels:0.5+expert_channels:0.25/16",
+    ],
 )
 def test_parse_is_the_inverse_of_text(text):
     pattern = parse_pattern(text)
@@ -26,6 +33,9 @@ def test_parse_is_the_inverse_of_text(text):
         ("channels", 0.24, 1, 1536, 1167),
         ("channels", 0.25, None, 48, 36),  # 48 is no multiple of 64
         ("channels", 0.5, 32, 192, 96),
+        ("expert_channels", 0.24, None, 768, 576),  # to a multiple of 64
+        ("expert_channels", 0.24, 16, 768, 576),
+        ("expert_channels", 0.24, 8, 768, 584),
         ("heads", 0.34, None, 3, 2),
         ("heads", 0.55, None, 2, 1),  # the nearest number is a tenth away
     ],
@@ -104,6 +114,11 @@ def test_the_shares_that_a_refusal_offers_are_accepted_and_remove_what_it_says(
     for share, removed in possible:
         kept = PartShare(kind, float(share), multiple).num_kept(number)
         assert number - kept == int(removed)
+
+
+def test_experts_and_their_channels_are_refused_in_one_run():
+    with pytest.raises(ValueError, match="one run removes either experts or their channels"):
+        parse_pattern("expert_channels:0.25+experts:0.25")
 
 
 @pytest.mark.parametrize("text", ["channels:0", "channels:1", "heads:1.5", "channels:0.5/0"])
