@@ -47,7 +47,6 @@ def held(estimate: Estimate, place: str = "host") -> float:
     [
         ("llama", FistaPruningConfig(pattern="2:4", method="wanda")),
         ("llama", FistaPruningConfig(pattern="channels:0.25/4+heads:0.5", method="wanda")),
-        ("deepseek_v3", FistaPruningConfig(pattern="expert_channels:0.25", method="wanda")),
         ("llama", FistaPruningConfig(pattern="layers:0.4", allocation_tokens=16)),
         (
             "gpt2",

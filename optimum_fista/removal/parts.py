@@ -73,7 +73,7 @@ _UNUSUAL_SIZE = 8
 
 
 class GroupAxis(NamedTuple):
-    """Where a tensor has the groups of a part; if the part is an expert, where its own matrix in the tensor has them."""
+    """Where a tensor has the groups of a part, or if the part is an expert, its own matrix in the tensor."""
 
     axis: int
     repeats: int  # how often all groups are on the axis: twice if a gate and an up projection are one matrix
@@ -137,9 +137,10 @@ class Part:
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the tensor called `name`, one of this part, with only the groups `kept`, in this order.
 
-        Of an expert, `tensor` is its own matrix in the tensor called `name`. `self.tensors` says, by the name of a tensor in the model, on which axis its groups are, and how often. The
-        tensor called `self.table` keeps its shape: it names experts, and `kept` may say which ones replace the removed
-        ones (`KeptExperts`). `self.groups` is the number of experts then.
+        Of an expert, `tensor` is its own matrix in the tensor called `name`. `self.tensors` says, by the name of a
+        tensor in the model, on which axis its groups are, and how often. The tensor called `self.table` keeps its
+        shape: it names experts, and `kept` may say which ones replace the removed ones (`KeptExperts`). `self.groups`
+        is the number of experts then.
         """
         if name == self.table:
             return repointed(tensor, self.groups, kept)
@@ -610,8 +611,8 @@ def _operators(
         outline: Of the model.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
         axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
-        stated: The kind ("channels", "expert_channels" or "heads") and the number of groups in a part, as the configuration states them.
-            The caller makes a copy of it with the parts that are found here.
+        stated: The kind ("channels", "expert_channels" or "heads") and the number of groups in a part, as the
+            configuration states them. The caller makes a copy of it with the parts that are found here.
 
     Raises:
         UnsupportedArchitectureError: If other tensors do not have rows of their own for each group of columns.

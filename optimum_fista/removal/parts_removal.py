@@ -2,9 +2,9 @@
 
 A *part* of a decoder layer consists of *groups*: channels of its MLP, heads of its attention, or experts of its
 *mixture*. Experts may lose channels, too. A channel or a head is a group of columns of the linear *operator* that reads
-it. So the loop prunes these columns by any method, and the rows that compute them are removed afterwards. Experts are removed after the operators
-are pruned. The smaller model must compute the same as the model with zeros. This is proved on shapes
-(`removal.shrinking`), and once on numbers for every kind of decoder layer.
+it. So the loop prunes these columns by any method, and the rows that compute them are removed afterwards. Experts are
+removed after the operators are pruned. The smaller model must compute the same as the model with zeros. This is proved
+on shapes (`removal.shrinking`), and once on numbers for every kind of decoder layer.
 
 `PartsRemoval` is the `Removal` of such a run; removal.py says in which order its methods are called. A *plan* here is a
 `Shrinking`: which tensors become smaller, under which new names, and the smaller model without weights. The *sink*
@@ -141,8 +141,8 @@ class PartsRemoval(Removal):
         If experts lose channels, the answer is no, so that their matrices are never cut as the files store them: each
         expert keeps other channels, and the files may have all experts in one tensor.
 
-        `self.num_kept_by_kind` has the kinds of parts that are removed, such as "heads", and `self.mixtures` those that lose
-        experts.
+        `self.num_kept_by_kind` has the kinds of parts that are removed, such as "heads", and `self.mixtures` those that
+        lose experts.
         """
         if "expert_channels" in self.num_kept_by_kind:
             return False

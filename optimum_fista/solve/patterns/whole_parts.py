@@ -28,8 +28,9 @@ _PART = re.compile(rf"(channels|expert_channels|heads|experts|layers):{_SHARE}(?
 class PartShare:
     """Share of the parts of one kind that is removed, in (0, 1).
 
-    The channels of an expert ("expert_channels") are counted as those of an MLP are. The number that stays is a multiple
-    of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64 now; for experts, equally many of every group that the router chooses first.
+    The channels of an expert ("expert_channels") are counted as those of an MLP are. The number that stays is a
+    multiple of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64 now; for experts, equally
+    many of every group that the router chooses first.
 
     `divisible_by` is the user's option `keep_divisible`, for experts only. It is a multiple, too, but the number is
     rounded to it however far that is from the share.
@@ -184,9 +185,10 @@ class PartShare:
 class WholeParts(SparsityPattern):
     """Shares of the parts of a model: equally many channels, heads and experts in every decoder layer, or whole layers.
 
-    Every expert may lose channels, too, equally many of each. The pattern is for a whole model and refuses a matrix. A run turns it into `Columns` for the operators that read the
-    removed parts (down projection, output projection of the attention), and later removes the rows that compute them.
-    Experts are chosen by their outputs, decoder layers by the loss without them. Its sparsity is the largest share.
+    Every expert may lose channels, too, equally many of each. The pattern is for a whole model and refuses a matrix. A
+    run turns it into `Columns` for the operators that read the removed parts (down projection, output projection of the
+    attention), and later removes the rows that compute them. Experts are chosen by their outputs, decoder layers by the
+    loss without them. Its sparsity is the largest share.
     """
 
     shares: tuple[PartShare, ...] = ()  # to remove, one for each kind
