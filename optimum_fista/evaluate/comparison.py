@@ -258,8 +258,14 @@ def _remaining_tensors(
     for part_name in plan.parts:
         new_name = plan.new_name(part_name)
         if new_name is not None:
-            # If a damaged report lacks the part, no group of it stays, so that the shapes below differ.
+            # If a damaged report lacks the part, no group of it stays, so that the shapes below differ. (Those of
+            # experts are parts of one tensor.)
             kept[part_name] = kept_by_new_name.get(new_name, ())
+            is_expert = plan.parts[part_name].expert is not None
+            if is_expert and not kept[part_name]:
+                raise VerificationError(
+                    f"the report does not say which channels of {new_name} stay."
+                )
 
     for name in _tensor_names(dense_model):
         new_name = plan.new_name(name)

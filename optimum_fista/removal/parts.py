@@ -101,12 +101,16 @@ class Part:
     # The number of the expert in its mixture. None: the part is no expert, and has its tensors for itself.
     expert: int | None = None
 
-    def changes(self, name: str) -> bool:
-        """Tell whether the tensor called `name` in the model becomes another one if groups are removed.
+    @property
+    def changed_tensors(self) -> list[str]:
+        """The names in the model of the tensors that become others if groups are removed.
 
         `self.tensors` become smaller, and entries of `self.table` change.
         """
-        return name in self.tensors or name == self.table
+        names = list(self.tensors)
+        if self.table is not None:
+            names.append(self.table)
+        return names
 
     @property
     def weight(self) -> str:

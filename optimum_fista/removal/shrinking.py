@@ -77,12 +77,16 @@ class Shrinking:
         """
         parts_by_tensor = dict[str, list[Part]]()
         for part in self.parts.values():
-            changed = [*part.tensors]
-            if part.table is not None:
-                changed.append(part.table)
-            for name in changed:
+            for name in part.changed_tensors:
                 parts_by_tensor.setdefault(name, []).append(part)
         return parts_by_tensor
+
+    @cached_property
+    def shares_kept(self) -> set[Fraction]:
+        """Which shares of their groups the parts keep: `self.num_kept` says how many groups stay in each."""
+        # Experts are many, so equal numbers are left out before they become fractions.
+        numbers = {(self.num_kept[name], part.groups) for name, part in self.parts.items()}
+        return {Fraction(num_kept, groups) for num_kept, groups in numbers}
 
     def part_of(self, name: str) -> Part | None:
         """The part to which the tensor called `name` in the model belongs; `None` if the tensor stays as it is.
@@ -101,14 +105,15 @@ class Shrinking:
         for name in names:
             if self.new_name(name) is None:
                 continue
-            # Matrices of an expert have no tensor of their own, but its down projection is a part.
+            # Matrices of an expert have no tensor of their own, but its down projection may be a part.
             expert_name, _, _ = name.rpartition(".")
-            expert = self.parts.get(f"{expert_name}.down_proj")
+            down_projection = self.parts.get(f"{expert_name}.down_proj")
             part = self.part_of(f"{name}.weight")
             if part is None:
                 part = self.parts.get(name)  # the module of a mixture is called as its part
-            if part is None and expert is not None and expert.expert is not None:
-                part = expert
+            is_of_expert = down_projection is not None and down_projection.expert is not None
+            if part is None and is_of_expert:
+                part = down_projection
             if part is None:
                 reasons[name] = "no part of the pattern"
             elif part.is_mixture:
@@ -135,7 +140,8 @@ class Shrinking:
             assert part.expert is not None
             matrix = part.shrink(name, tensor[part.expert], kept[part.name])
             if smaller is None:
-                smaller = matrix.new_empty(len(tensor), *matrix.shape)
+                # Entries after those of experts with weights are never used, and become zeros (LongCat-Flash).
+                smaller = matrix.new_zeros(len(tensor), *matrix.shape)
             smaller[part.expert] = matrix
         assert smaller is not None
         return smaller
@@ -440,8 +446,7 @@ def _may_become(word: str, old: Any, new: Any, plan: Shrinking, total: int) -> b
     # a size that shrinks in proportion with one of the parts
     if old == 0:  # no proportion
         return False
-    shares_kept = {Fraction(plan.num_kept[name], part.groups) for name, part in plan.parts.items()}
-    if Fraction(new, old) in shares_kept:
+    if Fraction(new, old) in plan.shares_kept:
         return True
     # or the number of all experts, together with some that always stay
     for name, part in plan.parts.items():

@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from folder_files import files_of, tensors_of
+from folder_files import files_of, tensors_of, with_changed_report
 from killed import Killed, killed_at_write
 from quantized_models import fp8_deepseek
 from shrunken_models import assert_shrinks, parts_of
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.estimate.estimate import Estimate
-from optimum_fista.evaluate.verification import verify_checkpoint
+from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.model import UnsupportedArchitectureError
 
 PATTERN = "expert_channels:0.25"
@@ -94,6 +94,28 @@ def test_experts_in_fp8_are_dequantized(tmp_path, method):
     assert model.dtype == torch.bfloat16
     assert model.config.moe_intermediate_size == 24
     assert verify_checkpoint(tmp_path / "smaller", dense=source).removed
+
+
+def test_verify_finds_an_expert_that_the_report_lacks_and_channels_that_were_not_kept(tmp_path):
+    mixture("qwen3_moe").save_pretrained(tmp_path / "dense")
+    prune(tmp_path / "dense", output=tmp_path / "smaller")
+
+    def forget(operator):
+        operator.update(groups_kept=None, pattern="columns:12of12", target_sparsity=0.0)
+
+    def exchange(operator):
+        first_channels = list(range(12))
+        last_channels = list(range(4, 16))
+        has_first = operator["groups_kept"] == first_channels
+        operator["groups_kept"] = last_channels if has_first else first_channels
+
+    lacks = with_changed_report(tmp_path / "smaller", tmp_path / "lacks", forget)
+    other = with_changed_report(tmp_path / "smaller", tmp_path / "other", exchange)
+
+    with pytest.raises(VerificationError, match=r"which channels of .*experts\.0\.down_proj stay"):
+        verify_checkpoint(lacks, dense=tmp_path / "dense")
+    with pytest.raises(VerificationError, match="gate_up_proj differs from"):
+        verify_checkpoint(other, dense=tmp_path / "dense")
 
 
 def test_masks_of_an_earlier_run_are_cut_like_the_weights(tmp_path):
