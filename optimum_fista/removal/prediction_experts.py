@@ -16,6 +16,7 @@ refitted, so tensors of experts stay as they are stored.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from optimum_fista.removal.parts import ModelOutline, Part
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.model_folder import CONFIG_FILE
-from optimum_fista.source.prediction_layers import PredictionLayer
+from optimum_fista.source.prediction_layers import PredictionLayer, with_fewer_experts
 from optimum_fista.source.quantization import forget_quantization
 from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor, write_stored
@@ -68,8 +69,9 @@ def load_prediction_layers(
 ) -> tuple[SourceTensors, list[LoadedPredictionLayer]]:
     """Write each prediction layer to a small checkpoint of its own, and load that as a model with one decoder layer.
 
-    Its weights stay in the files of this checkpoint until they are needed. Returns also a copy of `source`, in which
-    the modules that can't be loaded are not copied, each with the reason.
+    Its weights stay in the files of this checkpoint until they are needed. Returns also a copy of `source`. If one of
+    the layers can't be loaded or cut, none is returned, and their modules are not copied, with the reason: they run one
+    after the other.
 
     Args:
         source: The tensors in the files of the given model.
@@ -78,31 +80,30 @@ def load_prediction_layers(
         copies: A folder for the checkpoints; they have to stay there until the run has ended. It may not exist yet.
     """
     outline = ModelOutline(layers)
-    loaded: list[LoadedPredictionLayer] = []
-    reasons: dict[str, str] = {}
-    for layer in source.prediction_layers:
-        try:
-            loaded.append(
-                _loaded(
-                    layer,
-                    source,
-                    outline,
-                    num_kept=num_kept,
-                    copies=copies / layer.module,
-                )
+    first_experts = {layer.mixture: range(num_kept) for layer in source.prediction_layers}
+    try:
+        # Refuses tensors that can't be cut, before the run. Which experts will stay is not known yet.
+        with_fewer_experts(source, layers.model, first_experts)
+        loaded = [
+            _loaded(
+                layer,
+                source,
+                outline,
+                num_kept=num_kept,
+                copies=copies / layer.module,
             )
-        except (
-            ValueError,
-            AttributeError,
-        ) as error:  # an unknown architecture is a ValueError, too
-            num_tensors = list(source.not_loaded.values()).count(layer.module)
-            reasons[layer.module] = (
-                f"{num_tensors} tensors: its experts can't be chosen, because it can't be run ({error})"
-            )
-    remaining = [one.layer for one in loaded]
-    source = replace(
-        source, not_copied={**source.not_copied, **reasons}, prediction_layers=remaining
-    )
+            for layer in source.prediction_layers
+        ]
+    # An architecture that is not known is a ValueError, too.
+    except (ValueError, AttributeError) as error:
+        num_tensors = Counter(source.not_loaded.values())
+        reasons = {
+            layer.module: f"{num_tensors[layer.module]} tensors: its experts can't be chosen, because it can't be run "
+            f"({error})"
+            for layer in source.prediction_layers
+        }
+        not_copied = {**source.not_copied, **reasons}
+        return replace(source, not_copied=not_copied, prediction_layers=()), []
     return source, loaded
 
 

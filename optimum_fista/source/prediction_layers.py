@@ -121,11 +121,9 @@ def find_prediction_layers(
             continue
 
         number, inner_places = template
-        parts = [part_of(place) for place in inner_places.values()]
-        parts_by_name = {part.name: part for part in parts if part is not None}
-        if len(parts_by_name) != 1:
+        part = _only_mixture(inner_places.values(), part_of)
+        if part is None:
             continue
-        (part,) = parts_by_name.values()
         embedding_norm, hidden_norm, projection = inputs
         # None of them is: `inputs` has no `None` in it.
         assert embedding_norm is not None
@@ -141,9 +139,7 @@ def find_prediction_layers(
             hidden_norm=hidden_norm,
             projection=projection,
         )
-        # A router that reads experts from a table would need substitutes of those that are removed.
-        can_lose_experts = part.is_mixture and part.table is None
-        if can_lose_experts and _has_all_experts(layer, stored, f"{layers_prefix}{number}."):
+        if _has_all_experts(layer, stored, f"{layers_prefix}{number}."):
             layers.append(layer)
     return layers
 
@@ -244,6 +240,26 @@ def _template(
         if tensors <= loaded:
             return layer_number, places
     return None
+
+
+def _only_mixture(
+    places: Iterable[str], part_of: Callable[[str], CutPart | None]
+) -> CutPart | None:
+    """Return the mixture to which parameters of a decoder layer belong; `None` if the run cuts anything else of them.
+
+    `places` are the names of the parameters, and `part_of` returns the part of each. Also `None` if the router reads
+    experts from a table, whose entries would need others in place of those that are removed.
+    """
+    parts = {}
+    for place in places:
+        part = part_of(place)
+        if part is not None:
+            parts[part.name] = part
+    if len(parts) != 1:
+        return None
+    (part,) = parts.values()
+    can_lose_experts = part.is_mixture and part.table is None
+    return part if can_lose_experts else None
 
 
 def _has_all_experts(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningReport
+from optimum_fista.estimate.estimate import Estimate
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.prune import journal, loop
 from optimum_fista.records import MixtureReport
@@ -339,6 +340,22 @@ def test_verify_refuses_a_prediction_layer_with_other_experts_than_the_report_na
 
     with pytest.raises(VerificationError, match=r"model\.layers\.3\..* was not copied as it is"):
         verify_checkpoint(tmp_path / "out", dense=source)
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "qwen3_next"])
+def test_the_estimate_counts_the_tensors_that_stay_and_the_bytes_of_the_copy(tmp_path, family):
+    source = predicting_folder(tmp_path / "source", family)
+    config = FistaPruningConfig(**HALF)
+
+    estimate = Estimate(source, config, calibration="text", sequence_length=16, device="cpu")
+    report = prune(source, tmp_path / "out", **HALF)
+
+    assert estimate.source.num_copied_by_module == report.model["copied"]
+    assert estimate.prediction_experts == {f"{layer_prefix(family)}mlp.experts": (4, 8)}
+    written = sum(tensor.num_bytes for tensor in read_stored(tmp_path / "out").values())
+    assert estimate.disk_bytes["model"] == written
+    layer = module_of(source, layer_prefix(family)).values()
+    assert estimate.prediction_bytes > sum(tensor.num_bytes for tensor in layer) / 2
 
 
 def test_the_result_can_lose_experts_of_its_prediction_layer_again(tmp_path):
