@@ -11,8 +11,8 @@ and the prediction layer is measured on the last tenth of the text with experts 
 - `all`: none is removed. It needs a configuration of its own, so no serving program could load it.
 
 `loss` is in nats per byte. `accepted` is the share of places where the greedy draft is the byte that the model itself,
-pruned or not, finds most likely there, with the bytes of the text before it. Training resumes from nothing: it takes
-minutes.
+pruned or not, finds most likely there, with the bytes of the text before it. The training takes minutes, and
+begins anew if it is cut off.
 
     python benchmarks/drafts.py --text openwebtext.txt --folder runs/drafts --output runs/drafts.json
 """
