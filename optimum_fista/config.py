@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optimum_fista.options import PruningOptions, wrong_field
-from optimum_fista.solve.method import PruningMethod
+from optimum_fista.solve.method import MethodDefaults, PruningMethod
 from optimum_fista.solve.methods import create_method, method_class
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.patterns import WholeParts, parse_pattern
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"error_correction": "none", "residual_correction": 0.0},
+    "fast": {"error_correction": "none"},
     "paper": {
         "method": "fista",
         "warm_start": "auto",
@@ -313,9 +313,10 @@ class FistaPruningConfig(PruningOptions):
         These are the options of `MethodDefaults`, such as `allocation`. `scope` stays `None` if it has no meaning. This
         configuration itself stays as it is.
         """
-        defaults = method_class(self.method).defaults
         chosen = {
-            name: value for name, value in vars(defaults).items() if getattr(self, name) is None
+            name: value
+            for name, value in vars(self._method_defaults).items()
+            if getattr(self, name) is None
         }
         # A pattern such as 2:4 has no scope, but an override may be a sparsity, which has one.
         has_scope = self.tokens_removal is None and not self._usual_pattern.fixed
@@ -337,6 +338,14 @@ class FistaPruningConfig(PruningOptions):
         assert config.error_correction is not None
         return Correction.parse(config.error_correction, config.residual_correction or 0.0)
 
+    @property
+    def _method_defaults(self) -> MethodDefaults:
+        """The values of options that the user leaves to the method; they depend on whether whole parts are removed."""
+        method = method_class(self.method)
+        if self.whole_parts is not None and method.defaults_of_parts is not None:
+            return method.defaults_of_parts
+        return method.defaults
+
     def shares_budget(self, name: str) -> bool:
         """Tell whether the number of zeros of the operator called `name` is decided by the allocation "fisher".
 
@@ -345,7 +354,7 @@ class FistaPruningConfig(PruningOptions):
         """
         allocation = self.allocation
         if allocation is None:
-            allocation = method_class(self.method).defaults.allocation
+            allocation = self._method_defaults.allocation
         if allocation != "fisher":
             return False
         if self._usual_pattern.fixed:

@@ -76,14 +76,14 @@ class PruningOptions:
         None,
         "compensate for the errors of operators that were pruned before: none; intra: those in the same decoder layer; "
         "full: also those in all earlier decoder layers; a number from 0 to 1: as full, but only for this share of the "
-        "error (docs/method.md; default: by method, 0.5 for obs_admm)",
+        "error (docs/method.md; default: by method; for obs_admm intra, or 0.5 if whole parts are removed)",
         limits=(0, 1),
         advanced=_METHOD,
     )
     residual_correction: float | None = option(
         None,
         "share of the error in the rest of a decoder layer's output for which its last operator compensates (default: "
-        "1 for obs_admm, 0 for others)",
+        "1 for obs_admm if whole parts are removed, otherwise 0)",
         limits=(0, 1),
         advanced=_METHOD,
     )

@@ -116,6 +116,19 @@ def _model(family: str) -> PreTrainedModel:
     return tiny_llama() if family == "llama" else tiny_model(family)
 
 
+# Most cases have the correction that takes the longest way through the code: it needs the hidden states of the dense
+# and of the pruned network, and the outputs of each decoder layer in both.
+LONGEST_WAY = {"error_correction": 0.5, "residual_correction": 1.0}
+DEFAULT: dict[str, Any] = {"error_correction": None, "residual_correction": None}
+
+
+def config_of(options: dict[str, Any]) -> FistaPruningConfig:
+    """The configuration with these options; those of the default method that are not given are `LONGEST_WAY`."""
+    if options.get("method", "obs_admm") == "obs_admm":
+        options = LONGEST_WAY | options
+    return FistaPruningConfig(**options)
+
+
 def in_memory(
     family: str = "llama", dtype: torch.dtype = torch.float32, padded: bool = False, **options: Any
 ) -> Digest:
@@ -129,7 +142,7 @@ def in_memory(
             {"input_ids": i, "attention_mask": m}
             for i, m in zip(tokens.split(4), mask.split(4), strict=True)
         ]
-    pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
+    pruner = FistaPruner(config_of(options), progress=False)
     report = pruner.prune(model, batches)
     return _digest(dict(model.named_parameters()), pruner.result(model)[1], report)
 
@@ -156,7 +169,7 @@ def streamed(
     family: str = "llama", packed: bool = False, resumed: bool = False, **options: Any
 ) -> Digest:
     """Prune from files to files, `resumed` after a failure in the second decoder layer."""
-    config = FistaPruningConfig(**options)
+    config = config_of(options)
     with tempfile.TemporaryDirectory() as scratch:
         source, output = Path(scratch, "source"), Path(scratch, "out")
         _model(family).save_pretrained(source)
@@ -175,7 +188,7 @@ def by_ranks(**options: Any) -> Digest:
     with tempfile.TemporaryDirectory() as scratch:
         source, output = Path(scratch, "source"), Path(scratch, "out")
         tiny_llama().save_pretrained(source)
-        assert exit_codes(launch(2, prune, source, output, FistaPruningConfig(**options))) == [0, 0]
+        assert exit_codes(launch(2, prune, source, output, config_of(options))) == [0, 0]
         return _folder_digest(output)
 
 
@@ -219,6 +232,15 @@ CASES |= {
     "packed mixtral": lambda: streamed("mixtral", packed=True),
     "ranks intra": lambda: by_ranks(error_correction="intra"),
     "ranks none 2:4": lambda: by_ranks(error_correction="none", pattern="2:4"),
+    "default": lambda: in_memory(**DEFAULT),
+    "default bfloat16": lambda: in_memory(**DEFAULT, dtype=torch.bfloat16),
+    "default 2:4": lambda: in_memory(**DEFAULT, pattern="2:4"),
+    "default held out": lambda: in_memory(**DEFAULT, held_out=3),
+    "default mixtral": lambda: in_memory("mixtral", **DEFAULT),
+    "default gpt2 streamed": lambda: streamed("gpt2", **DEFAULT),
+    "default resumed": lambda: streamed(**DEFAULT, resumed=True),
+    "default ranks": lambda: by_ranks(**DEFAULT),
+    "default channels": lambda: in_memory(**DEFAULT, pattern="channels:0.25"),
 }
 
 

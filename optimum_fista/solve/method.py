@@ -90,6 +90,8 @@ class PruningMethod(ABC):
     updates_weights: ClassVar[bool] = True  # whether weights that it keeps get other values
     takes_columns: ClassVar[bool] = True  # whether it prunes to patterns with `whole_columns`
     defaults: ClassVar[MethodDefaults] = MethodDefaults()
+    # For patterns that remove whole parts, such as channels, heads or decoder layers; None: `defaults`.
+    defaults_of_parts: ClassVar[MethodDefaults | None] = None
     # None: not measured. An estimate then takes the largest factors of all methods, and says so.
     memory_factors: ClassVar[MemoryFactors | None] = None
 

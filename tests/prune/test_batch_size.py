@@ -138,7 +138,9 @@ def streamed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(named, "load_lazily", load_and_watch)
 
-    pruner = FistaPruner(progress=False)
+    # with hidden states that are kept between the layers
+    config = FistaPruningConfig(error_correction=0.5, residual_correction=1.0)
+    pruner = FistaPruner(config, progress=False)
     batches = tiny_tokens().split(8)
     return lambda output: pruner.prune(str(source), batches, output_dir=tmp_path / output)
 

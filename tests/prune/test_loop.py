@@ -96,8 +96,8 @@ def test_a_layer_runs_twice_for_a_batch_only_if_both_networks_are_needed(
     "options",
     [
         {"method": "wanda", "error_correction": "full"},
-        {"residual_correction": 1.0},
-        {"exclude": ("*.layers.1.*",)},
+        {"error_correction": 0.5, "residual_correction": 1.0},
+        {"error_correction": 0.5, "exclude": ("*.layers.1.*",)},
     ],
 )
 def test_hidden_state_errors_are_those_of_the_two_models_on_real_tokens(llama, tokens, options):

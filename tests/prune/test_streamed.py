@@ -34,6 +34,10 @@ _READ_AGAIN = [
 ]
 
 
+# With these options every decoder layer needs the ones before it, so a run keeps hidden states between the layers.
+EARLIER_LAYERS = {"error_correction": 0.5, "residual_correction": 1.0}
+
+
 @pytest.fixture(scope="module")
 def source(request, tmp_path_factory) -> Path:
     """A model of four decoder layers in bfloat16, in two shards, with a tokenizer; or the kind that a test asks for."""
@@ -53,7 +57,10 @@ def prune(
 ):
     batches = [*tiny_tokens().split(4)]
     batches += [] if held_out is None else [{"input_ids": held_out, "held_out": "/texts/sea.txt"}]
-    config = config or FistaPruningConfig(method="wanda" if source.name == "fp8" else "obs_admm")
+    if config is None and source.name == "fp8":
+        config = FistaPruningConfig(method="wanda")
+    elif config is None:
+        config = FistaPruningConfig(**EARLIER_LAYERS)
     return FistaPruner(config, progress=False).prune(
         str(source), batches, output_dir=output, **options
     )
@@ -71,12 +78,13 @@ def whole(source, tmp_path_factory) -> Path:
     "config",
     [
         FistaPruningConfig(0.5),
+        FistaPruningConfig(0.5, **EARLIER_LAYERS),
         FistaPruningConfig(pattern="2:4", method="sparsegpt", error_correction="none"),
         FistaPruningConfig(
             0.5, method="wanda", error_correction="intra", exclude=("*.layers.3.*", "*.layers.1.*")
         ),
     ],
-    ids=["default", "2:4", "layers left dense"],
+    ids=["default", "errors of earlier layers", "2:4", "layers left dense"],
 )
 def test_files_become_what_the_model_becomes_in_memory(source, tmp_path, config):
     model = AutoModelForCausalLM.from_pretrained(source)
@@ -335,13 +343,13 @@ def test_another_run_in_the_same_folder_is_refused_by_its_differences(
         ValueError,
         match=r"unfinished run in .* was another one \(config\.sparsity was 0\.5, is 0\.25\)\. Start it",
     ):
-        prune(source, tmp_path / "pruned", FistaPruningConfig(0.25))
+        prune(source, tmp_path / "pruned", FistaPruningConfig(0.25, **EARLIER_LAYERS))
     long = [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")]
     differs = r'config\.exclude was \[\], is \["model\.layers\.0\.mlp\.gate_proj", .*\.\.\.'
     with pytest.raises(ValueError, match=differs):
-        prune(source, tmp_path / "pruned", FistaPruningConfig(exclude=long))
+        prune(source, tmp_path / "pruned", FistaPruningConfig(exclude=long, **EARLIER_LAYERS))
     with pytest.raises(ValueError, match=r"another one \(batches was"):
-        FistaPruner(progress=False).prune(
+        FistaPruner(FistaPruningConfig(**EARLIER_LAYERS), progress=False).prune(
             source, tiny_tokens().split(2), output_dir=tmp_path / "pruned"
         )
     prune(source, tmp_path / "pruned", FistaPruningConfig(0.25), overwrite=True)

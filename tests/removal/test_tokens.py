@@ -661,9 +661,6 @@ def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(
     assert main([*command, "--overwrite", "--calibration", "self"]) == 1
     assert "a model's own text is too short" in capsys.readouterr().err
 
-    assert main(["prune", str(dense), "-o", str(tmp_path / "zeros"), *texts]) == 1
-    assert "--calibration has 2 sources" in capsys.readouterr().err
-
 
 def write_table(folder: Path, content: dict) -> None:
     """Write the table of tokens that stay into a folder that has none."""

@@ -89,6 +89,10 @@ class ObsAdmm(PruningMethod):
     refit_iterations: int = 5
     name: ClassVar[str] = "obs_admm"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(
+        error_correction="intra", allocation="fisher"
+    )
+    # A removed decoder layer, or a head, is an error that later layers can make up for.
+    defaults_of_parts: ClassVar[MethodDefaults | None] = MethodDefaults(
         error_correction=0.5, residual_correction=1.0, allocation="fisher"
     )
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.2, 3.8)
