@@ -53,7 +53,7 @@ def require_seed(seed: int) -> None:
 
 @dataclass(frozen=True)
 class PruningOptions:
-    """The fields of `FistaPruningConfig`. If an option is `None`, the method chooses it (`PruningMethod.defaults`)."""
+    """The fields of `FistaPruningConfig`. If an option is `None`, the method chooses it (`MethodDefaults`)."""
 
     sparsity: float | None = option(
         None, "share of weights to set to zero, in [0, 1) (default 0.5, or the pattern's)"

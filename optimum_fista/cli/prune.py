@@ -38,15 +38,15 @@ pattern. For a model that does not fit, the text is c4, or pydoc if the package 
 
 The model is read, pruned and written one decoder layer at a time. It is loaded whole only if it is a GGUF file, or
 writes its own text. If a run is interrupted, give the same command again: it resumes after the last finished decoder
-layer. With --error-correction none or intra, several processes that accelerate launch or torchrun starts share the
-decoder layers (docs/ranks.md).
+layer. With --error-correction none or intra (the default for zeros), several processes that accelerate launch or
+torchrun starts share the decoder layers (docs/ranks.md).
 
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B
   optimum-fista prune ./model --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
   optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
-  accelerate launch --num_processes 8 -m optimum_fista prune ./model --error-correction intra
+  accelerate launch --num_processes 8 -m optimum_fista prune ./model
   optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
 """
 

@@ -122,7 +122,7 @@ def test_hidden_states_follow_the_layers_to_their_device(tmp_path):
     """Dense and pruned hidden states cross to the next device once. Otherwise every pass would fetch them again."""
     model = dispatched(tiny_llama(), tmp_path, "simulated:0", "simulated:1")
     with backend.counted() as counts:
-        config = FistaPruningConfig(0.5, allocation="uniform")
+        config = FistaPruningConfig(0.5, error_correction=0.5, allocation="uniform")
         FistaPruner(config, progress=False).prune(model, tiny_tokens().split(4))
     num_bytes = tiny_tokens().numel() * model.config.hidden_size * 4  # float32
     assert 2 * num_bytes <= counts.bytes["device to device"] < 3 * num_bytes
