@@ -21,10 +21,14 @@ from shared import parse_arguments
 
 _PIPELINE = "error_correction=0.5:residual_correction=1"
 _WHOLE = f"{_PIPELINE}:allocation=fisher"
+# The default until the end of November 2026, of which the rows in results/ are.
+_EARLIER = f"default:{_PIPELINE}"
+_NO_CORRECTION = "default:error_correction=0:residual_correction=1"
 _CORRECTIONS = (
-    "default default:error_correction=0 default:error_correction=1 default:residual_correction=0"
+    f"{_EARLIER} {_NO_CORRECTION} default:error_correction=1:residual_correction=1 "
+    "default:error_correction=0.5"
 )
-_SHARED = f"default default:error_correction=0 default:allocation=uniform alps:{_WHOLE}"
+_SHARED = f"{_EARLIER} {_NO_CORRECTION} {_EARLIER}:allocation=uniform alps:{_WHOLE}"
 _BARE = "obs_admm:allocation=uniform:residual_correction=0"
 KEPT = ("method", "pattern", "seed", "perplexity", "totals", "seconds", "versions")
 Case = tuple[str, dict[str, Any]]
@@ -39,29 +43,30 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
     "parts": lambda _: [
         _methods(
             "0.5",
-            f"{_CORRECTIONS} default:allocation=uniform default:scope=row alps:{_WHOLE} wanda:{_WHOLE} sparsegpt "
+            f"{_CORRECTIONS} {_EARLIER}:allocation=uniform {_EARLIER}:scope=row alps:{_WHOLE} wanda:{_WHOLE} sparsegpt "
             "sparsegpt:allocation=fisher:scope=row sparsegpt:allocation=fisher:scope=matrix "
             f"sparsegpt:{_WHOLE}:scope=matrix",
         ),
         _methods("2:4", f"{_CORRECTIONS} alps:{_PIPELINE} sparsegpt:{_PIPELINE} wanda:{_PIPELINE}"),
     ],
     "seeds": lambda arguments: [
-        _methods("0.5", f"{_SHARED} default:scope=row", arguments.seeds),
+        _methods("0.5", f"{_SHARED} {_EARLIER}:scope=row", arguments.seeds),
         _methods("0.7", _SHARED, arguments.seeds),
-        _methods("2:4", f"default default:error_correction=0 alps:{_PIPELINE}", arguments.seeds),
+        _methods("2:4", f"{_EARLIER} {_NO_CORRECTION} alps:{_PIPELINE}", arguments.seeds),
     ],
     "order": lambda arguments: [
         _methods(
             "2:4",
-            "default default:reorder_channels=true wanda wanda:reorder_channels=true sparsegpt",
+            f"{_EARLIER} {_EARLIER}:reorder_channels=true wanda wanda:reorder_channels=true sparsegpt",
             arguments.seeds,
         )
     ],
     "groups": lambda _: [
-        _methods(pattern, "default sparsegpt wanda") for pattern in ("2:4", "4:8", "8:16", "16:32")
+        _methods(pattern, f"{_EARLIER} sparsegpt wanda")
+        for pattern in ("2:4", "4:8", "8:16", "16:32")
     ],
     "gradients": lambda arguments: [
-        _methods("0.5", "default default:allocation_tokens=8192", arguments.seeds)
+        _methods("0.5", f"{_EARLIER} {_EARLIER}:allocation_tokens=8192", arguments.seeds)
     ],
     "correction": lambda _: [
         _methods(
@@ -73,7 +78,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
     "samples": lambda arguments: [
         (
             f"{count} windows",
-            {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": ["default"]},
+            {"num_samples": count, "patterns": ["0.5", "0.7"], "methods": [_EARLIER]},
         )
         for count in arguments.sample_counts
     ],
@@ -89,7 +94,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
         )
         for tokens in [arguments.num_samples * arguments.sequence_length]
         for length in arguments.lengths
-        for _, case in [_methods("0.5", "default"), _methods("2:4", "default")]
+        for _, case in [_methods("0.5", _EARLIER), _methods("2:4", _EARLIER)]
     ],
     "calibration": lambda arguments: [
         (
@@ -97,7 +102,7 @@ STUDIES: dict[str, Callable[[Namespace], list[Case]]] = {
             {
                 "calibration": source,
                 "patterns": ["0.5"],
-                "methods": ["default"],
+                "methods": [_EARLIER],
                 "seeds": arguments.seeds,
             },
         )
