@@ -98,7 +98,7 @@ def model_of(family, monkeypatch):
         sizes["head_dim"] = 8
     if family == "qwen3_next":  # its attention has a gate before the output projection
         sizes |= {"layer_types": ["full_attention"] * 2, "mlp_only_layers": [0, 1]}
-    monkeypatch.setattr(tiny_models, "_CONFIGS", {family: sizes} | tiny_models._CONFIGS)
+    monkeypatch.setattr(tiny_models, "_CONFIGS", tiny_models._CONFIGS | {family: sizes})
     return tiny_models.tiny_model(family)
 
 

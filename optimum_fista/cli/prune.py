@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="SOURCE",
         help="self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc; "
-        "repeatable: each text gives an equal share",
+        "repeatable: each text gives an equal share (all of each for vocab:)",
     )
     add(
         "--num-samples",

@@ -343,9 +343,9 @@ def _complete_config(model: PreTrainedModel, folder: Path, source: Path | None) 
 def _forget_further_tokens(model: PreTrainedModel, report: PruningReport) -> None:
     """If the result lacks the layers that predict further tokens, write into the configuration that there are none.
 
-    The files of some models have such layers, which Transformers does not load. Other programs look for as many as the
-    configuration says (`num_nextn_predict_layers` or a similar key). This key of the text section of `model.config` is
-    set to 0.
+    The files of some models have such layers, which the model's class does not load. Other programs look for as many as
+    the configuration says (`num_nextn_predict_layers` or a similar key). This key of the text section of `model.config`
+    is set to 0.
 
     `report.model["lacks"]` has the modules of the source's files that are not in the result, each with the reason, a
     sentence. A sentence that ends in `IS_NOT_DESCRIBED` says that the configuration does not describe the module, such

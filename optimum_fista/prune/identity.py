@@ -25,7 +25,7 @@ _SHOWN = 6
 _LETTERS = 80
 # Keys of a model's configuration that change nothing that is computed.
 _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
-_FORMAT = 10  # of the records of a journal
+_FORMAT = 11  # of the records of a journal
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
 

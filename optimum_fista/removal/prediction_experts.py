@@ -1,7 +1,7 @@
 """Which experts stay in layers that predict more tokens: a run of these layers behind the pruned model says so.
 
-A *prediction layer* (`source.prediction_layers`) is in the files of a model, and Transformers does not load it. It is a
-decoder layer like those of the model (its *template*), with a projection in front. For a token i, with the embedding
+A *prediction layer* (`source.prediction_layers`) is in the files of a model, and the model's class does not load it. It is
+a decoder layer like those of the model (its *template*), with a projection in front. For a token i, with the embedding
 e(i) of a token and the hidden states h(i) that the final norm of the model returns, the projection P, and two norms:
 
     x(i) = P [norm_e(e(i + 1)); norm_h(h(i))]          (DeepSeek-V3, arXiv 2412.19437, eq. 21; vLLM runs it so)
@@ -42,6 +42,8 @@ from optimum_fista.source.prediction_layers import PredictionLayer, with_fewer_e
 from optimum_fista.source.quantization import forget_quantization
 from optimum_fista.source.source_tensors import SourceTensors
 from optimum_fista.source.stored_tensor import StoredTensor, write_stored
+
+_REHEARSED_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ def load_prediction_layers(
             )
             for layer in source.prediction_layers
         ]
-    # An architecture that is not known is a ValueError, too.
-    except (ValueError, AttributeError) as error:
+        _rehearse(loaded, layers)
+    # An architecture that is not known is a ValueError, too. A rehearsal raises whatever the code of the model raises.
+    except (ValueError, AttributeError, TypeError, LookupError, RuntimeError) as error:
         num_tensors = Counter(source.not_loaded.values())
         reasons = {
             layer.module: f"{num_tensors[layer.module]} tensors: its experts can't be chosen, because it can't be run "
@@ -105,6 +108,24 @@ def load_prediction_layers(
         not_copied = {**source.not_copied, **reasons}
         return replace(source, not_copied=not_copied, prediction_layers=()), []
     return source, loaded
+
+
+def _rehearse(loaded: Sequence[LoadedPredictionLayer], layers: DecoderLayers) -> None:
+    """Choose experts on a few tokens of random hidden states, so that a layer that can't run is known before the run.
+
+    `layers` are the decoder layers of the given model. Changes nothing; raises what goes wrong.
+    """
+    config = layers.model.config.get_text_config()
+    token_ids = torch.arange(_REHEARSED_TOKENS)[None] % config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, _REHEARSED_TOKENS, config.hidden_size, generator=generator)
+    choose_prediction_experts(
+        loaded,
+        layers,
+        [CalibrationBatch(token_ids)],
+        [hidden.to(layers.model.dtype)],
+        storage=None,
+    )
 
 
 def _loaded(

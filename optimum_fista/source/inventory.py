@@ -113,16 +113,22 @@ def source_tensors(
 
     # The name in its decoder layer, and the shape, of each tensor that the run cuts.
     shapes_of_parts = set()
+    narrows_experts = False
     for name, place in places.items():
-        is_cut = part_of(place) is not None
-        if is_cut:
-            shapes_of_parts.add((_name_in_layer(name), stored[name].shape))
+        cut_part = part_of(place)
+        if cut_part is None:
+            continue
+        shapes_of_parts.add((_name_in_layer(name), stored[name].shape))
+        if cut_part.expert is not None:
+            narrows_experts = True
     # If there are several reasons, the last one is given.
     not_copied: dict[str, str] = {}
     if dequantizer is not None and not quantized:
         stored, not_loaded = _dequantized(stored, not_loaded, dequantizer, model.dtype)
         not_copied |= _modules_still_quantized(stored, not_loaded)
-    with_cut_parts = _modules_with_cut_parts(stored, not_loaded, shapes_of_parts)
+    with_cut_parts = _modules_with_cut_parts(
+        stored, not_loaded, shapes_of_parts, narrows_experts=narrows_experts
+    )
 
     if layers_name is None:
         layers_name = find_decoder_layers(model).name
@@ -241,6 +247,8 @@ def _modules_with_cut_parts(
     stored: Mapping[str, StoredTensor],
     not_loaded: Mapping[str, str],
     shapes_of_parts: set[tuple[str, tuple[int, ...]]],
+    *,
+    narrows_experts: bool,
 ) -> dict[str, str]:
     """Return the modules that are not copied because they have what decoder layers lose, each with the reason.
 
@@ -249,6 +257,8 @@ def _modules_with_cut_parts(
         not_loaded: The module of each stored tensor that is not loaded, by the tensor's name.
         shapes_of_parts: Of each stored tensor that the run cuts: its name inside the decoder layer, and its shape, such
             as ("mlp.gate.weight", (64, 2048)).
+        narrows_experts: Whether experts lose channels. Then every module with experts is among them: the files may keep
+            its experts in another form than those of decoder layers.
     """
     num_tensors = Counter(not_loaded.values())
     reasons: dict[str, str] = {}
@@ -258,7 +268,7 @@ def _modules_with_cut_parts(
             name.endswith(f".{name_of_part}") and shape == shape_of_part
             for name_of_part, shape_of_part in shapes_of_parts
         )
-        if looks_like_a_part:
+        if looks_like_a_part or (narrows_experts and ".experts." in name):
             # The module would need the same cut as the decoder layers, and only these are cut.
             reasons[module] = (
                 f"{num_tensors[module]} tensors: parts that decoder layers lose would have to go there too"

@@ -1,8 +1,8 @@
 """Layers that predict more tokens: where the files of a model have them, and how they lose experts.
 
 Many checkpoints hold such *prediction layers* (multi-token prediction, MTP), from which serving programs draft tokens.
-Transformers does not load them. A prediction layer is a decoder layer like those of the model, with a projection in
-front of it: its input is made of the embedding of the next token and of the hidden states that the decoder layers
+The model's class does not load them. A prediction layer is a decoder layer like those of the model, with a projection
+in front of it: its input is made of the embedding of the next token and of the hidden states that the decoder layers
 return. If its decoder layer has a *mixture* (experts with a router), `config.json` has one number of experts for this
 mixture and those of the model. So a run that removes experts of the model has to remove as many here.
 
@@ -206,7 +206,9 @@ def _prefixes(names: Sequence[str], layers_prefix: str) -> tuple[_InputNames, st
 def _template(
     inner_names: Sequence[str], naming: Naming, layers_name: str, layers_prefix: str
 ) -> tuple[int, dict[str, str]] | None:
-    """Find the last decoder layer of the model that has the same parameters as a prediction layer.
+    """Find the decoder layer of the model that has most of the parameters of a prediction layer, and no other ones.
+
+    The last one is found if several have equally many.
 
     Args:
         inner_names: Names of the stored tensors of the prediction layer, without what all begin with, such as
@@ -224,6 +226,7 @@ def _template(
             number, _, inner_name = name.removeprefix(f"{layers_name}.").partition(".")
             tensors_of_layers.setdefault(int(number), set()).add(inner_name)
 
+    best: tuple[int, dict[str, str]] | None = None
     tried: list[set[str]] = []  # layers of one kind have the same tensors
     for layer_number in sorted(tensors_of_layers, reverse=True):
         tensors = tensors_of_layers[layer_number]
@@ -237,9 +240,10 @@ def _template(
             if naming.is_loaded(stored_name, place):
                 places[inner_name] = place
         loaded = {place.removeprefix(f"{layers_name}.{layer_number}.") for place in places.values()}
-        if tensors <= loaded:
-            return layer_number, places
-    return None
+        has_more = best is None or len(places) > len(best[1])
+        if tensors <= loaded and has_more:
+            best = layer_number, places
+    return best
 
 
 def _only_mixture(

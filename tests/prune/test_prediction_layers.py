@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from prediction_models import (
     fp8_predicting_folder,
     predicting_folder,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -25,6 +26,7 @@ from optimum_fista.evaluate.verification import VerificationError, verify_checkp
 from optimum_fista.prune import journal, loop
 from optimum_fista.records import MixtureReport
 from optimum_fista.source.loading import read_model
+from optimum_fista.source.prediction_layers import _template
 from optimum_fista.source.stored_tensor import StoredTensor, read_stored
 
 TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -326,6 +328,55 @@ def test_a_prediction_layer_that_cannot_run_is_left_out_before_the_run(tmp_path,
     assert not report.prediction_mixtures
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["num_nextn_predict_layers"] == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_prediction_layer_with_damaged_weights_is_left_out_and_the_run_ends(tmp_path):
+    source = predicting_folder(tmp_path / "source", "glm4_moe")
+    tensors = load_file(source / "model.safetensors")
+    tensors[f"{layer_prefix('glm4_moe')}hnorm.weight"][0] = torch.nan
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+
+    report = prune(source, tmp_path / "out", **HALF)
+
+    assert report.prediction_mixtures == []
+    (reason,) = report.model["lacks"].values()
+    assert "its experts can't be chosen, because it can't be run (" in reason
+    assert module_of(tmp_path / "out", layer_prefix("glm4_moe")) == {}
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_narrower_experts_leave_out_a_prediction_layer_that_stores_its_experts_otherwise(tmp_path):
+    source = predicting_folder(tmp_path / "source", "qwen3_next")
+    file = source / "model.safetensors"
+    tensors = load_file(file)
+    experts = "mtp.layers.0.mlp.experts."
+    down = torch.stack([tensors[f"{experts}{number}.down_proj.weight"] for number in range(8)])
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(experts)}
+    save_file(tensors | {f"{experts}down_proj": down}, file, {"format": "pt"})
+
+    report = prune(source, tmp_path / "out", pattern="expert_channels:0.25")
+
+    assert "parts that decoder layers lose" in report.model["lacks"]["mtp"]
+    assert module_of(tmp_path / "out", "mtp.") == {}
+
+
+def test_the_template_of_a_prediction_layer_has_most_of_its_parameters():
+    """The last decoder layer is like the prediction layer, but has no indexer; the one before it has."""
+    names = ["norm.weight", "indexer.weight"]
+    state = {f"model.layers.{number}.{name}" for number in (0, 1) for name in names}
+    state |= {"model.layers.2.norm.weight"}
+    naming = SimpleNamespace(
+        state=state,
+        names_of=lambda name: SimpleNamespace(place=name),
+        is_loaded=lambda name, place: place in state,
+    )
+
+    number, places = _template(names, naming, "model.layers", "model.layers.")
+
+    assert number == 1
+    assert places.keys() == set(names)
 
 
 def test_verify_refuses_a_prediction_layer_with_other_experts_than_the_report_names(tmp_path):
