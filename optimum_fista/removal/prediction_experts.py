@@ -1,8 +1,9 @@
 """Which experts stay in layers that predict more tokens: a run of these layers behind the pruned model says so.
 
 A *prediction layer* (`source.prediction_layers`) is in the files of a model, and the model's class does not load it. It
-is a decoder layer like those of the model (its *template*), with a projection in front. For a token i, with the embedding
-e(i) of a token and the hidden states h(i) that the final norm of the model returns, the projection P, and two norms:
+is a decoder layer like those of the model (its *template*), with a projection in front. For a token i, with the
+embedding e(i) of a token and the hidden states h(i) that the final norm of the model returns, the projection P, and two
+norms:
 
     x(i) = P [norm_e(e(i + 1)); norm_h(h(i))]          (DeepSeek-V3, arXiv 2412.19437, eq. 21; vLLM runs it so)
 
