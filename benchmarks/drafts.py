@@ -8,7 +8,7 @@ and the prediction layer is measured on the last tenth of the text with experts 
 - `router`: by its own router, on the hidden states of the pruned model (what a run does),
 - `trunk`: the numbers of the experts that stay in the last decoder layer,
 - `random`: three draws,
-- `all`: none is removed. It needs a configuration of its own, so no serving program could load it.
+- `all`: none is removed. It would need a configuration of its own, so such a model can't be saved.
 
 `loss` is in nats per byte. `accepted` is the share of places where the greedy draft is the byte that the model itself,
 pruned or not, finds most likely there, with the bytes of the text before it. The training takes minutes, and

@@ -17,7 +17,7 @@ bfloat16 on the first `--max-windows` windows of `web.txt`, `wikitext2.txt` and 
 stretch of text that the windows of the dense model cover, whatever the tokenizer. For `--humaneval`, `humaneval.py`
 runs the rows that it names: **it runs code that the models write** (see there).
 
-If HumanEval of `dense` was measured, every other row gets the loss of the dense model's answers to every fourth
+If HumanEval of `dense` was measured, every row gets the loss of the dense model's answers to every fourth
 problem, in nats a token (`humaneval.loss_of_answers`): how far the row is from writing what MODEL writes.
 
 The same call resumes: a folder that exists is not pruned again, an interrupted run of `prune` goes on, and a row in

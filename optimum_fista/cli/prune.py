@@ -38,8 +38,8 @@ pattern. For a model that does not fit, the text is c4, or pydoc if the package 
 
 The model is read, pruned and written one decoder layer at a time. It is loaded whole only if it is a GGUF file, or
 writes its own text. If a run is interrupted, give the same command again: it resumes after the last finished decoder
-layer. With --error-correction none or intra (the default for zeros), several processes that accelerate launch or
-torchrun starts share the decoder layers (docs/ranks.md).
+layer. With --error-correction none or intra (what the default method has for zeros), several processes that
+accelerate launch or torchrun starts share the decoder layers (docs/ranks.md).
 
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B

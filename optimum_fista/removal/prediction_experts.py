@@ -5,7 +5,7 @@ is a decoder layer like those of the model (its *template*), with a projection i
 embedding e(i) of a token and the hidden states h(i) that the final norm of the model returns, the projection P, and two
 norms:
 
-    x(i) = P [norm_e(e(i + 1)); norm_h(h(i))]          (DeepSeek-V3, arXiv 2412.19437, eq. 21; vLLM runs it so)
+    x(i) = P [norm_e(e(i + 1)); norm_h(h(i))]          (DeepSeek-V3, arXiv 2412.19437, eq. 21)
 
 enters the decoder layer. If there are several prediction layers, the one with the number k from 0 gets e(i + 1 + k),
 and the output of the layer before it in place of h(i).
