@@ -251,7 +251,8 @@ class FusedExperts:
         """Refuse the module if `output` is not what its own forward pass `original` returns, up to rounding.
 
         `values` are the arguments of the forward pass, by position: the hidden states, and the router's choices if the
-        module gets them (`self._is_routed`). Changes nothing.
+        module gets them (`self._is_routed`). Changes nothing. If `original` returns NaN or Inf, nothing can be
+        compared, and the ValueError says so.
         """
         # The first tokens are enough. With all, oneDNN would keep memory for products of many sizes, because `original`
         # does not use `in_few_sizes`. Only [tokens, hidden] can be cut so.
@@ -269,11 +270,21 @@ class FusedExperts:
             is_exact = torch.get_float32_matmul_precision() == "highest"
             tolerance = 1e-3 if is_exact else 2e-2
         is_equal = difference <= tolerance * size  # False for NaN
-        if not is_equal:
-            raise UnsupportedArchitectureError(
-                f"{self.name} ({type(self.module).__name__}) computes its experts in an unknown way: to "
-                f"prune the rest of the model and leave them dense, pass exclude=['*.{self.name.rsplit('.', 1)[-1]}']."
+        if is_equal:
+            return
+
+        holds_nan_or_inf = not bool(torch.isfinite(expected).all())
+        if holds_nan_or_inf:
+            raise ValueError(
+                f"the experts of {self.name} return NaN or Inf: the model is damaged there or before, or overflows its "
+                "dtype: load it again, or in float32 or bfloat16 (--dtype float32)."
             )
+        name_in_parent = self.name.rpartition(".")[2]
+        raise UnsupportedArchitectureError(
+            f"{self.name} ({type(self.module).__name__}) computes its experts in an unknown way: to prune the rest of "
+            f"the model and leave them dense, pass exclude=['*.{name_in_parent}'], with a pattern that removes no "
+            "whole parts, such as '2:4'."
+        )
 
     def assigned(self, *arguments: Any, **keywords: Any) -> AssignedTokens:
         """Sort the tokens that the module is called with by expert; the host waits once for the device.

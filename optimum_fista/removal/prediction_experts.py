@@ -7,8 +7,8 @@ norms:
 
     x(i) = P [norm_e(e(i + 1)); norm_h(h(i))]          (DeepSeek-V3, arXiv 2412.19437, eq. 21)
 
-enters the decoder layer. If there are several prediction layers, the one with the number k from 0 gets e(i + 1 + k),
-and the output of the layer before it in place of h(i).
+enters the decoder layer. If there are several prediction layers, the one with the number k from 0 gets e(i + 1 + k).
+All but the first get, in place of h(i), what the prediction layer before returns without its removed experts.
 
 Before the run, `load_prediction_layers` writes each to a small checkpoint, from which Transformers loads it as a model
 with one decoder layer, in any format that it reads. When the decoder layers of the given model are pruned,
@@ -116,7 +116,7 @@ def _rehearse(loaded: Sequence[LoadedPredictionLayer], layers: DecoderLayers) ->
 
     `layers` are the decoder layers of the given model. Changes nothing; raises what goes wrong.
     """
-    config = layers.model.config.get_text_config()
+    config = layers.model.config.get_text_config(decoder=True)
     token_ids = torch.arange(_REHEARSED_TOKENS)[None] % config.vocab_size
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, _REHEARSED_TOKENS, config.hidden_size, generator=generator)
@@ -270,9 +270,8 @@ def _choose(
         targets = LayerTargets(
             activations,
             [],  # no operator is pruned
-            Correction(
-                "full", dense_share=0.0
-            ),  # the dense layer need not run on inputs of its own
+            # The dense layer need not run on inputs of its own.
+            Correction("full", dense_share=0.0),
             entering=HiddenStates(dense=None, pruned=entering),
             experts=layer.get_submodule(name_in_layer),
         )
@@ -299,7 +298,8 @@ def _inputs(
     """Compute what enters the decoder layer of a prediction layer, [batch, sequence, hidden] of each batch.
 
     `embeddings` are those of the tokens themselves; the layer gets those of the tokens `distance` later. `states` are
-    the hidden states of the model. The result is kept at `storage` (`None`: where the layer computes).
+    those of the model, or of the prediction layer before. All are [batch, sequence, hidden] of each batch. The result
+    is kept at `storage` (`None`: where the layer computes).
     """
     device = execution_device(loaded.layers.modules[0])
     dtype = loaded.layers.model.dtype

@@ -29,9 +29,8 @@ class Refit(NamedTuple):
     """New weights of an operator."""
 
     weight: Tensor  # [out, in]
-    share: (
-        float  # s, in (0, 1]: 1 is the refit itself, less is shrunk towards the weights before it
-    )
+    # s, in (0, 1]: 1 is the refit itself, less is shrunk towards the weights before it
+    share: float
     message: str  # of a factorisation that needed help, or ""
 
 
