@@ -113,21 +113,41 @@ class Part:
         return names
 
     @property
+    def mixture(self) -> str | None:
+        """The name of the mixture of an expert, such as "model.layers.3.mlp.experts"; `None` if the part is no expert.
+
+        The name of the expert's operator (`self.name`) is that of the mixture with a number and "down_proj".
+        """
+        if self.expert is None:
+            return None
+        return self.name.rsplit(".", 2)[0]
+
+    @property
     def weight(self) -> str:
         """The name in the model of the tensor that loses columns; of a mixture, no tensor has this name.
 
-        `self.name` is that of the operator. The matrix of an expert (`self.expert`) is in a tensor of its mixture: that
-        of "model.layers.3.mlp.experts.5.down_proj" is in "model.layers.3.mlp.experts.down_proj".
+        `self.name` is that of the operator. The matrix of an expert is in a tensor of its mixture (`self.mixture`):
+        that of "model.layers.3.mlp.experts.5.down_proj" is in "model.layers.3.mlp.experts.down_proj".
         """
-        if self.expert is None:
+        if self.mixture is None:
             return f"{self.name}.weight"
-        mixture, _, tensor = self.name.rsplit(".", 2)
-        return f"{mixture}.{tensor}"
+        tensor = self.name.rpartition(".")[2]
+        return f"{self.mixture}.{tensor}"
 
     @property
     def is_mixture(self) -> bool:
         """Tell whether the groups are experts, not columns."""
         return self.weight not in self.tensors
+
+    def includes(self, name: str) -> bool:
+        """Tell whether the tensor `name` belongs to the part.
+
+        `name` is that of a parameter of the model, or of a tensor in its files that stands in the place of one: scales
+        of the inputs of experts are no parameters, but are removed with the experts (`self.name` is their module).
+        """
+        if name in self.tensors or name == self.table:
+            return True
+        return name.startswith(f"{self.name}.") and self.is_mixture
 
     def kept_by(self, mask: Tensor) -> tuple[int, ...]:
         """Find the numbers of the groups of columns that a mask [out, in] keeps (True = kept), rising.

@@ -175,9 +175,9 @@ class PartsRemoval(Removal):
         part = self.smaller_plan.part_of(name)
         if part is not None:
             return part
-        # Scales of the inputs of experts are no parameters, but are removed with the experts.
+        # Scales of the inputs of experts are no tensors of the plan.
         for mixture in self.mixtures.values():
-            if name.startswith(f"{mixture.name}."):
+            if mixture.includes(name):
                 return mixture
         return None
 

@@ -19,9 +19,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,83 +82,70 @@ def source_tensors(
     stored = read_stored(source)
     config_file = source / CONFIG_FILE
     config = read_json(config_file) if config_file.exists() else {}
-    settings = _quantization_settings(config)
-    # `dequantizer_of` reads the configuration by its class. A packed folder has settings, but its weights are not
-    # quantized, and it has no dequantizer.
-    dequantizer = dequantizer_of(source) if settings else None
-    if dequantizer is None:
-        settings = {}
+    dequantizer, settings = _read_quantization(source, config)
 
     naming = Naming(model, dequantizer)
-    # A packed tensor is stored in three parts, which are no tensors of the model.
-    packed_parts = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
-    places: dict[str, str] = {}
-    # The name in the model of each tensor that is loaded, before it is merged with others.
-    own_names: dict[str, str] = {}
-    not_loaded: dict[str, str] = {}
-    for name in stored:
-        if name in packed_parts:
-            continue
-        new_names = naming.names_of(name)
-        if naming.is_loaded(name, new_names.place):
-            places[name] = new_names.place
-            own_names[name] = new_names.own
-        else:
-            not_loaded[name] = naming.module_of(new_names.own)
-
+    division = _divide(stored, naming)
     if dequantizer is None:
-        for name, place in places.items():
-            parameter = naming.state[place]
-            _require_plain_floats(name, stored[name], parameter, source)
-    _require_one_value_each(stored, own_names, type(model).__name__)
+        _require_plain_floats(stored, division.places, naming.state, source)
+    _require_one_value_each(stored, division.own_names, type(model).__name__)
 
-    # The name in its decoder layer, and the shape, of each tensor that the run cuts.
-    shapes_of_parts = set()
-    narrows_experts = False
-    for name, place in places.items():
-        cut_part = part_of(place)
-        if cut_part is None:
-            continue
-        shapes_of_parts.add((_name_in_layer(name), stored[name].shape))
-        if cut_part.expert is not None:
-            narrows_experts = True
-    # If there are several reasons, the last one is given.
-    not_copied: dict[str, str] = {}
+    not_loaded = division.not_loaded
+    still_quantized: dict[str, str] = {}
     if dequantizer is not None and not quantized:
         stored, not_loaded = _dequantized(stored, not_loaded, dequantizer, model.dtype)
-        not_copied |= _modules_still_quantized(stored, not_loaded)
-    with_cut_parts = _modules_with_cut_parts(
-        stored, not_loaded, shapes_of_parts, narrows_experts=narrows_experts
-    )
+        still_quantized = _modules_still_quantized(stored, not_loaded)
 
     if layers_name is None:
         layers_name = find_decoder_layers(model).name
-    layers_prefix = _prefix_of_layers(places, f"{layers_name}.")
+    tensors = SourceTensors(
+        stored=stored,
+        places=division.places,
+        not_loaded=not_loaded,
+        layers=_prefix_of_layers(division.places, f"{layers_name}."),
+        settings=settings,
+    )
+    with_cut_parts = _modules_with_cut_parts(tensors, part_of)
     prediction_layers = find_prediction_layers(
         with_cut_parts,
-        not_loaded,
-        stored,
+        tensors,
         naming=naming,
         layers_name=layers_name,
-        layers_prefix=layers_prefix,
         part_of=part_of,
         in_plain_floats=partial(
-            _in_plain_floats, stored, not_loaded, dequantizer=dequantizer, dtype=model.dtype
+            _in_plain_floats, tensors, dequantizer=dequantizer, dtype=model.dtype
         ),
     )
     for layer in prediction_layers:
-        del with_cut_parts[layer.module]
-    not_copied |= with_cut_parts
-    not_copied |= _modules_not_described(model, source, config, not_loaded)
-    return SourceTensors(
-        stored=stored,
-        places=places,
-        not_loaded=not_loaded,
+        del with_cut_parts[layer.module]  # they lose their experts, and are copied
+
+    # If there are several reasons, the last one is given.
+    not_copied = {
+        **still_quantized,
+        **with_cut_parts,
+        **_modules_not_described(model, source, config, not_loaded),
+    }
+    return replace(
+        tensors,
         not_copied=not_copied,
-        layers=layers_prefix,
-        settings=settings,
         prediction_layers=[layer for layer in prediction_layers if layer.module not in not_copied],
     )
+
+
+def _read_quantization(
+    source: Path, config: Mapping[str, Any]
+) -> tuple[Dequantizer | None, dict[str, Any]]:
+    """Find what dequantizes the weights in the folder `source`, and the quantization settings by which it does.
+
+    `config` is the content of the `config.json` there. `None` and no settings if the weights are not quantized. A
+    packed folder has settings, but its weights are not quantized.
+    """
+    settings = _quantization_settings(config)
+    # `dequantizer_of` reads the configuration by its class.
+    dequantizer = dequantizer_of(source) if settings else None
+    if dequantizer is None:
+        return None, {}
+    return dequantizer, settings
 
 
 def _quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,17 +161,56 @@ def _quantization_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _require_plain_floats(name: str, tensor: StoredTensor, parameter: Tensor, source: Path) -> None:
+class _Division(NamedTuple):
+    """The stored tensors of a model, by whether its class loads them; all are by their names in the files.
+
+    The three parts of a packed tensor are among neither: they are no tensors of the model.
+    """
+
+    places: dict[str, str]  # of each tensor that is loaded
+    own_names: dict[
+        str, str
+    ]  # the name of each of these in the model, before it is merged with others
+    not_loaded: dict[str, str]  # the module of each tensor that is not loaded
+
+
+def _divide(stored: Mapping[str, StoredTensor], naming: Naming) -> _Division:
+    """Divide all stored tensors, by their names, into those that the model of `naming` loads, and the others."""
+    packed_parts = {f"{name}{suffix}" for name in packed_names(stored) for suffix in SUFFIXES}
+    division = _Division(places={}, own_names={}, not_loaded={})
+    for name in stored:
+        if name in packed_parts:
+            continue
+        new_names = naming.names_of(name)
+        if naming.is_loaded(name, new_names.place):
+            division.places[name] = new_names.place
+            division.own_names[name] = new_names.own
+        else:
+            division.not_loaded[name] = naming.module_of(new_names.own)
+    return division
+
+
+def _require_plain_floats(
+    stored: Mapping[str, StoredTensor],
+    places: Mapping[str, str],
+    state: Mapping[str, Tensor],
+    source: Path,
+) -> None:
     """Raise ValueError for a stored tensor that is quantized, in a folder whose `config.json` says nothing of it.
 
-    `name` is the name of `tensor` in the files of the folder `source`, and `parameter` is what it is loaded as: if that
-    has integers, so may the tensor.
+    Args:
+        stored: The tensors, by their names in the files of the folder `source`.
+        places: The place of each tensor that is loaded, by the tensor's name in the files.
+        state: The parameters and buffers of the model, by name. If one has integers, so may its stored tensor.
+        source: The folder.
     """
-    if tensor.dtype not in PLAIN_FLOATS and parameter.is_floating_point():
-        raise ValueError(
-            f"{name} has dtype {tensor.dtype}, and config.json has no quantization_config to read it by: copy that of "
-            f"the quantized model into {str(source / CONFIG_FILE)!r}."
-        )
+    for name, place in places.items():
+        dtype = stored[name].dtype
+        if dtype not in PLAIN_FLOATS and state[place].is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {dtype}, and config.json has no quantization_config to read it by: copy that of "
+                f"the quantized model into {str(source / CONFIG_FILE)!r}."
+            )
 
 
 def _require_one_value_each(
@@ -244,31 +271,42 @@ def _name_in_layer(name: str) -> str:
 
 
 def _modules_with_cut_parts(
-    stored: Mapping[str, StoredTensor],
-    not_loaded: Mapping[str, str],
-    shapes_of_parts: set[tuple[str, tuple[int, ...]]],
-    *,
-    narrows_experts: bool,
+    tensors: SourceTensors, part_of: Callable[[str], CutPart | None]
 ) -> dict[str, str]:
     """Return the modules that are not copied because they have what decoder layers lose, each with the reason.
 
+    A tensor that is not loaded is taken for such a part if decoder layers lose one of the same name and shape. If
+    experts lose channels, every module with experts is among them: the files may keep its experts in another form than
+    those of decoder layers. Such a module is recognized by the name of the mixture, such as "experts" in
+    "mtp.layers.0.mlp.experts.down_proj". Nothing is changed.
+
     Args:
-        stored: All stored tensors, by name.
-        not_loaded: The module of each stored tensor that is not loaded, by the tensor's name.
-        shapes_of_parts: Of each stored tensor that the run cuts: its name inside the decoder layer, and its shape, such
-            as ("mlp.gate.weight", (64, 2048)).
-        narrows_experts: Whether experts lose channels. Then every module with experts is among them: the files may keep
-            its experts in another form than those of decoder layers.
+        tensors: All stored tensors, with the places of those that are loaded and the modules of the others.
+        part_of: Returns the part to which a parameter of this name belongs; `None` if the run does not cut it.
     """
-    num_tensors = Counter(not_loaded.values())
+    # Of each stored tensor that the run cuts: its name in its decoder layer, and its shape, such as
+    # ("mlp.gate.weight", (64, 2048)).
+    shapes_of_parts = set[tuple[str, tuple[int, ...]]]()
+    # What the model calls mixtures whose experts lose channels, such as "experts".
+    names_of_mixtures = set[str]()
+    for name, place in tensors.places.items():
+        part = part_of(place)
+        if part is None:
+            continue
+        shapes_of_parts.add((_name_in_layer(name), tensors.stored[name].shape))
+        if part.mixture is not None:
+            names_of_mixtures.add(part.mixture.rpartition(".")[2])
+
+    num_tensors = Counter(tensors.not_loaded.values())
     reasons: dict[str, str] = {}
-    for name, module in not_loaded.items():
-        shape = stored[name].shape
+    for name, module in tensors.not_loaded.items():
+        shape = tensors.stored[name].shape
         looks_like_a_part = any(
             name.endswith(f".{name_of_part}") and shape == shape_of_part
             for name_of_part, shape_of_part in shapes_of_parts
         )
-        if looks_like_a_part or (narrows_experts and ".experts." in name):
+        is_of_expert = any(f".{mixture}." in name for mixture in names_of_mixtures)
+        if looks_like_a_part or is_of_expert:
             # The module would need the same cut as the decoder layers, and only these are cut.
             reasons[module] = (
                 f"{num_tensors[module]} tensors: parts that decoder layers lose would have to go there too"
@@ -374,25 +412,20 @@ def _dequantized(
 
 
 def _in_plain_floats(
-    stored: Mapping[str, StoredTensor],
-    not_loaded: Mapping[str, str],
-    name: str,
-    *,
-    dequantizer: Dequantizer | None,
-    dtype: torch.dtype,
+    tensors: SourceTensors, name: str, *, dequantizer: Dequantizer | None, dtype: torch.dtype
 ) -> StoredTensor | None:
     """Return the stored tensor `name`, dequantized to `dtype` if it is in FP8; `None` if it stays quantized.
 
-    `stored` and `not_loaded` are all stored tensors, and the modules of those that are not loaded, by name.
-    `dequantizer` is what has loaded the model; `None` if it is not quantized. A tensor that is quantized is read once.
+    `tensors` are all stored tensors, with the modules of those that are not loaded. `dequantizer` is what has loaded
+    the model; `None` if it is not quantized. A tensor that is quantized is read once.
     """
-    tensor = stored[name]
+    tensor = tensors.stored[name]
     if dequantizer is not None and tensor.dtype not in PLAIN_FLOATS:
         owner = name.removesuffix("weight")  # such as "model.layers.61.eh_proj."
         of_owner = {
-            other: module for other, module in not_loaded.items() if other.startswith(owner)
+            other: module for other, module in tensors.not_loaded.items() if other.startswith(owner)
         }
-        dense, _ = _dequantized(stored, of_owner, dequantizer, dtype)
+        dense, _ = _dequantized(tensors.stored, of_owner, dequantizer, dtype)
         tensor = dense[name]
     return tensor if tensor.dtype in PLAIN_FLOATS else None
 

@@ -76,19 +76,15 @@ class PredictionLayer:
 
     def part_of(self, place: str) -> CutPart | None:
         """Return the mixture if the parameter `place` of the template belongs to it, otherwise `None`."""
-        # Scales of the inputs of experts are no parameters, but are removed with the experts.
-        belongs = place in self.part.tensors or place.startswith(f"{self.part.name}.")
-        return self.part if belongs else None
+        return self.part if self.part.includes(place) else None
 
 
 def find_prediction_layers(
     modules: Iterable[str],
-    not_loaded: Mapping[str, str],
-    stored: Mapping[str, StoredTensor],
+    source: SourceTensors,
     *,
     naming: Naming,
     layers_name: str,
-    layers_prefix: str,
     part_of: Callable[[str], CutPart | None],
     in_plain_floats: Callable[[str], StoredTensor | None],
 ) -> list[PredictionLayer]:
@@ -99,17 +95,16 @@ def find_prediction_layers(
 
     Args:
         modules: Modules that the model lacks and that have experts as its decoder layers have.
-        not_loaded: The module of each stored tensor that the model does not load, by the tensor's name.
-        stored: All stored tensors, by name.
+        source: All stored tensors, with the modules of those that the model does not load.
         naming: Knows the parameter as which a stored tensor is loaded.
         layers_name: The name of the list of decoder layers in the model, such as "model.layers".
-        layers_prefix: What the names of stored tensors of decoder layers begin with, such as "model.layers.".
         part_of: Returns the part to which a parameter of this name belongs; `None` if the run does not cut it.
         in_plain_floats: Returns the stored tensor of this name, dequantized; `None` if that is not possible.
     """
+    layers_prefix = source.layers
     layers = []
     for module in sorted(modules, key=_number_at_the_end):
-        names = [name for name, owner in not_loaded.items() if owner == module]
+        names = [name for name, owner in source.not_loaded.items() if owner == module]
         naming_of_inputs = _prefixes(names, layers_prefix)
         if naming_of_inputs is None:
             continue
@@ -139,7 +134,7 @@ def find_prediction_layers(
             hidden_norm=hidden_norm,
             projection=projection,
         )
-        if _has_all_experts(layer, stored, f"{layers_prefix}{number}."):
+        if _has_all_experts(layer, source.stored, f"{layers_prefix}{number}."):
             layers.append(layer)
     return layers
 
@@ -213,7 +208,8 @@ def _template(
     Args:
         inner_names: Names of the stored tensors of the prediction layer, without what all begin with, such as
             "mlp.gate.weight". Some may belong to its inputs, or to its head.
-        naming, layers_name, layers_prefix: As in `find_prediction_layers`.
+        naming, layers_name: As in `find_prediction_layers`.
+        layers_prefix: What the names of stored tensors of decoder layers begin with, such as "model.layers.".
 
     Returns:
         The number of the decoder layer, and for each of `inner_names` that belongs to it: the parameter of the decoder

@@ -70,6 +70,13 @@ class CutPart(Protocol):
     def expert(self) -> int | None:
         """The number of an expert that loses channels of its own; its `tensors` have the matrices of all experts."""
 
+    @property
+    def mixture(self) -> str | None:
+        """The name in the model of the mixture of such an expert; `None` if the part is no expert."""
+
+    def includes(self, name: str) -> bool:
+        """Tell whether the tensor `name` belongs to the part: a parameter of the model, or what stands in its place."""
+
     def shrink(self, name: str, tensor: Tensor, kept: Sequence[int]) -> Tensor:
         """Copy the tensor called `name` in the model with only the groups `kept`; a table names only these."""
 
