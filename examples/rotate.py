@@ -58,7 +58,7 @@ from optimum_fista.model.media import media_arguments
 from optimum_fista.model.operators import LINEAR, LinearOperator
 from optimum_fista.model.precision import is_fast
 from optimum_fista.public_names import public_name
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.solve.linalg import damped_inverse, diagonal_blocks
 from optimum_fista.solve.pattern import SparsityPattern, parse_pattern
 from optimum_fista.source.files import copy_source, source_folder

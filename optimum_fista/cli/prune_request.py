@@ -318,7 +318,8 @@ def pattern_of_run(model: str, config: FistaPruningConfig) -> str:
     if config.whole_parts is None:
         return config.pattern
     from optimum_fista.model.layers import find_decoder_layers
-    from optimum_fista.removal.parts import ModelOutline, removed_parts
+    from optimum_fista.removal.model_outline import ModelOutline
+    from optimum_fista.removal.removed_parts import removed_parts
     from optimum_fista.source.loading import model_without_weights, read_config
 
     model_config = read_config(model)

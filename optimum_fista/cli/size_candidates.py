@@ -22,7 +22,7 @@ from optimum_fista.cli.prune_request import PruneRequest
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.removal.counted_model import CountedModel
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.tokens_plan import TokensPlan, plan_counted
 from optimum_fista.solve.patterns import PartShare
 from optimum_fista.text.sources import usual_texts

@@ -26,7 +26,7 @@ from optimum_fista.estimate.peak_memory import LIBRARIES
 from optimum_fista.estimate.run_sizes import RunSizes
 from optimum_fista.memory import available_bytes
 from optimum_fista.pruner import FistaPruner
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
 from optimum_fista.source import loading

@@ -29,14 +29,10 @@ from optimum_fista.model.offload import stored_tensor
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.public_names import public_name
 from optimum_fista.records import OperatorReport
-from optimum_fista.removal.parts import (
-    Kind,
-    ModelOutline,
-    Part,
-    kept_by_kind,
-    removed_parts,
-)
+from optimum_fista.removal.model_outline import ModelOutline
+from optimum_fista.removal.parts import Kind, Part
 from optimum_fista.removal.removal import kept_experts
+from optimum_fista.removal.removed_parts import kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.report import PruningReport
 from optimum_fista.source.formats.dequantizer import dequantizer_of

@@ -44,7 +44,7 @@ from optimum_fista.model.layers import token_limits
 from optimum_fista.operator_grid import layer_and_kind
 from optimum_fista.records import MixtureReport, OperatorReport
 from optimum_fista.removal.experts import experts_to_keep
-from optimum_fista.removal.parts import count_router_groups
+from optimum_fista.removal.model_outline import count_router_groups
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern

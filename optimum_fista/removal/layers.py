@@ -3,9 +3,9 @@
 SLEB (arXiv 2402.09025) runs a whole model for every candidate. Here all candidates of a round share one sweep: a
 decoder layer is brought to its device once, and runs on the hidden states of each candidate, which take memory.
 
-`choose_layers` is called once, before the first decoder layer is pruned. The *outline* (`parts.ModelOutline`) has the
-model, and a copy of it without weights that is built from the configuration. `RecordedInputs` has the hidden states
-that enter the first decoder layer in every batch, and the other arguments of all layers.
+`choose_layers` is called once, before the first decoder layer is pruned. The *outline* (`model_outline.ModelOutline`)
+has the model, and a copy of it without weights that is built from the configuration. `RecordedInputs` has the hidden
+states that enter the first decoder layer in every batch, and the other arguments of all layers.
 """
 
 import math
@@ -19,7 +19,7 @@ from optimum_fista.model.inputs import RecordedInputs, record_inputs
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.model.sweep import Sweep
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.proof import require_same_outputs
 from optimum_fista.removal.shrinking import plan_shrinking
 

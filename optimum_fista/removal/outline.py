@@ -1,6 +1,6 @@
 """Outlines: models without weights, built on the meta device from a configuration.
 
-An outline costs no memory and shows the names and shapes of all tensors. `parts` compares the outline of a model with
+An outline costs no memory and shows the names and shapes of all tensors. `model_outline` compares that of a model with
 that of the same model with fewer parts, to find out which tensors shrink. `shrinking` compares it with the outline of
 the smaller model. The *settings* here are those of the text model in the configuration, such as
 `{"intermediate_size": 24}`.

@@ -35,14 +35,8 @@ from optimum_fista.records import LayerRecord, LayerReport, OperatorReport
 from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.experts import remove_experts
 from optimum_fista.removal.layers import choose_layers
-from optimum_fista.removal.parts import (
-    Kind,
-    ModelOutline,
-    Part,
-    RemovedParts,
-    kept_by_kind,
-    removed_parts,
-)
+from optimum_fista.removal.model_outline import ModelOutline
+from optimum_fista.removal.parts import Kind, Part
 from optimum_fista.removal.proof import require_same_outputs, scaled_down
 from optimum_fista.removal.removal import (
     ChosenGroups,
@@ -52,6 +46,7 @@ from optimum_fista.removal.removal import (
     first_names,
     groups_kept,
 )
+from optimum_fista.removal.removed_parts import RemovedParts, kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking, plan_shrinkings
 from optimum_fista.removal.smaller_modules import shrink_model, tensors_of
 from optimum_fista.report import PruningReport

@@ -10,7 +10,8 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.choice import choose_operators
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.removal.earlier_masks import EarlierMasks
-from optimum_fista.removal.parts import ModelOutline, Part
+from optimum_fista.removal.model_outline import ModelOutline
+from optimum_fista.removal.parts import Part
 from optimum_fista.removal.parts_removal import PartsRemoval
 from optimum_fista.removal.removal import Removal, first_names
 from optimum_fista.solve.pattern import SparsityPattern

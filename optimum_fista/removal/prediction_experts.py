@@ -35,7 +35,8 @@ from optimum_fista.model.layers import DecoderLayers, find_decoder_layers
 from optimum_fista.model.offload import execution_device, onloaded, stored_tensor
 from optimum_fista.records import MixtureReport
 from optimum_fista.removal.experts import remove_experts
-from optimum_fista.removal.parts import ModelOutline, Part
+from optimum_fista.removal.model_outline import ModelOutline
+from optimum_fista.removal.parts import Part
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
 from optimum_fista.source.loading import load_lazily
 from optimum_fista.source.model_folder import CONFIG_FILE

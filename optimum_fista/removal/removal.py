@@ -33,7 +33,8 @@ from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.removal.earlier_masks import EarlierMasks, Reordering
-from optimum_fista.removal.parts import Part, RemovedParts
+from optimum_fista.removal.parts import Part
+from optimum_fista.removal.removed_parts import RemovedParts
 from optimum_fista.removal.routing_table import KeptExperts
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern

@@ -7,7 +7,7 @@ its experts, heads of its attention, or experts of its mixture. These are the *k
 same share of its groups. The plan leaves open *which* of them stay: a run finds that out later, and passes it as
 `kept`, the numbers of the groups that stay, by the name of the part, such as `model.layers.0.mlp.down_proj`.
 
-An *outline* (`parts.ModelOutline`) has the model that is to become smaller, and a copy of it without weights
+An *outline* (`model_outline.ModelOutline`) has the model that is to become smaller, and a copy of it without weights
 (`outline.dense`). *Overrides* are settings of single decoder layers in a configuration (`layer_overrides`).
 
 `plan_shrinking` makes a plan. `smaller_modules` makes modules in memory smaller by it, and `proof` proves that a
@@ -27,8 +27,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.removal.layer_overrides import Overrides, overrides_of, renumbered
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.outline import described_model, shapes_of
-from optimum_fista.removal.parts import Kind, ModelOutline, Part
+from optimum_fista.removal.parts import Kind, Part
 
 # Settings of configurations: the number of decoder layers,
 _NUM_LAYERS = ("num_hidden_layers", "decoder_layers")

@@ -17,7 +17,7 @@ from optimum_fista.model.layers import find_decoder_layers, token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal.layers import choose_layers
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 
 
 def read(model, *batches) -> list[CalibrationBatch]:

@@ -16,7 +16,7 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal import layers as module
 from optimum_fista.removal.layers import choose_layers
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.removal.smaller_modules import shrink_model
 

@@ -18,7 +18,7 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.removal import parts, parts_removal, shrinking
+from optimum_fista.removal import model_outline, parts_removal, shrinking
 from optimum_fista.removal.outline import described_model
 from optimum_fista.solve.pattern import unpack_mask
 
@@ -265,7 +265,7 @@ def test_a_run_builds_as_few_outlines_as_it_needs(pattern, expected, monkeypatch
         built.append(arguments[1:])
         return described_model(*arguments)
 
-    for module in (parts, shrinking):
+    for module in (model_outline, shrinking):
         monkeypatch.setattr(module, "described_model", count)
     model = tiny_llama()
 

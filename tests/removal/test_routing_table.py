@@ -23,7 +23,7 @@ from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.removal.experts import experts_of
-from optimum_fista.removal.parts import ModelOutline
+from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.routing_table import KeptExperts, repointed
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.removal.smaller_modules import shrink_model

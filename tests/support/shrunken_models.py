@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
 
 from optimum_fista.model.layers import find_decoder_layers
-from optimum_fista.removal.parts import ModelOutline, Parts
+from optimum_fista.removal.model_outline import ModelOutline
+from optimum_fista.removal.parts import Parts
 from optimum_fista.removal.proof import require_same_outputs
 from optimum_fista.removal.routing_table import repointed
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
