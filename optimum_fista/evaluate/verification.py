@@ -4,56 +4,44 @@ The run that wrote the folder is not trusted: weights, masks and report are read
 number is counted again. Only errors can't be checked, because the calibration text is not in the folder.
 
 `verify_checkpoint` checks in this order: each operator against its mask and pattern, the model that `config.json`
-describes, the totals of the report, the summary in `config.json`, and, if it is asked to, the dense model
-(`comparison.py`). The *report* is `fista/report.json`. A *mask* has a bit for each weight, 1 = kept; it is packed,
-eight bits in a byte, and in the layout of the weight in the file. A weight may be stored transposed, as [in, out].
+describes (`model_verification.py`), the totals of the report, the summary in `config.json`, and, if it is asked to, the
+dense model (`comparison.py`). The *report* is `fista/report.json`. A *mask* has a bit for each weight, 1 = kept; it is
+packed, eight bits in a byte, and in the layout of the weight in the file. A weight may be stored transposed, as
+[in, out].
 
 An *operator* is a pruned linear map; the report names it as the files name its weight. `report.operators` are those
 that the run pruned, `report.carried` those whose masks it carried over from an earlier run. Every check raises a
 `VerificationError` if it fails, and changes nothing; a dense model of the Hub is downloaded into its cache.
 """
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from optimum_fista import internals
 from optimum_fista.evaluate.comparison import VerificationError, compare_with_dense
+from optimum_fista.evaluate.model_verification import verify_model
 from optimum_fista.folder.checkpoint import (
     CONFIG_KEY,
     MASKS_FILE,
     REPORT_FILE,
-    VOCABULARY_FILE,
-    kept_tokens,
     read_report,
     require_files,
 )
-from optimum_fista.folder.packed_folder import is_packed, packed_operators, packed_outlines
+from optimum_fista.folder.packed_folder import is_packed, packed_operators
 from optimum_fista.folder.writing import summary
-from optimum_fista.model.layers import token_limits
-from optimum_fista.operator_grid import layer_and_kind
-from optimum_fista.records import MixtureReport, OperatorReport
-from optimum_fista.removal.experts import experts_to_keep
-from optimum_fista.removal.model_outline import count_router_groups
+from optimum_fista.records import OperatorReport
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import SparsityPattern, pack_mask, unpack_mask
 from optimum_fista.solve.patterns import Columns, parse_pattern
-from optimum_fista.source.inventory import source_tensors
-from optimum_fista.source.loading import load_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, checkpoint_files, read_json, read_tensors
 from optimum_fista.source.names import split_index
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ def verify_checkpoint(
     report, config_entry = _read_promises(folder)
     with _errors_of_damaged_files():
         of_this_run, in_all = _verify_operators(folder, report, progress)
-        num_parameters = _verify_model(folder, report)
+        num_parameters = verify_model(folder, report)
         # As they stand in the file: `report.totals` are computed anew from the operators.
         promised = read_json(folder / REPORT_FILE)["totals"]
         _verify_totals(
@@ -361,202 +349,6 @@ def _mask_before_removal(
     is_kept[list(kept)] = True
     # [groups] -> [columns before] -> [out, columns before]
     return is_kept.repeat_interleave(pattern.width).expand(mask.shape[0], -1)
-
-
-def _verify_model(folder: Path, report: PruningReport) -> int | None:
-    """Check the report against the model that `config.json` describes, which is made without weights.
-
-    Its number of parameters is checked; if tokens were removed, the size of its vocabulary; if parts were removed, the
-    shapes of all tensors, and the experts of each mixture.
-
-    Args:
-        folder: The folder that is verified.
-        report: The report in it. `report.removed` says in words which parts were removed; it is empty if none were.
-
-    Returns:
-        The number of the model's parameters; `None` if Transformers can't make a model of its class, in which case
-        nothing is checked.
-    """
-    model = _described_model(folder, report.model["class"])
-    if model is None:
-        return None
-
-    num_parameters = int(model.num_parameters())
-    promised = report.model["num_parameters"]
-    if num_parameters != promised:
-        raise VerificationError(
-            f"{REPORT_FILE} promises {promised} parameters, the model has {num_parameters}."
-        )
-    tokens = kept_tokens(folder)
-    if tokens is not None:  # the model has lost tokens
-        num_rows, _ = token_limits(model)  # rows of the embedding, and the longest sequence
-        _verify_vocabulary(folder, num_kept=len(tokens), num_rows=num_rows)
-    has_lost_parts = bool(report.removed)
-    if has_lost_parts:
-        _verify_shapes(folder, model)
-        router_groups = count_router_groups(model.config.get_text_config(decoder=True))
-        for mixture in report.mixtures:
-            _verify_mixture(model, mixture, router_groups)
-        _verify_routing_tables(folder, model, report.mixtures)
-    return num_parameters
-
-
-def _verify_vocabulary(folder: Path, *, num_kept: int, num_rows: int) -> None:
-    """Check that the embedding has a row for each kept token, and for each id that the tokenizer may write.
-
-    `num_kept` is the number of tokens in the folder's table, `num_rows` that of rows which `config.json` describes.
-    """
-    if num_kept != num_rows:
-        raise VerificationError(
-            f"{VOCABULARY_FILE} names {num_kept} tokens, the embedding has {num_rows} rows."
-        )
-    tokenizer = load_tokenizer(str(folder))
-    if tokenizer is None:
-        return
-    vocabulary = tokenizer.get_vocab()  # ids by token
-    last = max(vocabulary, key=lambda token: vocabulary[token])  # the token with the highest id
-    if vocabulary[last] >= num_rows:
-        raise VerificationError(
-            f"the tokenizer's token {last!r} has the id {vocabulary[last]}, the embedding has {num_rows} rows: the "
-            f"tokenizer in {str(folder)!r} is not the one that was written with this model, or got a token afterwards. "
-            "Put back the files that were written, or prune again."
-        )
-
-
-def _described_model(folder: Path, class_name: str) -> PreTrainedModel | None:
-    """Make the model that `config.json` describes, without weights; `None` if Transformers can't make it.
-
-    Args:
-        folder: The pruned folder.
-        class_name: Name of the model's class by the report, such as "LlamaForCausalLM".
-    """
-    model_class = getattr(transformers, class_name, None)
-    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        return None
-    if model_class.config_class is None:
-        return None
-    try:
-        config = model_class.config_class.from_pretrained(folder)
-        # The parameters take no memory there.
-        with torch.device("meta"):
-            model: PreTrainedModel = model_class(config)
-            return model
-    except Exception as error:  # anything the code of a family may raise on the meta device
-        logger.info("%s could not be made without weights: %s", class_name, error)
-        return None
-
-
-def _verify_shapes(folder: Path, model: PreTrainedModel) -> None:
-    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
-
-    Args:
-        folder: The folder of the smaller model.
-        model: The model without weights that its `config.json` describes.
-    """
-    source = source_tensors(model, folder)
-    # Tied to others, or made anew when the model is loaded.
-    not_saved = {*model.all_tied_weights_keys, *internals.names_not_saved(model)}
-    described = {
-        name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
-    }
-    stored_shapes = {name: tensor.shape for name, tensor in source.stored.items()}
-    if is_packed(folder):
-        for name, packed in packed_outlines(folder).items():
-            stored_shapes[name] = packed.shape
-    missing = [name for name in described if name not in stored_shapes]
-    # If the class renames tensors when it loads them, names that are missing say nothing. (`source.places` has the
-    # tensors that the class loads, by their names in the files; `source.stored` has all of the files.)
-    has_same_names = source.places.keys() <= described.keys()
-    if missing and has_same_names:
-        raise VerificationError(f"{missing[0]} is not in the checkpoint.")
-    for name in described.keys() & stored_shapes.keys():
-        stored_shape = stored_shapes[name]
-        shape = tuple(described[name].shape)
-        if stored_shape != shape:
-            raise VerificationError(
-                f"{name} has shape {stored_shape}, config.json describes {shape}."
-            )
-
-
-def _verify_mixture(model: PreTrainedModel, mixture: MixtureReport, router_groups: int) -> None:
-    """Check that a mixture has as many experts as the report names, and that these are the most salient ones.
-
-    Args:
-        model: The smaller model, without weights.
-        mixture: What the report says. Its `groups_kept` are the numbers of the experts that stay: each expert counts as
-            a group there. Its `saliency` has a value for each expert of the dense model.
-        router_groups: Another kind of groups: the router chooses among so many groups of experts first
-            (`count_router_groups`). Each group keeps equally many.
-    """
-    # The experts share tensors; their module has no parameters but these. Down projections are [experts, out, in], and
-    # other weights may have more entries after those of the experts.
-    fused = dict(model.get_submodule(mixture.name).named_parameters(recurse=False))
-    numbers = {len(fused["down_proj"])} if "down_proj" in fused else set[int]()
-    num_kept = len(mixture.groups_kept)
-    if not numbers:
-        raise VerificationError(
-            f"{mixture.name} has no weights of experts, and the report says {num_kept} experts."
-        )
-    if numbers != {num_kept}:
-        in_folder = " or ".join(map(str, sorted(numbers)))
-        raise VerificationError(
-            f"{mixture.name} has {in_folder} experts, and the report says {num_kept}."
-        )
-    saliency = torch.tensor(mixture.saliency, dtype=torch.float64)
-    num_tokens = torch.tensor(mixture.expert_tokens)
-    is_divided = len(saliency) % router_groups == 0
-    expected: tuple[int, ...] | None = None
-    if is_divided and len(num_tokens) == len(saliency):
-        expected = experts_to_keep(saliency, num_kept, router_groups, num_tokens=num_tokens)
-    if mixture.groups_kept != expected:
-        raise VerificationError(
-            f"{mixture.name}: groups_kept are not the experts with the largest saliency."
-        )
-
-
-def _verify_routing_tables(
-    folder: Path, model: PreTrainedModel, mixtures: Sequence[MixtureReport]
-) -> None:
-    """Check tables from which routers read the experts of a token: they name only experts that stay.
-
-    Each table is read. The report must name substitutes for each removed expert of a mixture with such a table.
-
-    Args:
-        folder: The folder of the smaller model.
-        model: The smaller model, without weights.
-        mixtures: What the report says; those without substitutes have no table.
-    """
-    mixtures_by_layer = dict[str, MixtureReport]()
-    for mixture in mixtures:
-        if mixture.substitutes:
-            num_removed = len(mixture.saliency) - len(mixture.groups_kept)
-            names_kept_experts = all(
-                choices and set(choices) <= set(mixture.groups_kept)
-                for choices in mixture.substitutes
-            )
-            if len(mixture.substitutes) != num_removed or not names_kept_experts:
-                raise VerificationError(
-                    f"{mixture.name}: substitutes do not name experts that stay for each of the {num_removed} removed "
-                    "ones."
-                )
-            layer_name, _ = layer_and_kind(mixture.name)
-            mixtures_by_layer[layer_name] = mixture
-    if not mixtures_by_layer:
-        return
-
-    source = source_tensors(model, folder)
-    state = model.state_dict()
-    for name, place in source.places.items():
-        layer_name, _ = layer_and_kind(place)
-        is_table = layer_name in mixtures_by_layer and not state[place].is_floating_point()
-        if not is_table:
-            continue
-        num_kept = len(mixtures_by_layer[layer_name].groups_kept)
-        table = source.stored[name].tensor()
-        if int(table.min()) < 0 or int(table.max()) >= num_kept:
-            raise VerificationError(
-                f"{name} names experts from {int(table.min())} to {int(table.max())}, and the mixture has {num_kept}."
-            )
 
 
 def _verify_totals(

@@ -232,29 +232,16 @@ class _Samples:
             is_real: Bool [tokens], False for padding; `None` if all tokens are real.
 
         Raises:
-            UnsupportedArchitectureError: If the experts do not get what the table says, with the weights that the
-                router gives to rows of the table.
+            UnsupportedArchitectureError: If the router is not known (`_states_of_router`).
         """
         hidden_states, chosen, weights = values
         hidden_states = hidden_states.reshape(-1, hidden_states.shape[-1])
         chosen = chosen.reshape(len(hidden_states), -1).long()
-        tensors = [value for value in router_values if isinstance(value, Tensor)]
-        states = [tensor for tensor in tensors if tensor.is_floating_point()]
-        ids = [tensor for tensor in tensors if not tensor.is_floating_point()]
-        if len(states) != 1 or len(ids) != 1:
-            raise self.router.unknown()
-        router_states = states[0].reshape(-1, states[0].shape[-1])
-        are_same = torch.equal(router_states, hidden_states)
-        if not torch.equal(self.router.table[ids[0].reshape(-1)].long(), chosen):
-            raise self.router.unknown()
-        # The first tokens are enough to see whether weights for other rows can be computed.
-        some = slice(16)
-        weights_again = self.router.weights(router_states[some], chosen[some])
-        same_weights = torch.allclose(
-            weights_again, weights.reshape(chosen.shape)[some].float(), rtol=2e-2, atol=1e-4
+        router_states = self._states_of_router(
+            router_values, chosen=chosen, weights=weights.reshape(chosen.shape)
         )
-        if not same_weights:
-            raise self.router.unknown()
+        # In most models router and experts get the same hidden states, which are kept once then.
+        are_same = torch.equal(router_states, hidden_states)
 
         if is_real is None:
             is_real = torch.ones(len(chosen), dtype=torch.bool, device=chosen.device)
@@ -268,9 +255,38 @@ class _Samples:
             tokens = is_own.nonzero()[:num_missing, 0]
             if len(tokens):
                 states_of_tokens = hidden_states[tokens]
-                # In most models router and experts get the same hidden states, which are kept once then.
                 router_states_of_tokens = states_of_tokens if are_same else router_states[tokens]
                 samples.append(_Sample(states_of_tokens, router_states_of_tokens, chosen[tokens]))
+
+    def _states_of_router(
+        self, router_values: Sequence[Any], *, chosen: Tensor, weights: Tensor
+    ) -> Tensor:
+        """Return the hidden states [tokens, hidden] that entered the router; refuse a router that is not known.
+
+        The experts must get what the table says, with the weights that the router gives to rows of the table
+        (`self.router`). Otherwise an UnsupportedArchitectureError is raised.
+
+        Args:
+            router_values: As in `_add_batch`.
+            chosen: The experts that each token was sent to, int64 [tokens, k].
+            weights: The router's weights for them, [tokens, k].
+        """
+        tensors = [value for value in router_values if isinstance(value, Tensor)]
+        states = [tensor for tensor in tensors if tensor.is_floating_point()]
+        ids = [tensor for tensor in tensors if not tensor.is_floating_point()]
+        if len(states) != 1 or len(ids) != 1:
+            raise self.router.unknown()
+        rows = self.router.table[ids[0].reshape(-1)].long()
+        if not torch.equal(rows, chosen):
+            raise self.router.unknown()
+
+        router_states = states[0].reshape(-1, states[0].shape[-1])
+        # The first tokens are enough to see whether weights for other rows can be computed.
+        some = slice(16)
+        weights_again = self.router.weights(router_states[some], chosen[some])
+        if not torch.allclose(weights_again, weights[some].float(), rtol=2e-2, atol=1e-4):
+            raise self.router.unknown()
+        return router_states
 
 
 def _joined(samples: Sequence[_Sample]) -> _Sample:
