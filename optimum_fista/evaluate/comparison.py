@@ -253,15 +253,11 @@ def _remaining_tensors(
     kept = dict[str, tuple[int, ...]]()
     for part_name in plan.parts:
         new_name = plan.new_name(part_name)
-        if new_name is not None:
-            # If a damaged report lacks the part, no group of it stays, so that the shapes below differ. (Those of
-            # experts are parts of one tensor.)
-            kept[part_name] = kept_by_new_name.get(new_name, ())
-            is_expert = plan.parts[part_name].expert is not None
-            if is_expert and not kept[part_name]:
-                raise VerificationError(
-                    f"the report does not say which channels of {new_name} stay."
-                )
+        if new_name is None:
+            continue
+        if new_name not in kept_by_new_name:
+            raise VerificationError(f"the report does not say which groups of {new_name} stay.")
+        kept[part_name] = kept_by_new_name[new_name]
 
     for name in _tensor_names(dense_model):
         new_name = plan.new_name(name)

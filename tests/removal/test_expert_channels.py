@@ -112,7 +112,7 @@ def test_verify_finds_an_expert_that_the_report_lacks_and_channels_that_were_not
     lacks = with_changed_report(tmp_path / "smaller", tmp_path / "lacks", forget)
     other = with_changed_report(tmp_path / "smaller", tmp_path / "other", exchange)
 
-    with pytest.raises(VerificationError, match=r"which channels of .*experts\.0\.down_proj stay"):
+    with pytest.raises(VerificationError, match=r"which groups of .*experts\.0\.down_proj stay"):
         verify_checkpoint(lacks, dense=tmp_path / "dense")
     with pytest.raises(VerificationError, match="gate_up_proj differs from"):
         verify_checkpoint(other, dense=tmp_path / "dense")
