@@ -25,7 +25,10 @@ _SHOWN = 6
 _LETTERS = 80
 # Keys of a model's configuration that change nothing that is computed.
 _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
-_FORMAT = 11  # of the records of a journal
+# Of the records of a journal. Since 11, experts are chosen and refitted in another way, and the last record has the
+# mixtures of layers that predict more tokens; runs that remove no experts compute and record what they did before.
+_FORMAT = 10
+_FORMAT_WITH_REMOVED_EXPERTS = 11
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
 
@@ -51,9 +54,10 @@ def run_fingerprint(
         tokens = [tokens, calibration["held_out"]["sha256"]]
     # All values of the configuration, also those that are the defaults of this version of Transformers.
     model_config = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
+    removes_experts = bool(plan.removal.mixtures)
     # Digests of files and tokens, and everything else as it is, so that a message can say what differs.
     fingerprint = {
-        "journal": _FORMAT,
+        "journal": _FORMAT_WITH_REMOVED_EXPERTS if removes_experts else _FORMAT,
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {
             key: value for key, value in model_config.items() if key not in _NOT_COMPUTED_WITH
@@ -144,6 +148,13 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
         raise ValueError(
             f"output: {str(run_file)!r} is damaged, so it is not known which run it belongs to: pass another folder, "
             "or pass overwrite=True (--overwrite) to throw its layers away."
+        )
+    different_keys = [key for key in wanted if begun.get(key) != wanted[key]]
+    if different_keys == ["journal"]:
+        raise ValueError(
+            f"output: the unfinished run in {str(folder)!r} was begun by an older version of optimum-fista, which "
+            "computes it in another way: end it with that version, pass another folder, or pass overwrite=True "
+            "(--overwrite) to throw its layers away."
         )
     different = list(_differences({key: begun.get(key) for key in wanted}, wanted))
     if different:

@@ -11,9 +11,10 @@ from quantized_models import fp8_deepseek
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_llama import tiny_llama, tiny_tokens
+from tiny_models import tiny_model
 
-from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.atomic import read_record
+from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
+from optimum_fista.atomic import read_record, write_record
 from optimum_fista.prune import source_files
 from optimum_fista.prune.journal import Journal
 
@@ -222,3 +223,44 @@ def test_a_fingerprint_has_no_entries_that_came_later_and_are_not_used(
 
     assert "sources" not in run
     assert "keep_divisible" not in run["config"]
+
+
+def begun_by_an_older_version(source, config):
+    """Cut a run off after its first layer, and make its journal one that was written before format 11."""
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune(source, config)
+    run_file = source.parent / "pruned.unfinished" / "journal" / "fingerprint.json"
+    run = read_record(run_file)
+    assert run is not None
+    write_record(run_file, run | {"journal": 10})
+
+
+def test_a_run_of_an_older_version_that_removes_experts_is_refused(tmp_path):
+    source = tmp_path / "source"
+    tiny_model("mixtral").save_pretrained(source)
+    config = FistaPruningConfig(pattern="experts:0.5")
+    begun_by_an_older_version(source, config)
+
+    with pytest.raises(
+        ValueError, match=r"was begun by an older version of optimum-fista, .*: end it with that"
+    ):
+        prune(source, config)
+
+    report = prune(source, config, overwrite=True)
+    assert report.mixtures
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "channels:0.25"])
+def test_a_run_of_an_older_version_that_removes_no_experts_resumes(source, pattern):
+    config = FistaPruningConfig(pattern=pattern, method="wanda")
+    begun_by_an_older_version(source, config)
+    pruned_again = []
+
+    class Recorder(PruningCallback):
+        def on_layer_end(self, index, *others):
+            pruned_again.append(index)
+
+    pruner = FistaPruner(config, progress=False, callbacks=[Recorder()])
+    pruner.prune(source, tiny_tokens().split(4), output_dir=source.parent / "pruned", device="cpu")
+
+    assert pruned_again == [1]
