@@ -113,8 +113,8 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
     """Draw sequences of each source of the request: ids [sequences, tokens], the first ones to calibrate on.
 
     `shares` are how many sequences of each source are calibrated on. After these come further ones to measure the
-    perplexity on, equally many of each source, if the run measures it and all texts are long enough. ValueError that
-    names the source if a text is too short to calibrate on.
+    perplexity on, equally many of each source, if the run measures it and all texts are long enough. ValueError if a
+    text is too short to calibrate on; of several, it names the source.
     """
     tokenizer = require_tokenizer(request.model)
     texts = [load_text(source, split="calibration") for source in request.sources]
@@ -123,8 +123,8 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
         """Draw the share of each source, and `num_more` sequences of each besides.
 
         From the outer function: `tokenizer` is that of the model, `texts` are those of the sources, `shares` their
-        numbers of sequences, and `request` has the length and the seed. ValueError that names the source if a text is
-        too short.
+        numbers of sequences, and `request` has the length and the seed. ValueError if a text is too short; of several,
+        it names the source.
         """
         drawn = []
         for source, text, share in zip(request.sources, texts, shares, strict=True):
@@ -133,6 +133,8 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
                     tokenizer, text, share + num_more, _length(request), request.config.seed
                 )
             except ValueError as error:
+                if len(request.sources) == 1:
+                    raise
                 raise ValueError(
                     f"--calibration {source} gives {share} of {request.num_sequences} sequences: {error}"
                 ) from error
@@ -205,27 +207,10 @@ def _drawn_text(request: PruneRequest) -> tuple[Tensor, Tensor | None]:
     Returns token ids of both, int64 [sequences, tokens]; `None` instead of the second ones if there are none. A text of
     the Hub is downloaded into its cache. ValueError if the text is too short to calibrate on.
     """
-    assert request.source is not None
-    tokenizer = require_tokenizer(request.model)
-    text = load_text(request.source, split="calibration")
-    num_wanted = request.num_sequences
-
-    def draw(number: int) -> Tensor:
-        """Draw `number` sequences at random places of `text`: token ids [number, tokens].
-
-        From the outer function: `tokenizer` is that of the model, and `request` has the length and the seed. ValueError
-        if the text is too short.
-        """
-        return calibration_windows(tokenizer, text, number, _length(request), request.config.seed)
-
-    # The number that a perplexity needs, then 1; no number at all if none is measured.
-    for num_more in _numbers_to_try(request, _num_measured(request)):
-        try:
-            tokens = draw(num_wanted + num_more)
-        except ValueError:
-            continue  # the text may be long enough for fewer sequences
-        return tokens[:num_wanted], tokens[num_wanted:]
-    return draw(num_wanted), None
+    (tokens,) = _drawn_texts(request, [request.num_sequences])
+    to_calibrate_on = tokens[: request.num_sequences]
+    further = tokens[request.num_sequences :]
+    return to_calibrate_on, further if len(further) else None
 
 
 def _image_batches(request: PruneRequest) -> list[dict[str, Any]]:
