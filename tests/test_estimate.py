@@ -189,6 +189,38 @@ def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
     assert max(sizes) < 1.05 * sum(disk_bytes.values())
 
 
+@pytest.mark.parametrize("error_correction", ["intra", "full", 0.5])
+def test_hidden_states_on_disk_are_those_that_a_run_keeps_to_resume(
+    tmp_path, monkeypatch, error_correction
+):
+    source = tmp_path / "source"
+    output = tmp_path / "out"
+    tiny_llama().save_pretrained(source)
+    sizes = [0]  # after each decoder layer
+    keep_layer = Journal.keep_layer
+
+    def watched(*arguments):
+        keep_layer(*arguments)
+        for path in unfinished_folder(output).rglob("states-*.safetensors"):
+            sizes.append(sum(tensor.nbytes for tensor in load_file(path).values()))
+
+    monkeypatch.setattr(Journal, "keep_layer", watched)
+    config = FistaPruningConfig(error_correction=error_correction)
+    ids = tiny_tokens()
+
+    FistaPruner(config, progress=False).prune(source, ids.split(4), output_dir=output)
+    disk_bytes = estimated(
+        config,
+        str(source),
+        num_samples=len(ids),
+        sequence_length=ids.shape[1],
+        measures_perplexity=False,
+    ).disk_bytes
+
+    assert disk_bytes["hidden states of two layers"] == 2 * max(sizes)
+    assert bool(max(sizes)) == (error_correction != "intra")
+
+
 def test_a_real_run_takes_what_is_estimated(monkeypatch):
     """docs/howto/big-models.md: within 25%; time of a busy machine is allowed twice that."""
     monkeypatch.setattr(time, "perf_counter", time.process_time)

@@ -160,9 +160,11 @@ class Estimate(RunSizes):
                 if is_fused_experts(module):
                     parameters = module.parameters(recurse=False)
                     fused_experts += sum(p.nbytes for p in parameters if p.ndim == 3)
-        # The dense and the pruned network have held-out hidden states of their own.
-        held_out = 2 * self.num_held_out * self.sequence_bytes
-        hidden_states = self.num_streams * self.stream_bytes + held_out
+        # Hidden states that the journal keeps between two layers: held-out ones of the dense and the pruned network,
+        # and those of the calibration text if errors are carried from layer to layer.
+        hidden_states = 2 * self.num_held_out * self.sequence_bytes
+        if self.config.correction.carry == "full":
+            hidden_states += self.num_streams * self.stream_bytes
         waiting = 0.0
         # If the user names a folder for them, they are not on the disk of the output.
         names_no_folder = self.storage_device in (None, "disk")
