@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 _PAPER = {"patience": 3, "max_trials": 30, "rounding_share": 0.3, "refit_iterations": 0}
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
-    "fast": {"error_correction": "none"},
+    # The residual correction is 0 for zeros anyway, but not if whole parts are removed.
+    "fast": {"error_correction": "none", "residual_correction": 0.0},
     "paper": {
         "method": "fista",
         "warm_start": "auto",
