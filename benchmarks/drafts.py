@@ -19,7 +19,6 @@ begins anew if it is cut off.
 
 from __future__ import annotations
 
-import json
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -28,13 +27,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from shared import parse_arguments, settings_of
+from shared import parse_arguments, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, PreTrainedModel
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeDecoderLayer, Glm4MoeRMSNorm
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.versions import library_versions
 
 HIDDEN = 96
 NUM_LAYERS = 3
@@ -326,9 +324,7 @@ def main() -> None:
             f"{row['pattern']:<13}{row['experts']:<10}loss {row['loss']:.4f}  accepted {row['accepted']:.4f}"
             f"  model {row['model_loss']:.4f}"
         )
-    record = {"settings": settings_of(arguments), "versions": library_versions(), "rows": rows}
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+    save(arguments, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -321,15 +321,30 @@ def test_humaneval_keeps_answers_and_scores_them_again(
         run(script, monkeypatch, *words)
 
 
+@pytest.fixture
+def texts(tmp_path):
+    """A folder such as known_texts.py writes."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("web", "wikitext2", "python", "mixed-calibration"):
+        (folder / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
+    (folder / "texts.json").write_text('{"python": "3.11"}')
+    return folder
+
+
+@pytest.fixture
+def words_of_dense(model_with_chat, texts, tmp_path):
+    """The words of a call that measures the dense model on a window of each text, and writes rows.json."""
+    folder, _ = model_with_chat
+    words = [folder, "--text-folder", texts, "--work", tmp_path, "--output", tmp_path / "rows.json"]
+    words += ["--sequence-length", "32", "--max-windows", "1", "--rows", "dense"]
+    return words
+
+
 def test_a_table_of_rows_is_measured_once_and_shown_again(
-    benchmark, model_with_chat, tmp_path, monkeypatch, capsys
+    benchmark, model_with_chat, texts, tmp_path, monkeypatch, capsys
 ):
     folder, wheel = model_with_chat
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for name in ("web", "wikitext2", "python", "mixed-calibration"):
-        (texts / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
-    (texts / "texts.json").write_text('{"python": "3.11"}')
     script = benchmark("known_models")
     words = [folder, "--text-folder", texts, "--work", tmp_path / "work", "--problems", wheel]
     words += ["--output", tmp_path / "rows.json", "--num-samples", "4", "--sequence-length", "32"]
@@ -371,19 +386,11 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
 
 
 def test_humaneval_is_added_to_a_row_of_a_version_that_did_not_know_recoveries(
-    benchmark, model_with_chat, tmp_path, monkeypatch
+    benchmark, words_of_dense, tmp_path, monkeypatch
 ):
-    folder, _ = model_with_chat
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for name in ("web", "wikitext2", "python"):
-        (texts / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
-    (texts / "texts.json").write_text("{}")
     script = benchmark("known_models")
     output = tmp_path / "rows.json"
-    words = [folder, "--text-folder", texts, "--work", tmp_path, "--output", output]
-    words += ["--sequence-length", "32", "--max-windows", "1", "--rows", "dense"]
-    run(script, monkeypatch, *words)
+    run(script, monkeypatch, *words_of_dense)
     record = json.loads(output.read_text())
     del record["rows"][0]["recovered"]
     output.write_text(json.dumps(record))
@@ -393,26 +400,17 @@ def test_humaneval_is_added_to_a_row_of_a_version_that_did_not_know_recoveries(
         (tmp_path / "humaneval.json").write_text(json.dumps({"rows": [measured]}))
 
     monkeypatch.setattr(script.subprocess, "run", score)
-    run(script, monkeypatch, *words, "--humaneval", "dense")
+    run(script, monkeypatch, *words_of_dense, "--humaneval", "dense")
 
     (row,) = json.loads(output.read_text())["rows"]
     assert row["humaneval"] == {"model": "model", "pass_at_1": 100.0}
 
 
 def test_zero_shot_tasks_are_added_to_a_row_as_lm_eval_measured_them(
-    benchmark, model_with_chat, tmp_path, monkeypatch, capsys
+    benchmark, words_of_dense, texts, tmp_path, monkeypatch, capsys
 ):
-    folder, _ = model_with_chat
-    texts = tmp_path / "texts"
-    texts.mkdir()
-    for name in ("web", "wikitext2", "python"):
-        (texts / f"{name}.txt").write_text("\n\n".join(20 * [text_of(COMMON)]))
-    (texts / "texts.json").write_text("{}")
     script = benchmark("known_models")
-    output = tmp_path / "rows.json"
-    words = [folder, "--text-folder", texts, "--work", tmp_path, "--output", output]
-    words += ["--sequence-length", "32", "--max-windows", "1", "--rows", "dense"]
-    words += ["--zero-shot", "dense", "--documents", "7", "--task-data", texts]
+    words = [*words_of_dense, "--zero-shot", "dense", "--documents", "7", "--task-data", texts]
     results = {
         "arc_easy_lines": {"alias": "arc", "acc,none": 0.5, "acc_norm,none": 0.25},
         "lambada_lines": {"acc,none": 0.125, "acc_stderr,none": 0.01},
@@ -431,9 +429,9 @@ def test_zero_shot_tasks_are_added_to_a_row_as_lm_eval_measured_them(
     run(script, monkeypatch, *words)
     run(script, monkeypatch, *words)  # measured already
 
-    (row,) = json.loads(output.read_text())["rows"]
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     (command,) = commands
-    assert f"pretrained={folder},dtype=bfloat16" in command
+    assert f"pretrained={words_of_dense[0]},dtype=bfloat16" in command
     assert command[command.index("--limit") + 1] == "7"
     assert row["zero_shot"] == {
         "documents": 7,

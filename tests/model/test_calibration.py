@@ -337,7 +337,13 @@ def test_a_batch_that_only_measures_needs_no_source():
 
 
 @pytest.mark.parametrize(
-    ("number", "shares"), [(7, [3, 2, 2]), (8, [3, 3, 2]), (9, [3, 3, 3]), (2, [1, 1, 0])]
+    ("number", "shares"),
+    [
+        (7, [3, 2, 2]),
+        (8, [3, 3, 2]),
+        (9, [3, 3, 3]),
+        (2, [1, 1, 0]),
+    ],
 )
 def test_the_first_shares_get_the_remainder(number, shares):
     assert equal_shares(number, 3) == shares

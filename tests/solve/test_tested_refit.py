@@ -68,14 +68,23 @@ def test_the_share_is_that_of_a_plain_loop_over_shares_and_left_out_parts():
 
         share = expected_share(weight, activations)
         found.add(share)
-        assert (None if refit is None else refit.share) == share
+        taken = None if refit is None else refit.share
+        assert taken == share
         if refit is not None:
             moved = weight + share * (fitted(weight, activations) - weight)
             assert torch.allclose(refit.weight, moved, rtol=1e-9)
     assert found >= {None, 1.0, 0.5}
 
 
-@pytest.mark.parametrize(("scale", "share"), [(1.0, 1.0), (0.4, 0.5), (0.2, 0.25), (-0.1, None)])
+@pytest.mark.parametrize(
+    ("scale", "share"),
+    [
+        (1.0, 1.0),
+        (0.4, 0.5),
+        (0.2, 0.25),
+        (-0.1, None),
+    ],
+)
 def test_a_part_that_wants_less_of_a_change_shrinks_it(scale, share):
     """A fit to the first part moves all the way: on the second one, a share s leaves the error (s - scale)^2."""
     direction = torch.randn(ROWS, COLUMNS, dtype=torch.float64)
@@ -83,7 +92,8 @@ def test_a_part_that_wants_less_of_a_change_shrinks_it(scale, share):
 
     refit = refit_that_helps(problems, SHARES)
 
-    assert (None if refit is None else refit.share) == share
+    taken = None if refit is None else refit.share
+    assert taken == share
 
 
 def test_the_whole_refit_of_two_parts_has_the_bits_of_a_refit_to_their_sums():
