@@ -53,7 +53,7 @@ from optimum_fista.source.loading import load_model
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import evaluation_windows
 from optimum_fista.train.distillation import root_mean_square
-from optimum_fista.train.divergence import divergence
+from optimum_fista.train.divergence import LiveTeacher, divergence
 from optimum_fista.train.recovery_plan import round_head
 from optimum_fista.versions import library_versions
 
@@ -308,7 +308,7 @@ class Training:
 
         with torch.autocast("cpu", torch.bfloat16):
             self._student = Predictor(mixture)
-            self._teacher = Predictor(teacher)
+            self._teacher = LiveTeacher(teacher)
         self._watch.take_counts()  # of what was not training
         self._began = time.process_time()
 

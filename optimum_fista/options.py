@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -247,6 +248,7 @@ _WORDS = {
     float: "a number",
     str: "text",
     bool: "True or False",
+    Path: "a path",
 }
 
 

@@ -7,6 +7,7 @@ arguments. Each field is declared by `optimum_fista.options.option`, whose metad
 import argparse
 from collections.abc import Mapping
 from dataclasses import Field, fields
+from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -20,7 +21,7 @@ DTYPE: dict[str, Any] = {
     "default": "auto",
     "help": "dtype of the weights: float32, bfloat16, float16, or auto: as they are stored (default)",
 }
-_METAVARS = {int: "N", float: "NUMBER", str: "NAME"}  # what the help shows for a value
+_METAVARS = {int: "N", float: "NUMBER", str: "NAME", Path: "DIR"}  # what the help shows for a value
 
 
 def add_options(parser: argparse.ArgumentParser, options: type) -> dict[str, Any]:

@@ -9,8 +9,9 @@ written last, so that damaged ones are noticed.
 `intact_states` finds the states of an earlier start. *Ranks* are processes that train together (`prune.ranks.Ranks`);
 rank 0 decides and writes.
 
-The *student* is the pruned model that is trained, and the *teacher* the dense model that it imitates. The *held-out*
-text is never trained on: the loss is measured on it.
+The *student* is the pruned model that is trained, and the *teacher* the dense model that it imitates: in memory, or as
+its predictions that were stored before (`StoredTeacher`). The *held-out* text is never trained on: the loss is measured
+on it.
 """
 
 import errno
@@ -55,7 +56,14 @@ from optimum_fista.bars import tqdm
 from optimum_fista.memory import size_text
 from optimum_fista.model.predictor import Predictor
 from optimum_fista.prune.ranks import Ranks
-from optimum_fista.train.divergence import bytes_of_whole_logits, divergence, text_loss
+from optimum_fista.train.divergence import (
+    LiveTeacher,
+    Teacher,
+    bytes_of_whole_logits,
+    divergence,
+    text_loss,
+)
+from optimum_fista.train.stored_teacher import StoredTeacher
 from optimum_fista.train.training import local, plain_parameters
 
 # In the folder of a state: the best step until then, and digests of the state's files.
@@ -117,7 +125,7 @@ class DistillationTrainer(Trainer):
         self,
         *,
         model: PreTrainedModel,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | StoredTeacher,
         kept_tokens: Tensor | None,
         label_share: float,
         steps: int,
@@ -129,12 +137,12 @@ class DistillationTrainer(Trainer):
     ) -> None:
         """Make a Trainer that moves `model` to its device, and try whether the models can be cut (`Predictor`).
 
-        Under FSDP2 the teacher is sharded here, and the student when the training begins. If a model can't be cut, a
-        warning that this takes more memory is logged, and kept in `self.warnings` for the report.
+        Under FSDP2 a teacher in memory is sharded here, and the student when the training begins. If a model can't be
+        cut, a warning that this takes more memory is logged, and kept in `self.warnings` for the report.
 
         Args:
             model: The student in float32; gradients are on for the parameters to train (`mark_trained`).
-            teacher: The dense model, on the device of the training.
+            teacher: The dense model, on the device of the training; or its stored predictions.
             kept_tokens: The teacher's token for each of the student's, int64; `None`: both have the same tokens.
             label_share: Share of the text's cross-entropy in the loss.
             steps: Updates of the weights.
@@ -167,13 +175,17 @@ class DistillationTrainer(Trainer):
             )
 
         is_sharded = bool(self.is_fsdp_enabled)
-        if is_sharded:
+        if is_sharded and not isinstance(teacher, StoredTeacher):
             teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # The student's head may be in 16 bits, and its hidden states are not. The head of a sharded model is whole only
         # inside a call of the whole model, which then is not cut.
         with self.accelerator.autocast():
             self._student = Predictor(model, whole=is_sharded)
-            self._teacher = Predictor(teacher, kept_tokens, whole=is_sharded)
+            self._teacher: Teacher
+            if isinstance(teacher, StoredTeacher):
+                self._teacher = teacher
+            else:
+                self._teacher = LiveTeacher(teacher, kept_tokens, whole=is_sharded)
         self._label_share = label_share
         self._read_start = read_start
         self.schedule = Schedule(steps)
@@ -281,8 +293,9 @@ class DistillationTrainer(Trainer):
         """Return the divergence from the teacher and the text, with its gradient, on a batch of text.
 
         The Trainer calls it. `inputs["input_ids"]` are token ids, int64 [batch, length]. `model` is the student as the
-        Trainer has wrapped it, for several processes for instance. `self._student` and `self._teacher` are the models
-        as `Predictor` cuts them before their heads, and `self._label_share` is the share of the text's cross-entropy.
+        Trainer has wrapped it, for several processes for instance. `self._student` is the student as `Predictor` cuts
+        it before its head, `self._teacher` predicts the tokens of the batch, and `self._label_share` is the share of
+        the text's cross-entropy.
         """
         return divergence(
             self._student,

@@ -4,17 +4,115 @@ With a large vocabulary, logits take more memory than the model. So a model is c
 (`model.predictor.Predictor`): the hidden states of all positions are computed at once, and their logits for a few
 positions (a chunk) at a time. `divergence` is the loss of a training, and `text_loss` that of an evaluation.
 
-The *student* is the model that is trained, and the *teacher* the one that it imitates. Token ids are the student's. A
-teacher may have more tokens; then its `Predictor` translates the ids, and gives the logits of the student's tokens.
+The *student* is the model that is trained, and the *teacher* the one that it imitates. A *prediction* is what a model
+says of the next token at one position. A teacher in memory (`LiveTeacher`) gives logits of all tokens
+(`WholePredictions`). A stored one (`stored_teacher.StoredTeacher`) gives the probabilities of a few tokens
+(`TopPredictions`).
+
+Token ids are the student's. A teacher in memory may have more tokens; then its `Predictor` translates the ids, and
+gives the logits of the student's tokens.
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from optimum_fista.model.predictor import POSITIONS_ON_CPU, Predictor
+
+
+@dataclass(frozen=True)
+class WholePredictions:
+    """A teacher's predictions at some positions: `logits` [positions, vocabulary of the student], in any dtype."""
+
+    logits: Tensor
+
+    def part(self, rows: slice) -> "WholePredictions":
+        """Return the predictions at some of the positions."""
+        return WholePredictions(self.logits[rows])
+
+    def log_probabilities(self, log_q: Tensor, q: Tensor) -> Tensor:
+        """Return the logarithms of the teacher's probabilities, a new tensor in float32 [positions, vocabulary].
+
+        Those of the student, `log_q` and `q`, are not needed here (`TopPredictions` needs them).
+        """
+        return self.logits.float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class TopPredictions:
+    """A teacher's predictions at some positions, of which only the most likely tokens are known, and the other's mass.
+
+    The probabilities of the `tokens` and the rest add up to 1.
+    """
+
+    tokens: Tensor  # the k most likely tokens, int64 [positions, k]
+    log_of_tokens: Tensor  # logarithms of their probabilities, float32 [positions, k]
+    log_of_rest: (
+        Tensor  # logarithm of the probability of all other tokens together, float32 [positions, 1]
+    )
+
+    def part(self, rows: slice) -> "TopPredictions":
+        """Return the predictions at some of the positions."""
+        return TopPredictions(self.tokens[rows], self.log_of_tokens[rows], self.log_of_rest[rows])
+
+    def log_probabilities(self, log_q: Tensor, q: Tensor) -> Tensor:
+        """Complete the logarithms of the teacher's probabilities, a new tensor in float32 [positions, vocabulary].
+
+        The other tokens share the rest as the student would share it. `log_q` and `q` are the student's log-
+        probabilities and probabilities, float32 [positions, vocabulary]; they stay as they are.
+
+        With T the known tokens, p_i their probabilities and r = 1 - sum_{i in T} p_i the rest, the divergence from the
+        completed probabilities is that of distributions in which all other tokens are one:
+
+            sum_{i in T} p_i (log p_i - log q_i) + r (log r - log sum_{j not in T} q_j)
+
+        It is never larger than the divergence from all probabilities (log sum inequality), and equal to it if T has all
+        tokens, or if the student is right about the proportions of the others. Its gradient by the student's logits is
+        q - p with the completed p, as that of the whole divergence. DistillKit
+        (github.com/arcee-ai/DistillKit) has the same formula: `MissingProbabilityHandling.SYMMETRIC_UNIFORM`.
+        """
+        # Not 1 - sum_{i in T} q_i, which would lose the digits of a small rest.
+        rest_of_student = q.scatter(1, self.tokens, 0.0).sum(-1, keepdim=True)  # [positions, 1]
+        # Without other tokens, or with a rest that float32 rounds to zero, the logarithm would be infinite.
+        rest_of_student.clamp_(min=torch.finfo(torch.float32).tiny)
+
+        # r q_j / sum_{j not in T} q_j, for all tokens, and then p_i in the places of T
+        log_p = log_q + (self.log_of_rest - rest_of_student.log_())
+        return log_p.scatter_(1, self.tokens, self.log_of_tokens)
+
+
+# Gives the predictions at a slice of the positions of a batch.
+Predictions: TypeAlias = Callable[[slice], WholePredictions | TopPredictions]
+
+
+class Teacher(Protocol):
+    """What a student imitates: a model in memory (`LiveTeacher`), or stored predictions."""
+
+    def predictions(self, ids: Tensor) -> Predictions:
+        """Predict the tokens of `ids`, int64 [batch, length], at all tokens but the last of each sequence.
+
+        Positions are numbered through the sequences: there are batch * (length - 1).
+        """
+
+    def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
+        """Count the bytes that predictions at `num_positions` take more than those of one chunk."""
+
+
+class LiveTeacher(Predictor):
+    """A teacher in memory. `Predictor` has its arguments: the model, and its token for each token of the student."""
+
+    def predictions(self, ids: Tensor) -> Callable[[slice], WholePredictions]:
+        """Run the model without its head on `ids`, int64 [batch, length]; the head runs when a chunk is asked for.
+
+        The model gets no gradient, and has a hook during the call (`hidden_states`).
+        """
+        with torch.no_grad():
+            hidden = self.hidden_states(ids)
+        return lambda rows: WholePredictions(self.logits(hidden[rows]))
 
 
 class _Divergence(torch.autograd.Function):
@@ -24,9 +122,8 @@ class _Divergence(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        teachers_hidden: Tensor,
         student: Predictor,
-        teacher: Predictor,
+        predictions: Predictions,
         labels: Tensor,
         label_share: float,
     ) -> Tensor:
@@ -38,9 +135,8 @@ class _Divergence(torch.autograd.Function):
             ctx: Context of autograd.
             hidden: Hidden states of the student at all positions, [positions, hidden], as `Predictor.hidden_states`
                 returns them.
-            teachers_hidden: Those of the teacher, whose hidden size may be another one.
             student: Gives the logits of hidden states (`logits`), and divides positions into `chunks`.
-            teacher: Gives the teacher's logits.
+            predictions: Gives the teacher's predictions of a chunk.
             labels: The tokens that follow in the text, int64 [positions].
             label_share: The share of the text's own cross-entropy in the loss, from 0 to 1.
         """
@@ -51,11 +147,9 @@ class _Divergence(torch.autograd.Function):
             # Inside `forward`, autograd records nothing by itself: only the head of this chunk is recorded.
             with torch.enable_grad():
                 logits = student.logits(part)
-            teachers_logits = teacher.logits(teachers_hidden[rows])
-            loss, slope = _loss_and_slope(
-                logits.detach(), teachers_logits, labels[rows], label_share
-            )
-            del teachers_logits  # its memory is needed for the gradient
+            of_teacher = predictions(rows)
+            loss, slope = _loss_and_slope(logits.detach(), of_teacher, labels[rows], label_share)
+            del of_teacher  # its memory is needed for the gradient
             total += loss
             slope.div_(len(hidden))  # the gradient of the mean, not of the sum
             gradient[rows] = torch.autograd.grad(logits, part, slope)[0]  # through the head
@@ -63,24 +157,27 @@ class _Divergence(torch.autograd.Function):
         return total / len(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        """Return the gradient by `hidden`, the first argument of `forward`; the other five arguments have none.
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """Return the gradient by `hidden`, the first argument of `forward`; the other four arguments have none.
 
         It is what `forward` has saved, times the gradient of the loss by the divergence, the only entry of `outward`.
         """
         (gradient,) = ctx.saved_tensors
         (gradient_of_loss,) = outward
-        return gradient * gradient_of_loss, None, None, None, None, None
+        return gradient * gradient_of_loss, None, None, None, None
 
 
 def _loss_and_slope(
-    logits: Tensor, teachers_logits: Tensor, labels: Tensor, label_share: float
+    logits: Tensor,
+    of_teacher: WholePredictions | TopPredictions,
+    labels: Tensor,
+    label_share: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the divergence over positions, and its gradient by the student's logits.
 
-    `logits` are the student's, [positions, vocabulary of the student], and `teachers_logits` have the same shape.
-    `labels`, int64 [positions], are the tokens that follow in the text. With p of the teacher, q of the student and
-    s = `label_share`, the loss of a position is (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label.
+    `logits` are the student's, [positions, vocabulary of the student], and `of_teacher` are the teacher's predictions
+    at these positions. `labels`, int64 [positions], are the tokens that follow in the text. With p of the teacher, q of
+    the student and s = `label_share`, the loss of a position is (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label.
 
     Logits may have any dtype; sums are float32, and the gradient has the shape and dtype of `logits`. No argument is
     changed.
@@ -92,8 +189,8 @@ def _loss_and_slope(
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
         log_q = logits[rows].float().log_softmax(-1)  # [chunk, vocabulary]
-        log_p = teachers_logits[rows].float().log_softmax(-1)
         q = log_q.exp()
+        log_p = of_teacher.part(rows).log_probabilities(log_q, q)
         p = log_p.exp()
         following = labels[rows, None]  # [chunk, 1]
 
@@ -112,7 +209,7 @@ def _loss_and_slope(
 
 def divergence(
     student: Predictor,
-    teacher: Predictor,
+    teacher: Teacher,
     ids: Tensor,
     label_share: float = 0.0,
     wrapped: Any = None,
@@ -123,25 +220,24 @@ def divergence(
     token that follows in the text, and `s = label_share`. The gradient by hidden states is computed with the value, a
     few positions at a time. The head gets no gradient.
 
-    During the call, both models have hooks and replaced forward passes (`Predictor`).
+    During the call, models in memory have hooks and replaced forward passes (`Predictor`).
 
     Args:
         student: The model that is trained; the result has a gradient by its parameters before the head.
-        teacher: The model to imitate, which gets no gradient.
-        ids: Token ids of the student, [batch, length]; the teacher's `Predictor` translates them if need be.
+        teacher: What the student imitates; a model in memory gets no gradient.
+        ids: Token ids of the student, [batch, length].
         label_share: Share of the text's own cross-entropy, in [0, 1].
         wrapped: The student in a wrapper such as DistributedDataParallel, which is then called instead of the student.
     """
-    with torch.no_grad():
-        teachers_hidden = teacher.hidden_states(ids)
+    predictions = teacher.predictions(ids)
     hidden = student.hidden_states(ids, wrapped)  # [batch * (length - 1), hidden]
     labels = ids[:, 1:].flatten()  # the token that follows each of these positions
-    loss: Tensor = _Divergence.apply(hidden, teachers_hidden, student, teacher, labels, label_share)
+    loss: Tensor = _Divergence.apply(hidden, student, predictions, labels, label_share)
     return loss
 
 
 def bytes_of_whole_logits(
-    student: Predictor, teacher: Predictor, num_positions: int, dtype: torch.dtype
+    student: Predictor, teacher: Teacher, num_positions: int, dtype: torch.dtype
 ) -> int:
     """Count the bytes that `divergence` takes more than for chunks if a model can't be cut; 0 if both are cut.
 

@@ -9,10 +9,14 @@ moments in float32.
 writes the result. Until then, everything is in an *unfinished folder* beside the output (`folder.output`), whose
 subfolder `journal` has the states of the training from which a later call resumes. *Ranks* are processes that were
 launched together (`prune.ranks.Ranks`): rank 0 reads, chooses and writes, and all of them train.
+
+With the option `teacher_logits`, the teacher's predictions are stored in a folder of the user before the training
+(`stored_teacher`), and the teacher is not in memory during it.
 """
 
 import dataclasses
 import hashlib
+import json
 import logging
 import math
 import os
@@ -74,6 +78,7 @@ from optimum_fista.train.recovery_plan import (
     round_head,
     shards_weights,
 )
+from optimum_fista.train.stored_teacher import StoredTeacher, require_settings, stored_teacher
 from optimum_fista.train.teacher import require_dense_model
 from optimum_fista.train.training import (
     MaskedTrainingCallback,
@@ -168,6 +173,11 @@ def recover(
         students_files = shared_files(Path(plan.source), unfinished, ranks, progress)
         teachers_files = shared_files(Path(plan.teacher), unfinished, ranks, progress)
         ranks.first(lambda: _require_right_models(plan, teachers_files, unfinished))
+        if plan.options.teacher_logits is not None:
+            # What is known before the text: it may take hours to write.
+            settings = _settings_of_predictions(plan, teachers_files)
+            folder_of_teacher = Path(plan.options.teacher_logits)
+            ranks.first(lambda: require_settings(folder_of_teacher, settings))
         # token ids [sequences, length]
         windows = ranks.first(lambda: _draw_text(plan, unfinished / JOURNAL, progress))
 
@@ -177,11 +187,22 @@ def recover(
         # With this file the folder is kept until the run ends.
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))
 
+        stored = None  # the teacher is loaded for the training
+        if plan.options.teacher_logits is not None:
+            stored = stored_teacher(
+                plan,
+                settings | {"text": fingerprint["windows"]},
+                windows[plan.options.held_out :],
+                ranks,
+                progress=progress,
+            )
+
         # `exchanging`: if another process ends while tensors are exchanged, the error says so.
         with _process_restored(plan.device), ranks.exchanging():
             model, report = _train(
                 plan=plan,
                 windows=windows,
+                stored=stored,
                 fingerprint=fingerprint,
                 journal=unfinished / JOURNAL,
                 ranks=ranks,
@@ -239,10 +260,11 @@ def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
 
     `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. `plan.text_model` is
     the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
-    `journal`, the folder of the run, where a later start reads it. `progress`: whether to show a bar. A text of the Hub
-    is downloaded into its cache.
+    `journal`, the folder of the run, where a later start reads it; or beside the teacher's predictions of it, where
+    other runs read it, too. `progress`: whether to show a bar. A text of the Hub is downloaded into its cache.
     """
     held_out = plan.options.held_out
+    folder_of_teacher = plan.options.teacher_logits
     try:
         return calibration_tokens_by_name(
             plan.text_model,
@@ -252,13 +274,35 @@ def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
             seed=plan.options.seed,
             held_out=held_out,
             device=str(plan.device),
-            keep_in=journal,
+            keep_in=journal if folder_of_teacher is None else Path(folder_of_teacher),
             progress=progress,
         )
     except ValueError as error:
         raise ValueError(
             f"tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
         ) from error
+
+
+def _settings_of_predictions(plan: RecoveryPlan, teachers_files: SourceFiles) -> dict[str, Any]:
+    """List all that the teacher's predictions depend on, but the text, as texts and numbers by name. Changes nothing.
+
+    `teachers_files` are the files of the teacher, which `shared_files` has hashed.
+    """
+    model = json.dumps(teachers_files.digests, sort_keys=True)
+    return {
+        "format": 1,
+        "model": hashlib.sha256(model.encode()).hexdigest(),
+        "kept_tokens": _digest_of_kept_tokens(plan),
+        "top_k": plan.options.top_k,
+        "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
+    }
+
+
+def _digest_of_kept_tokens(plan: RecoveryPlan) -> str | None:
+    """Return the SHA-256 of the teacher's ids of the student's tokens; `None` if both have the same tokens."""
+    if plan.kept_tokens is None:
+        return None
+    return hashlib.sha256(plan.kept_tokens.numpy().tobytes()).hexdigest()
 
 
 def _fingerprint(
@@ -282,10 +326,10 @@ def _fingerprint(
         "relative_step": plan.options.relative_step,
         "accumulate": plan.passes_of_step,
     }
-    digest_of_kept_tokens = None
     if plan.kept_tokens is not None:  # the teacher's predictions are those of the tokens that stay
         options["kept_tokens"] = len(plan.kept_tokens)
-        digest_of_kept_tokens = hashlib.sha256(plan.kept_tokens.numpy().tobytes()).hexdigest()
+    if plan.options.teacher_logits is not None:
+        options["top_k"] = plan.options.top_k
     options["compute_dtype"] = str(plan.compute_dtype).removeprefix("torch.")
 
     versions = library_versions()
@@ -296,7 +340,7 @@ def _fingerprint(
         "weights": students_files.digests,
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
         "teacher": teachers_files.digests,
-        "kept": digest_of_kept_tokens,
+        "kept": _digest_of_kept_tokens(plan),
         "fill_zeros": plan.options.fill_zeros,
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
         "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
@@ -309,6 +353,7 @@ def _fingerprint(
 def _train(
     plan: RecoveryPlan,
     windows: Tensor,
+    stored: StoredTeacher | None,
     fingerprint: dict[str, Any],
     journal: Path,
     ranks: Ranks,
@@ -325,6 +370,7 @@ def _train(
     Args:
         plan: What to train, on which device, in how many steps.
         windows: Token ids of the text, int64 [sequences, length]; the held-out sequences are first.
+        stored: The stored predictions of the teacher; `None`: the teacher is loaded.
         fingerprint: Of the run, from `_fingerprint`; parts of it stand in the report.
         journal: The folder of the run.
         ranks: The processes that train together; all of them call this.
@@ -332,7 +378,7 @@ def _train(
     """
     free = ranks.gather(available_bytes(plan.device))  # bytes by rank, `None` if not known
     choice = ranks.first(lambda: _choose_once(plan, journal, free))
-    model, teacher = ranks.each(lambda: _load_models(plan, journal))
+    model, teacher = ranks.each(lambda: _load_models(plan, stored, journal))
     # Says, for instance, that a model that takes images is trained on text alone.
     _log_differences(model, plan.source)
 
@@ -487,17 +533,21 @@ def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) 
     return choice
 
 
-def _load_models(plan: RecoveryPlan, journal: Path) -> tuple[PreTrainedModel, PreTrainedModel]:
+def _load_models(
+    plan: RecoveryPlan, stored: StoredTeacher | None, journal: Path
+) -> tuple[PreTrainedModel, PreTrainedModel | StoredTeacher]:
     """Load the pruned model (the first result) to the CPU, and the dense model to the device of the plan.
 
     The pruned model has the dtypes of its files. The dense model has that of products (`plan.compute_dtype`), and gets
-    no gradients. `journal` is the folder of the run, which rank 0 has made: a process that does not see it raises an
-    error.
+    no gradients. If its predictions are `stored`, it is not loaded, and they are the second result. `journal` is the
+    folder of the run, which rank 0 has made: a process that does not see it raises an error.
     """
     if not journal.exists():
         raise ValueError(
             f"output: rank 0 began {str(journal.parent)!r}, and it isn't here: pass a folder that all nodes share."
         )
+    if stored is not None:
+        return load_student(plan.source), stored
     teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
     return load_student(plan.source), teacher.eval().requires_grad_(False)
 

@@ -5,6 +5,7 @@ This module loads neither torch nor transformers.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from optimum_fista.options import SEEDS, option, wrong_field
@@ -61,6 +62,17 @@ class RecoveryOptions:
     )
     other_teacher: bool = option(
         False, "take a teacher that is not the dense model from which the pruned one was made"
+    )
+    teacher_logits: Path | str | None = option(
+        None,
+        "folder for the teacher's predictions of the text: they are written there once, and a training that finds them "
+        "has no teacher in memory",
+    )
+    top_k: int = option(
+        32,
+        "for --teacher-logits: tokens whose probabilities are stored, of each prediction the most likely ones",
+        limits=(1, None),
+        advanced=_TRAINING,
     )
     fill_zeros: bool = option(
         False, "train zeros that an earlier pruning run has left and no mask covers"

@@ -59,7 +59,14 @@ from optimum_fista.source.loading import (
 from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
-from optimum_fista.train.divergence import bytes_of_whole_logits, divergence
+from optimum_fista.train.divergence import (
+    LiveTeacher,
+    Predictions,
+    Teacher,
+    TopPredictions,
+    bytes_of_whole_logits,
+    divergence,
+)
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
@@ -493,6 +500,7 @@ def _needed_bytes(
     if plan.report is not None and plan.report.first_model.num_parameters:
         teachers_parameters = plan.report.first_model.num_parameters
     teacher = teachers_parameters * plan.compute_dtype.itemsize
+    is_stored = plan.options.teacher_logits is not None
 
     # Of a token: the inputs and outputs of all operators, with 8 bytes for each number.
     activations = 8 * sizes.operator_width
@@ -507,7 +515,10 @@ def _needed_bytes(
     logits = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
     if is_sharded:  # whole ones of both models, with the gradient of one
         logits += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
-    return student + masks + teacher + tokens * activations + logits
+    training = student + masks + tokens * activations + logits
+    if is_stored:  # the teacher is in memory before the training, and not during it
+        return max(training, teacher + logits)
+    return training + teacher
 
 
 def load_student(source: str) -> PreTrainedModel:
@@ -592,6 +603,8 @@ def preview(plan: RecoveryPlan) -> str:
         seconds, num_bytes_not_estimated = _seconds_of_step(plan, choice)
         interval = tqdm.format_interval(plan.steps * seconds)
         duration = f"about {interval}, {seconds:.1f} seconds a step"
+        if plan.options.teacher_logits is not None:
+            duration += ", beside the time to store predictions that are missing"
         if num_bytes_not_estimated:
             # known now: these models can't be cut before their heads
             choice = replace(choice, num_bytes=choice.num_bytes + num_bytes_not_estimated)
@@ -608,6 +621,8 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
     teacher = plan.teacher_name
     if plan.kept_tokens is not None:
         teacher += f", its predictions of {len(plan.kept_tokens):,} tokens"
+    if options.teacher_logits is not None:
+        teacher += f", the {options.top_k} most likely tokens, stored in {options.teacher_logits}"
     memory = f"{size_text(choice.num_bytes)} on {plan.device}"
     if free:
         memory += f", {size_text(free)} are free"
@@ -630,13 +645,14 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
 
 
 def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
-    """Load both models, and time the forward and backward passes of one step, on any tokens.
+    """Load the models, and time the forward and backward passes of one step, on any tokens.
 
     Returns the seconds of a step, and the bytes that logits take more than `choice` says: 0 if models can be cut.
 
     One pass is timed, after another one that fills caches. Its time, multiplied by the number of passes, is that of the
-    step. Both models are local to this function, so their memory is free when it returns. `plan` and `choice` are only
-    read: `choice.train` says what has gradients, `choice.checkpointed` whether activations are computed twice.
+    step. If the teacher's predictions are stored, others of the same shape take their place. All models are local to
+    this function, so their memory is free when it returns. `plan` and `choice` are only read: `choice.train` says what
+    has gradients, `choice.checkpointed` whether activations are computed twice.
     """
     # The student as the training has it: weights in float32, gradients for those that are trained. The head is rounded
     # last, because it is not trained: it has the dtype of the products.
@@ -647,17 +663,23 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
         student.gradient_checkpointing_enable()
     round_head(student, plan.compute_dtype)
     student.train()
-    teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
-    teacher.eval()
 
     in_16_bits = plan.compute_dtype != torch.float32
     products = torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits)
     with products:  # `Predictor` runs the model on a few tokens, to find out how to cut it
         student_predictor = Predictor(student)
-        teacher_predictor = Predictor(teacher, plan.kept_tokens)
+
+    vocabulary = student.get_input_embeddings().num_embeddings
+    teacher: Teacher
+    if plan.options.teacher_logits is None:
+        model, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
+        model.eval()
+        with products:
+            teacher = LiveTeacher(model, plan.kept_tokens)
+    else:
+        teacher = _AnyTeacher(min(plan.options.top_k, vocabulary))
 
     # Ids 0, 1, 2, ..., which begin again at the end of the vocabulary.
-    vocabulary = student.get_input_embeddings().num_embeddings
     numbers = torch.arange(plan.options.batch_size * plan.length).remainder(vocabulary)
     ids = numbers.view(plan.options.batch_size, plan.length).to(plan.device)
 
@@ -665,11 +687,34 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     for _ in range(2):  # the time of the second pass counts
         started = time.perf_counter()
         with products:
-            loss = divergence(student_predictor, teacher_predictor, ids, plan.options.label_share)
+            loss = divergence(student_predictor, teacher, ids, plan.options.label_share)
             loss.backward()
         torch.get_device_module(plan.device).synchronize()  # waits for the device
         seconds_of_pass = time.perf_counter() - started
     num_bytes_not_estimated = bytes_of_whole_logits(
-        student_predictor, teacher_predictor, ids.numel(), plan.compute_dtype
+        student_predictor, teacher, ids.numel(), plan.compute_dtype
     )
     return plan.passes_of_step * seconds_of_pass, num_bytes_not_estimated
+
+
+class _AnyTeacher:
+    """Stands for a stored teacher while a step is timed: it predicts the same at all positions."""
+
+    def __init__(self, top_k: int) -> None:
+        """Predict the tokens 0 to `top_k` - 1, equally likely, with one half of the probability."""
+        self._top_k = top_k
+
+    def predictions(self, ids: Tensor) -> Predictions:
+        """Make predictions of the shape of those that are stored (`divergence.Teacher`)."""
+        num_positions = ids.shape[0] * (ids.shape[1] - 1)
+        tokens = torch.arange(self._top_k, device=ids.device).expand(num_positions, -1)
+        top = TopPredictions(
+            tokens=tokens,
+            log_of_tokens=torch.full(tokens.shape, -math.log(2 * self._top_k), device=ids.device),
+            log_of_rest=torch.full((num_positions, 1), -math.log(2), device=ids.device),
+        )
+        return top.part
+
+    def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
+        """Return 0, as of a stored teacher."""
+        return 0

@@ -554,6 +554,27 @@ def test_recovery_of_a_model_that_lost_tokens_twice_learns_from_each_earlier_mod
         assert result.held_out_loss < result.held_out_loss_before
 
 
+def test_stored_predictions_of_a_teacher_are_those_of_the_tokens_that_stay(
+    dense, smaller, tmp_path, recovery
+):
+    live = recover(smaller, dense, tmp_path / "live", **recovery)
+
+    stored = recover(
+        smaller, dense, tmp_path / "out", **recovery, teacher_logits=tmp_path / "teacher", top_k=320
+    )
+
+    assert stored.held_out_loss == pytest.approx(live.held_out_loss, rel=1e-4)
+    with pytest.raises(ValueError, match="has the predictions for a student with other tokens"):
+        recover(
+            dense,
+            dense,
+            tmp_path / "all",
+            **recovery,
+            teacher_logits=tmp_path / "teacher",
+            top_k=320,
+        )
+
+
 def test_recovery_refuses_text_that_a_teacher_with_more_tokens_would_write(
     dense, smaller, tmp_path, recovery
 ):

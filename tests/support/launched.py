@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, masked_training, recover, save_masked
 from optimum_fista.prune import journal
 from optimum_fista.prune.ranks import joined_ranks
-from optimum_fista.train import distillation
+from optimum_fista.train import distillation, stored_teacher
 from optimum_fista.train.training import find_masks, local
 
 
@@ -196,7 +196,7 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
     Besides arguments of `recover` there is `stop = (how, victim, step)`: states are saved after every step, and after
     this one a rank is killed, or fails. And `sharded`: by FSDP2, which Accelerate has for accelerators only; and
     `checkpointed`: Accelerate wraps decoder layers so that they compute their activations twice. And `rank_1`: what
-    rank 1 is called with instead.
+    rank 1 is called with instead. And `tokens_of_shard`: of the teacher's stored predictions.
     """
     code = 0
     for number, call in enumerate(calls):
@@ -205,6 +205,7 @@ def recover_together(rank: int, calls: list[dict[str, Any]], log: Path) -> None:
         sharded = arguments.pop("sharded", False)
         checkpointed = arguments.pop("checkpointed", False)
         of_rank_1 = arguments.pop("rank_1", {})
+        stored_teacher._TOKENS_OF_SHARD = arguments.pop("tokens_of_shard", 2**14)
         if rank == 1:
             arguments |= of_rank_1
 

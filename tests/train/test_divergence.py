@@ -5,7 +5,7 @@ import torch
 from families import family_model
 
 from optimum_fista.model.predictor import Predictor
-from optimum_fista.train.divergence import divergence, text_loss
+from optimum_fista.train.divergence import LiveTeacher, TopPredictions, divergence, text_loss
 
 # a head with a bias, soft-capping, a factor, a divisor, a decoder inside another module; and one that can't be cut
 FAMILIES = {
@@ -49,7 +49,7 @@ def test_the_divergence_and_its_gradient_are_those_of_pytorch(family, share, mon
     monkeypatch.setattr("optimum_fista.model.predictor.LOGITS_PER_CHUNK", 7 * vocabulary)
     for module in ("model.predictor", "train.divergence"):
         monkeypatch.setattr(f"optimum_fista.{module}.POSITIONS_ON_CPU", 3)
-    predictors = [Predictor(model) for model in (student, teacher)]
+    predictors = [Predictor(student), LiveTeacher(teacher)]
     ids = torch.randint(5, 30, (3, 9), generator=torch.Generator().manual_seed(0))
     trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
 
@@ -74,7 +74,113 @@ def test_a_teacher_with_more_tokens_is_compared_on_the_kept_ones():
     student.requires_grad_(False)
     ids = torch.randint(40, (2, 8), generator=torch.Generator().manual_seed(0))
 
-    loss = divergence(Predictor(student), Predictor(teacher, kept_tokens), ids)
+    loss = divergence(Predictor(student), LiveTeacher(teacher, kept_tokens), ids)
 
     expected, _ = of_whole_logits(student, teacher, ids, 0.0, kept_tokens)
     torch.testing.assert_close(loss, expected)
+
+
+class TopTeacher:
+    """The `top_k` most likely tokens of a model, in float32."""
+
+    def __init__(self, model, top_k):
+        self.model = model
+        self.top_k = top_k
+
+    def predictions(self, ids):
+        log_p = self.model(input_ids=ids).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+        top = log_p.topk(self.top_k)
+        rest = log_p.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        return TopPredictions(top.indices, top.values, rest).part
+
+
+def loss_and_gradients(student, teacher, ids, share=0.3):
+    """The divergence, and its gradients by the parameters of the student that are trained."""
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    loss = divergence(Predictor(student), teacher, ids, share)
+    return loss, torch.autograd.grad(loss, trained, allow_unused=True)
+
+
+def assert_same(found, expected):
+    """Compare two losses with their gradients."""
+    loss, gradients = found
+    expected_loss, expected_gradients = expected
+    torch.testing.assert_close(loss, expected_loss)
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(5, 30, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama4_text"])
+def test_the_divergence_from_all_tokens_is_that_from_the_logits(family, ids):
+    student, teacher = models(family)
+    vocabulary = student.config.get_text_config().vocab_size
+
+    found = loss_and_gradients(student, TopTeacher(teacher, vocabulary), ids)
+
+    assert_same(found, loss_and_gradients(student, LiveTeacher(teacher), ids))
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_the_other_tokens_count_as_one_token_in_the_value_and_its_gradient(top_k, ids):
+    student, teacher = models("llama")
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+
+    found = loss_and_gradients(student, TopTeacher(teacher, top_k), ids, share=0.0)
+
+    q = student(input_ids=ids).logits[:, :-1].flatten(0, 1).softmax(-1)
+    p = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1).softmax(-1).detach()
+    top = p.topk(top_k)
+    p_of_rest = 1 - top.values.sum(-1)
+    q_of_top = q.gather(1, top.indices)
+    q_of_rest = 1 - q_of_top.sum(-1)
+    of_tokens = (top.values * (top.values / q_of_top).log()).sum(-1)
+    expected = (of_tokens + p_of_rest * (p_of_rest / q_of_rest).log()).mean()
+    assert_same(found, (expected, torch.autograd.grad(expected, trained, allow_unused=True)))
+
+
+def test_the_divergence_from_more_tokens_is_never_smaller(ids):
+    student, teacher = models("llama")
+    vocabulary = student.config.vocab_size
+
+    values = [
+        divergence(Predictor(student), TopTeacher(teacher, top_k), ids).item()
+        for top_k in (1, 2, 4, 8, 16, vocabulary)
+    ]
+
+    assert values == sorted(values)
+    assert values[0] < values[-1]
+
+
+def test_the_other_tokens_add_nothing_if_the_student_has_their_proportions():
+    """Then the divergence from few tokens is that from all."""
+    generator = torch.Generator().manual_seed(0)
+    log_p = torch.randn(6, 40, generator=generator).log_softmax(-1)
+    top = log_p.topk(4)
+    others = log_p.scatter(1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
+    of_student = log_p.scatter_add(1, top.indices, torch.randn(6, 4, generator=generator))
+    log_q = of_student.log_softmax(-1)
+
+    completed = TopPredictions(top.indices, top.values, others).log_probabilities(
+        log_q, log_q.exp()
+    )
+
+    torch.testing.assert_close(completed, log_p)
+
+
+def test_a_student_that_is_sure_of_the_top_tokens_gets_a_finite_loss():
+    log_q = torch.full((1, 8), -200.0)
+    log_q[0, 0] = 0.0
+    predictions = TopPredictions(
+        tokens=torch.tensor([[0]]),
+        log_of_tokens=torch.tensor([[0.9]]).log(),
+        log_of_rest=torch.tensor([[0.1]]).log(),
+    )
+
+    completed = predictions.log_probabilities(log_q, log_q.exp())
+
+    assert completed.isfinite().all()

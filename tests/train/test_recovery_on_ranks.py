@@ -11,6 +11,7 @@ from tiny_llama import TEXT
 from optimum_fista import recover
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.train import stored_teacher
 
 QUICK = {
     "tokens": 128,
@@ -52,6 +53,7 @@ def log(call, saved):
         call("odd", accumulate=3),
         call("sharded", sharded=True),
         call("differs", rank_1={"label_share": 1.0}),
+        call("stored", tokens_of_shard=32, teacher_logits=call("teacher")["output_dir"]),
         call("cut", stop=("fails", 1, 3)),
     ]
     log = calls[0]["output_dir"].with_name("log")
@@ -67,11 +69,11 @@ def test_each_rank_reports_its_error_or_that_of_another_rank(log):
     assert said.pop("3-1").startswith(
         "ValueError: options differ from those of rank 0: start every process with the"
     )
-    assert said.pop("4-0").startswith(
+    assert said.pop("5-0").startswith(
         "RankError: rank 0 of 2 stops: another process of this run has ended or can't be reached; see what that one "
         "wrote before (this one saw only: "
     )
-    assert said.pop("4-1") == "RuntimeError: no more of this"
+    assert said.pop("5-1") == "RuntimeError: no more of this"
     assert said == {"1-0": share, "1-1": share}
 
 
@@ -95,6 +97,21 @@ def test_two_processes_recover_the_model_as_one_process_does(name, log, call):
     weights = load_file(of_two / "model.safetensors")
     for tensor_name, weight in load_file(arguments["output_dir"] / "model.safetensors").items():
         torch.testing.assert_close(weights[tensor_name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_store_the_predictions_that_one_process_stores(log, call, monkeypatch):
+    monkeypatch.setattr(stored_teacher, "_TOKENS_OF_SHARD", 32)
+    of_two = log.with_name("teacher")
+    of_one = log.with_name("teacher-of-one")
+
+    one = recover(**call("one-stored", teacher_logits=of_one))
+
+    names = [f"predictions-0000{shard}.safetensors" for shard in range(4)]
+    assert sorted(file.name for file in of_two.glob("predictions-*")) == names
+    for name in names:
+        assert (of_two / name).read_bytes() == (of_one / name).read_bytes()
+    two = read_report(log.with_name("stored")).recoveries[-1]
+    assert two.held_out_loss == pytest.approx(one.held_out_loss, rel=1e-5)
 
 
 def test_runs_that_were_killed_or_failed_resume_to_the_same_bits(log, call):
