@@ -1,0 +1,379 @@
+"""Which experts of a mixture are removed, and how the others make up for it: held-out losses of all ways, by domain.
+
+Criteria are those of `expert_criteria.py`, repairs those of `expert_repairs.py`. A row is one share of removed experts,
+text of the calibration (one domain, or "all"), criterion, repair, and seed of the calibration draw. Decoder layers are
+taken one after the other as the package does by default: each sees the hidden states of the smaller layers before it,
+and its targets correct their errors. `reap` with the repair `none` is the package's `expert_refit=False`, and with
+`refit` its default.
+
+MODEL is a folder of `mixtures.py` or `train_small.py`, and the text folder is that of `mixtures.py`: of each domain a
+file to calibrate on and a held-out one. The dense model is the first row. The same command resumes.
+
+    python benchmarks/experts.py MODEL --text-folder TEXTS --output rows.json
+    python benchmarks/experts.py rows.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import mixtures  # noqa: F401, registers the experts implementation "channels"
+import torch
+from expert_criteria import CRITERIA, USE_GRADIENTS
+from expert_repairs import SmallerLayer, repair
+from expert_view import MixtureView, output_gradients, parts_of, router_of
+from mixture_texts import DOMAINS, text_file
+from shared import open_record, parse_arguments, save
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optimum_fista.config import FistaPruningConfig
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.folder.card import markdown_lines
+from optimum_fista.model.activations import ActivationStore
+from optimum_fista.model.calibration import CalibrationBatch, equal_shares
+from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.inputs import (
+    HiddenStates,
+    LayerActivations,
+    RecordedInputs,
+    record_inputs,
+)
+from optimum_fista.model.layers import DecoderLayers, find_decoder_layers
+from optimum_fista.removal.experts import experts_of, experts_to_keep
+from optimum_fista.removal.parts import ModelOutline, Part, kept_by_kind, removed_parts
+from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
+from optimum_fista.removal.smaller_modules import smaller_copy
+from optimum_fista.source.loading import load_model
+from optimum_fista.text.sources import load_text
+from optimum_fista.text.windows import calibration_windows, evaluation_windows
+
+Row = dict[str, Any]
+KEYS = ("share", "calibration", "criterion", "repair", "seed")
+SEQUENCES_AT_ONCE = 4
+CORRECTION = FistaPruningConfig(
+    pattern="experts:0.5"
+).correction  # of errors of earlier layers, by default
+# Experts of fewer channels are computed as one MLP, which is faster on a CPU (`mixtures.experts_as_channels`).
+FEW_CHANNELS = 128
+
+
+class Draw:
+    """One draw of calibration text, and what the dense model says of it.
+
+    Attributes:
+        batches: Token ids; all sequences of a batch are of one domain.
+        recorded: Inputs of the decoder layers.
+        parts: Which part of the calibration each token is of (`expert_view.parts_of`).
+    """
+
+    def __init__(
+        self, layers: DecoderLayers, windows: dict[str, Tensor], is_of_several: bool
+    ) -> None:
+        """Cut the `windows` [sequences, length] of each domain into batches, and record the layers' inputs."""
+        self._layers = layers
+        self._gradients: list[list[Tensor]] | None = None
+        self.batches = [
+            CalibrationBatch(ids, source=domain if is_of_several else None)
+            for domain, of_domain in windows.items()
+            for ids in of_domain.split(SEQUENCES_AT_ONCE)
+        ]
+        self.recorded: RecordedInputs = record_inputs(layers, self.batches)
+        self.parts = parts_of(self.batches)
+
+    def gradients(self, parts: Sequence[Part]) -> list[list[Tensor]]:
+        """Gradients of the dense model's loss by the outputs of its mixtures, in their order; computed once."""
+        if self._gradients is None:
+            model = self._layers.model
+            modules = [model.get_submodule(part.name) for part in parts]
+            self._gradients = output_gradients(model, modules, self.batches)
+        return self._gradients
+
+
+class Removals:
+    """Removes experts of a model in memory, which is dense again afterwards.
+
+    Attributes:
+        model: The dense model.
+        layers: Its decoder layers.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Find the decoder layers of a model; small experts are computed as one MLP from now on."""
+        self.model = model
+        self.layers = find_decoder_layers(model)
+        self._outline = ModelOutline(self.layers)
+        channels = getattr(model.config, "moe_intermediate_size", math.inf)
+        self._are_small = channels < FEW_CHANNELS
+        if self._are_small:
+            model.set_experts_implementation("channels")
+
+    def plan(self, share: str) -> Shrinking:
+        """Plan the model without a share of the experts of each mixture, such as "0.25"."""
+        pattern = FistaPruningConfig(pattern=f"experts:{share}").whole_parts
+        assert pattern is not None
+        counts = kept_by_kind(removed_parts(self._outline, pattern))
+        plan = plan_shrinking(self._outline, counts)
+        if self._are_small:
+            plan.model.set_experts_implementation("channels")
+        return plan
+
+    def remove(
+        self, plan: Shrinking, draw: Draw, *, criterion: str, repairs: str, seed: int
+    ) -> list[torch.nn.Module]:
+        """Make the decoder layers of the model without experts, one after the other; the model stays as it is.
+
+        Args:
+            plan: Of the smaller model.
+            draw: The calibration.
+            criterion: A name in `CRITERIA`.
+            repairs: Names in `REPAIRS`, joined by "+", or "none".
+            seed: For random choices.
+        """
+        parts = {part.name.rpartition(".mlp.")[0]: part for part in plan.parts.values()}
+        gradients = dict[str, list[Tensor]]()
+        if criterion in USE_GRADIENTS:
+            gradients = dict(zip(parts, draw.gradients(list(parts.values())), strict=True))
+        entering = draw.recorded.hidden_states
+        states = HiddenStates(dense=entering, pruned=entering)
+
+        smaller_layers: list[torch.nn.Module] = []
+        for index, (name, layer) in enumerate(tqdm(self.layers, desc="Layers", leave=False)):
+            activations = LayerActivations(
+                layer=layer,
+                calls=draw.recorded.calls[index],
+                token_masks=draw.recorded.token_masks,
+                storage=torch.device("cpu"),
+                sources=draw.recorded.sources,
+            )
+            if name not in parts:
+                # Only layers before all mixtures are dense, so the two networks are still the same.
+                assert states.pruned is states.dense
+                leaving = activations.outputs(states.to_prune_on)
+                states = HiddenStates(dense=leaving, pruned=leaving)
+                smaller_layers.append(layer)
+                continue
+
+            experts = experts_of(parts[name], name, layer)
+            targets = LayerTargets(
+                activations, [], CORRECTION, entering=states, experts=experts.module
+            )
+            view = MixtureView.of(
+                experts,
+                router_of(layer),
+                activations.assigned_tokens(experts, states.to_prune_on),
+                gradients=gradients.get(name),
+                parts=draw.parts,
+            )
+            scores = CRITERIA[criterion](view, seed * len(self.layers) + index)
+            kept = experts_to_keep(scores, plan.num_kept[parts[name].name])
+            smaller = smaller_copy(plan, name, layer, {parts[name].name: kept})
+            repair(
+                repairs,
+                SmallerLayer(
+                    view=view,
+                    kept=kept,
+                    all_experts=experts,
+                    experts=experts_of(parts[name], name, smaller),
+                    router=router_of(smaller),
+                    activations=replace(activations, layer=smaller),
+                    hidden_states=states.to_prune_on,
+                    targets=_stored(targets.expert_targets(), activations),
+                ),
+            )
+            del view  # before the next one is made
+            states = targets.leave(smaller)
+            smaller_layers.append(smaller)
+        return smaller_layers
+
+    def losses(
+        self, held_out: dict[str, Tensor], layers: Sequence[torch.nn.Module] | None = None
+    ) -> dict[str, float]:
+        """Held-out loss by domain in nats a token, of the model with other decoder `layers`, or of the dense one.
+
+        `held_out` are token ids [windows, length]. The model has its own layers again at the end.
+        """
+        modules: Any = self.model.get_submodule(self.layers.name)
+        own_layers = list(modules)
+        try:
+            for index, layer in enumerate(layers or own_layers):
+                modules[index] = layer
+            return {
+                domain: math.log(evaluate_perplexity(self.model, ids, progress=False).perplexity)
+                for domain, ids in held_out.items()
+            }
+        finally:
+            for index, layer in enumerate(own_layers):
+                modules[index] = layer
+
+
+def _stored(tensors: Iterable[Tensor], activations: LayerActivations) -> ActivationStore:
+    """Keep tensors where the activations of a layer are kept."""
+    store = activations.store()
+    for tensor in tensors:
+        store.append(tensor)
+    return store
+
+
+def windows_of_draw(
+    arguments: Namespace, tokenizer: PreTrainedTokenizerBase, calibration: str, seed: int
+) -> dict[str, Tensor]:
+    """Random windows [sequences, length] of the texts to calibrate on: of one domain, or of all in equal numbers."""
+    domains = DOMAINS if calibration == "all" else (calibration,)
+    counts = equal_shares(arguments.num_samples, len(domains))
+    windows = {}
+    for domain, count in zip(domains, counts, strict=True):
+        file = text_file(Path(arguments.text_folder), domain, "trained")
+        text = load_text(str(file), "calibration")
+        windows[domain] = calibration_windows(
+            tokenizer, text, count, arguments.sequence_length, seed
+        )
+    return windows
+
+
+def measure(arguments: Namespace) -> dict[str, Any]:
+    """Measure the rows that the output lacks, and write each at once; returns the record."""
+    lists = ("shares", "calibrations", "criteria", "repairs", "seeds", "text_folder", "threads")
+    record = open_record(arguments, *lists)
+    rows = record["rows"]
+    torch.set_num_threads(arguments.threads)
+    model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device="cpu")
+    removals = Removals(model)
+    held_out = {}
+    for domain in DOMAINS:
+        file = text_file(Path(arguments.text_folder), domain, "held-out")
+        held_out[domain] = evaluation_windows(
+            tokenizer,
+            load_text(str(file), "test"),
+            arguments.sequence_length,
+            arguments.max_windows,
+        )
+    if not rows:
+        rows.append({"criterion": "dense", "losses": removals.losses(held_out)})
+        save(arguments, record)
+
+    @cache
+    def draw_of(calibration: str, seed: int) -> Draw:
+        """The calibration draw with a seed."""
+        windows = windows_of_draw(arguments, tokenizer, calibration, seed)
+        return Draw(removals.layers, windows, is_of_several=calibration == "all")
+
+    plan_of = cache(removals.plan)
+    finished = {tuple(row.get(key) for key in KEYS) for row in rows}
+    # The last seed comes last, so that the other seeds' rows are complete when it begins.
+    for seed, share, calibration, repairs, criterion in product(
+        arguments.seeds,
+        arguments.shares,
+        arguments.calibrations,
+        arguments.repairs,
+        arguments.criteria,
+    ):
+        row: Row = dict(zip(KEYS, (share, calibration, criterion, repairs, seed), strict=True))
+        if tuple(row.values()) in finished:
+            continue
+        started = time.perf_counter()
+        with torch.no_grad():
+            layers = removals.remove(
+                plan_of(share),
+                draw_of(calibration, seed),
+                criterion=criterion,
+                repairs=repairs,
+                seed=seed,
+            )
+        row["seconds"] = round(time.perf_counter() - started, 1)
+        row["losses"] = removals.losses(held_out, layers)
+        rows.append(row)
+        save(arguments, record)
+        tqdm.write(json.dumps(row))
+    return record
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Write a line for each way: the rise of the loss over the dense model by domain, and as a share of REAP's.
+
+    REAP's is that without a repair, of the same draw. Means are over the draws, with the standard deviation of several.
+    """
+    dense = rows[0]["losses"]
+    rises: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows[1:]:
+        key = tuple(row[key] for key in KEYS)
+        rises[key] = {domain: loss - dense[domain] for domain, loss in row["losses"].items()}
+
+    ways: dict[tuple[Any, ...], list[int]] = {}
+    for *way, seed in rises:
+        ways.setdefault(tuple(way), []).append(seed)
+    lines = []
+    for way in sorted(ways, key=lambda way: way[:2]):
+        share, calibration, criterion, repairs = way
+        cells = []
+        for domain in dense:
+            values = [rises[*way, seed][domain] for seed in ways[way]]
+            shares = []
+            for seed in ways[way]:
+                reap = rises.get((share, calibration, "reap", "none", seed))
+                if reap is not None:
+                    shares.append(rises[*way, seed][domain] / reap[domain])
+            cells += [_in_cell(values, ".3f"), _in_cell(shares, ".2f")]
+        lines.append((share, calibration, criterion, repairs, len(ways[way]), *cells))
+    columns = ["removed", "calibration", "criterion", "repair", "draws"]
+    for domain, loss in dense.items():
+        columns += [f"{domain}: rise over {loss:.3f}", "of REAP's"]
+    return markdown_lines(columns, lines)
+
+
+def _in_cell(values: Sequence[float], form: str) -> str:
+    """The mean of values, and their standard deviation if there are several."""
+    if not values:
+        return ""
+    text = format(mean(values), form)
+    if len(values) > 1:
+        text += f" ± {format(stdev(values), form)}"
+    return text
+
+
+def main() -> None:
+    """Measure the rows that the output lacks, or read those of an earlier call, and print the table."""
+    helps = {
+        "text_folder": "the folder texts/ of a mixture of mixtures.py",
+        "shares": "shares of the experts to remove",
+        "calibrations": f"texts to calibrate on: some of {', '.join(DOMAINS)}, all",
+        "criteria": f"some of {', '.join(CRITERIA)}",
+        "repairs": "none, or some of merge, router, shared, refit, joined by +",
+        "seeds": "of the calibration draw",
+        "dtype": "of the model's weights",
+    }
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        helps=helps,
+        text_folder=str,
+        shares=["0.25", "0.5"],
+        calibrations=["web", "all"],
+        criteria=[*CRITERIA],
+        repairs=["none"],
+        seeds=[0],
+        num_samples=32,
+        sequence_length=512,
+        max_windows=16,
+        dtype="bfloat16",
+        threads=1,
+        output=Path("runs/experts.json"),
+    )
+    file = Path(arguments.model)
+    record = json.loads(file.read_text()) if file.is_file() else measure(arguments)
+    print("\n".join(table(record["rows"])))
+
+
+if __name__ == "__main__":
+    main()
