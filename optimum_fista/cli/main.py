@@ -120,8 +120,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
     for name, command in _COMMANDS.items():
-        first_line = command.DESCRIPTION.split("\n", 1)[0]
-        summary = first_line.replace("%", "%%")  # argparse fills in %
+        summary = _first_sentence(command.DESCRIPTION).replace("%", "%%")  # argparse fills in %
         subparser = subparsers.add_parser(
             name,
             help=summary,
@@ -138,6 +137,14 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             )
             subparser.epilog = f"{subparser.prog} --help-all shows the other options."
         subparser.set_defaults(fista_run=command.run)
+
+
+def _first_sentence(description: str) -> str:
+    """Return the first sentence of the description of a command, in one line; in the description it may have several."""
+    first_paragraph, _, _ = description.partition("\n\n")
+    in_one_line = " ".join(first_paragraph.split())
+    sentence, *_ = re.split(r"(?<=\.) ", in_one_line)
+    return sentence
 
 
 def execute(arguments: argparse.Namespace) -> int:

@@ -73,6 +73,20 @@ def test_help_of_the_program_names_every_command(capsys):
     assert capsys.readouterr().out.strip() == f"optimum-fista {optimum_fista.__version__}"
 
 
+def test_help_of_the_program_says_of_every_command_the_first_sentence_of_its_description():
+    (subparsers,) = [
+        action for action in build_parser()._actions if isinstance(action.choices, dict)
+    ]
+
+    summaries = {action.dest: action.help for action in subparsers._choices_actions}
+
+    assert (*summaries,) == COMMANDS
+    for name, parser in subparsers.choices.items():
+        first_paragraph = " ".join(parser.description.split("\n\n")[0].split())
+        first_sentence = first_paragraph.split(". ")[0].rstrip(".")
+        assert summaries[name].replace("%%", "%") == f"{first_sentence}."
+
+
 @pytest.mark.parametrize("flag", ["--sparsty", "--sparsty=0.5"])
 def test_a_misspelt_flag_is_answered_with_the_usage_of_its_command(flag, capsys):
     assert run("prune", "model", flag) == 2
