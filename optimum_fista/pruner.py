@@ -222,6 +222,7 @@ class FistaPruner:
             compute_dtype=self.config.compute_dtype,
             progress=self.progress,
             label="Measuring before",
+            counts_experts=True,
         )
         report = self._prune_loaded(model, calib_dataloader, source_name)
         try:

@@ -100,6 +100,10 @@ class MixtureReport:
     substitutes: tuple[tuple[int, ...], ...] = ()
     # Of the refitted experts, those that were moved a half or a quarter of the way to their refit.
     num_shrunk: int = 0
+    # `expert_tokens` of each text of the calibration, in the order of `calibration["sources"]`; () if there is one.
+    tokens_of_sources: tuple[tuple[int, ...], ...] = ()
+    # The same of each text in `texts`, which the user named to measure on: there the given model ran.
+    tokens_of_texts: tuple[tuple[int, ...], ...] = ()
 
     @property
     def unreached(self) -> tuple[int, ...]:

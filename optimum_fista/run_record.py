@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shlex
 import warnings
 from collections.abc import Mapping
@@ -42,6 +43,9 @@ from optimum_fista.versions import library_versions
 
 # Keys of report.json that are computed from the others, for people who read the file.
 _COMPUTED = ("totals", "command")
+# A list of numbers in JSON text with an entry in each line; "NaN" and "Infinity" are numbers, too. Nothing in quotes
+# fits, because text in JSON has no line ends.
+_LIST_OF_NUMBERS = re.compile(r"\[\n([-+.,\deENaInfity\s]+)\]")
 
 
 @dataclass(repr=False)
@@ -434,9 +438,13 @@ class RunRecord:
         return shlex.join(words)
 
     def to_json(self) -> str:
-        """Return the report as JSON text; `totals` and `command` in it are for readers, `from_dict` needs neither."""
+        """Return the report as JSON text; `totals` and `command` in it are for readers, `from_dict` needs neither.
+
+        Each value has a line of its own, but lists of numbers are in one line: mixtures have hundreds of experts.
+        """
         computed = {"totals": self.totals, "command": self.command()}
-        return json.dumps(dataclasses.asdict(self) | computed, indent=1)
+        text = json.dumps(dataclasses.asdict(self) | computed, indent=1)
+        return _LIST_OF_NUMBERS.sub(_in_one_line, text)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -453,6 +461,11 @@ class RunRecord:
         if not report.model["num_parameters"] > 0:
             raise TypeError(f"model has {report.model['num_parameters']} parameters")
         return report
+
+
+def _in_one_line(numbers: re.Match[str]) -> str:
+    """Write a list of numbers in one line, such as "[1, 2]"; `numbers` is a match of `_LIST_OF_NUMBERS`."""
+    return f"[{' '.join(numbers[1].split())}]"
 
 
 def words_of_pattern(text: str, sparsity: float | None) -> str:

@@ -1,9 +1,11 @@
 import dataclasses
 import json
+import math
 
 import pytest
 from small_reports import operator, report
 
+from optimum_fista.records import MixtureReport
 from optimum_fista.report import PruningReport, lines_of_unplaced
 from optimum_fista.run_record import words_of_pattern
 
@@ -57,6 +59,34 @@ def test_a_report_is_read_from_its_json_as_it_was():
     assert values["totals"] == TWO.totals
     assert values["operators"][1]["shape"] == [2, 4]
     assert PruningReport.from_dict(values) == TWO
+
+
+def test_lists_of_numbers_are_in_one_line_of_the_json():
+    mixture = MixtureReport(
+        name="layers.0.experts",
+        groups_kept=(0, 2),
+        saliency=(0.5, math.nan, 1e-7, math.inf),
+        expert_tokens=(5, 0, 7, 1),
+        fit_error=0.25,
+        fit_error_before=0.5,
+        num_refitted=2,
+        solve_seconds=1.0,
+        tokens_of_sources=((5, 0, 7, 1), (4, 3, 2, 1)),
+    )
+    layer = dataclasses.replace(TWO.layers[0], mixture=mixture)
+    with_mixture = dataclasses.replace(
+        TWO, layers=[layer], warnings=["few tokens [ 1 ]", "[1,\n2]"]
+    )
+
+    text = with_mixture.to_json()
+
+    assert '"saliency": [0.5, NaN, 1e-07, Infinity],\n' in text
+    assert '"expert_tokens": [5, 0, 7, 1],\n' in text
+    assert "     [5, 0, 7, 1],\n     [4, 3, 2, 1]\n" in text
+    again = PruningReport.from_dict(json.loads(text))
+    assert again.warnings == with_mixture.warnings
+    assert again.layers[0].mixture.tokens_of_sources == mixture.tokens_of_sources
+    assert again.operators == TWO.operators
 
 
 def test_a_report_of_no_parameters_is_refused():

@@ -140,7 +140,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _first_sentence(description: str) -> str:
-    """Return the first sentence of the description of a command, in one line; in the description it may have several."""
+    """Return the first sentence of the description of a command, which may have several lines there, in one line."""
     first_paragraph, _, _ = description.partition("\n\n")
     in_one_line = " ".join(first_paragraph.split())
     sentence, *_ = re.split(r"(?<=\.) ", in_one_line)

@@ -51,6 +51,21 @@ class AssignedTokens:
         """The tokens that an expert gets: int64, rising."""
         return self.tokens[self.part(expert)]
 
+    def num_tokens(self) -> Tensor:
+        """Count the tokens that each expert gets, int64 [experts], on the device of the rows.
+
+        A token that an expert gets with the weight 0 is not counted: some routers let tokens skip the mixture so. The
+        rows of the expert number e begin at `self.bounds[e]`, and `self.weights` are `None` if the inputs are weighted.
+        """
+        bounds = torch.tensor(self.bounds, device=self.rows.device)
+        rows_of_experts = bounds.diff()
+        if self.weights is None:
+            return rows_of_experts
+        numbers = torch.arange(len(rows_of_experts), device=bounds.device)
+        experts = numbers.repeat_interleave(rows_of_experts)  # of each row the number of its expert
+        has_weight = self.weights[: len(experts), 0] != 0
+        return torch.bincount(experts[has_weight], minlength=len(rows_of_experts))
+
 
 class ExpertLinear(nn.Module):
     """Computes one matrix of one expert, so that hooks see its inputs and outputs."""

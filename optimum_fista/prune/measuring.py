@@ -7,6 +7,7 @@ memory, `FistaPruner` measures before and after the run, and `note_losses` adds 
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate.utils import get_int_from_env
@@ -15,6 +16,7 @@ from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import CARD_FILE, CONFIG_KEY, REPORT_FILE
 from optimum_fista.folder.output import rewrite
 from optimum_fista.folder.writing import summary
+from optimum_fista.records import LayerReport
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
@@ -82,10 +84,11 @@ def measure_folder(
     if not texts or rank > 0:
         return
 
-    def losses_of_model(name: str, label: str) -> list[TextLoss]:
+    def losses_of_model(name: str, label: str, counts_experts: bool = False) -> list[TextLoss]:
         """Measure the model with this name, a folder or a Hub id, on `texts`; `label` is for the progress bar.
 
-        It runs on `device`, and multiplies matrices as the run of `report` did.
+        It runs on `device`, and multiplies matrices as the run of `report` did. If `counts_experts`, the tokens that
+        each expert gets are counted, too.
         """
         return losses_of_folder(
             name,
@@ -94,11 +97,12 @@ def measure_folder(
             compute_dtype=report.config["compute_dtype"],
             progress=progress,
             label=label,
+            counts_experts=counts_experts,
         )
 
     interrupt: KeyboardInterrupt | None = None
     try:
-        before = losses_of_model(dense, "Measuring before")
+        before = losses_of_model(dense, "Measuring before", counts_experts=bool(report.mixtures))
         after = losses_of_model(str(folder), "Measuring after")
     except KeyboardInterrupt as error:
         note_failure(report, texts, error)
@@ -122,10 +126,31 @@ def note_losses(
     dense: Sequence[TextLoss],
     pruned: Sequence[TextLoss],
 ) -> None:
-    """Add the losses of the model before a run (`dense`) and of its result (`pruned`) to `report`, which changes."""
+    """Add the losses of the model before a run (`dense`) and of its result (`pruned`) to `report`, which changes.
+
+    Mixtures that lost experts get the numbers of tokens that reached each expert of the model before the run, too.
+    """
     report.texts = compared(texts, dense, pruned)
+    report.layers = _with_expert_tokens(report, dense)
     for text in report.unprotected:
         report.warn(f"{text.name} lost more than was allowed: {report.words_on(text)}")
+
+
+def _with_expert_tokens(report: PruningReport, dense: Sequence[TextLoss]) -> list[LayerReport]:
+    """Copy the reports of decoder layers in `report`; mixtures get the tokens that reached each of their experts.
+
+    `dense` are the losses of the model before the run on each text, with these numbers (`TextLoss.expert_tokens`). The
+    run may have removed decoder layers: then the numbers of those that stayed are in `report.model["layers_kept"]`.
+    """
+    numbers_before = report.model.get("layers_kept", range(len(report.layers)))
+    layers = list[LayerReport]()
+    for layer, number_before in zip(report.layers, numbers_before, strict=True):
+        mixture = layer.mixture
+        if mixture is not None and all(number_before in loss.expert_tokens for loss in dense):
+            tokens_of_texts = tuple(loss.expert_tokens[number_before] for loss in dense)
+            mixture = replace(mixture, tokens_of_texts=tokens_of_texts)
+        layers.append(replace(layer, mixture=mixture))
+    return layers
 
 
 def note_failure(

@@ -10,7 +10,7 @@ smaller model is a `Shrinking`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -34,11 +34,18 @@ from optimum_fista.removal.substitutes import choose_substitutes
 class ExpertScores(NamedTuple):
     """What a run of a decoder layer tells of its experts."""
 
-    num_tokens: Tensor  # that the router sends to each expert, int64 [experts]
+    # By the name of each text of the calibration (`None` if there is one), in the order of the batches: how many of its
+    # tokens the router sends to each expert, int64 [experts].
+    num_tokens_of_texts: dict[str | None, Tensor]
     # Of each expert, float64 [experts]: the mean over these tokens of the norm of its output times the router's weight
     # (REAP, eq. 9).
     saliency: Tensor
     targets: ActivationStore  # for the sum of all experts (`LayerTargets.expert_targets`)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """How many tokens of all texts (`self.num_tokens_of_texts`) reach each expert, int64 [experts]."""
+        return torch.stack([*self.num_tokens_of_texts.values()]).sum(dim=0)
 
 
 def remove_experts(
@@ -115,8 +122,21 @@ def remove_experts(
         # whether the targets make up for the error in the rest of the layer
         residual_corrected=targets.corrects_experts,
         substitutes=tuple(tuple(choices) for choices in kept.substitutes),
+        tokens_of_sources=_numbers_by_text(scores.num_tokens_of_texts),
     )
     return smaller_layer, report
+
+
+def _numbers_by_text(
+    num_tokens_of_texts: Mapping[str | None, Tensor],
+) -> tuple[tuple[int, ...], ...]:
+    """Return for each text how many of its tokens reach each expert; empty if there is only one text.
+
+    `num_tokens_of_texts` has them by the name of the text, int64 [experts].
+    """
+    if len(num_tokens_of_texts) < 2:
+        return ()
+    return tuple(tuple(numbers.tolist()) for numbers in num_tokens_of_texts.values())
 
 
 def _write_expert(
@@ -148,15 +168,23 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     """
     activations = targets.activations
     norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
-    num_tokens = torch.zeros(len(experts), dtype=torch.int64, device=activations.device)
+    fitted_sources = [
+        source
+        for source, held_out in zip(activations.sources, activations.held_out, strict=True)
+        if not held_out
+    ]
+    num_tokens_of_texts = {
+        source: torch.zeros(len(experts), dtype=torch.int64, device=activations.device)
+        for source in dict.fromkeys(fitted_sources)  # each text once
+    }
     expert_targets = activations.store()  # a list of tensors, one for each batch
 
     def add_outputs(expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        """Add outputs of an expert in one batch to `norms` and `num_tokens` of the outer function.
+        """Add outputs of an expert in one batch to `norms` and `num_tokens_of_texts` of the outer function.
 
         It is called for every expert while the layer runs; `expert` is the number of the expert. `outputs`
         [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch. `activations`
-        says which batches are held out, and which tokens are padding.
+        says which batches are held out, of which text they are, and which tokens are padding.
         """
         # The number of this batch. `expert_targets` has a target of each batch before it: that of this batch is added
         # after it has run.
@@ -169,6 +197,7 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
         norms_of_tokens = torch.linalg.vector_norm(real_outputs.detach().float(), dim=-1)
         norms[expert] += norms_of_tokens.sum(dtype=torch.float64)
         # Some routers give a token that skips the mixture to an expert with the weight 0 (Zaya).
+        num_tokens = num_tokens_of_texts[activations.sources[batch]]
         num_tokens[expert] += (norms_of_tokens > 0).sum()
 
     # Each target is made by a pass of the layer, in which `add_outputs` is called for every expert.
@@ -180,8 +209,10 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
             f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or overflows its dtype: load "
             "it in float32 or bfloat16 (--dtype float32)."
         )
-    saliency = norms / num_tokens.clamp_min(1)  # 0 for an expert without tokens
-    return ExpertScores(num_tokens.cpu(), saliency.cpu(), expert_targets)
+    on_host = {source: numbers.cpu() for source, numbers in num_tokens_of_texts.items()}
+    num_tokens = torch.stack([*on_host.values()]).sum(dim=0)
+    saliency = norms.cpu() / num_tokens.clamp_min(1)  # 0 for an expert without tokens
+    return ExpertScores(on_host, saliency, expert_targets)
 
 
 def experts_to_keep(

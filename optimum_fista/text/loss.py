@@ -16,7 +16,8 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.bars import tqdm
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import CalibrationBatch
+from optimum_fista.model.expert_counts import ExpertCounts, mixture_of
 from optimum_fista.model.held_out import LEAST_TOKENS, LOGITS_TOGETHER
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.inputs import LayerCall, record_inputs
@@ -88,6 +90,9 @@ class TextLoss:
     num_tokens: int
     num_bytes: int
     vocabulary: int  # number of tokens that the model knows
+    # How many of the tokens, BOS included, reach each expert, by the number of the decoder layer. Empty if
+    # that was not counted, or if there are no experts.
+    expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 def require_measurable(
@@ -190,6 +195,7 @@ def losses_of_folder(
     compute_dtype: str,
     progress: bool,
     label: str,
+    counts_experts: bool = False,
 ) -> list[TextLoss]:
     """Measure a model in files, a folder or a Hub id, on texts; in their order.
 
@@ -204,6 +210,7 @@ def losses_of_folder(
         compute_dtype: The option of a configuration: in which dtype matrices are multiplied.
         progress: Show a progress bar.
         label: What the bar says, such as "Measuring before".
+        counts_experts: Count the tokens that each expert gets, as well.
 
     Raises:
         ValueError: If the loss is NaN or Inf.
@@ -220,6 +227,7 @@ def losses_of_folder(
             compute_dtype=compute_dtype,
             progress=progress,
             label=label,
+            counts_experts=counts_experts,
         )
 
 
@@ -231,11 +239,13 @@ def losses_of(
     compute_dtype: str,
     progress: bool,
     label: str,
+    counts_experts: bool = False,
 ) -> list[TextLoss]:
     """Measure a loaded model on texts, as `losses_of_folder` does. Afterwards the model is as it was.
 
     `texts` are those of `require_measurable`; the result has their order. `compute_dtype` is the option of a
-    configuration: in which dtype matrices are multiplied. `label` is what the progress bar says.
+    configuration: in which dtype matrices are multiplied. `label` is what the progress bar says. If `counts_experts`,
+    the tokens that each expert gets are counted in the same pass.
     """
     vocabulary, num_positions = token_limits(model)  # token ids, and positions (None: no limit)
     longest = longest_sequence(num_positions)
@@ -246,15 +256,24 @@ def losses_of(
         for number, text in enumerate(texts)
     }
     device = execution_device(model.get_input_embeddings())
+    counts = ExpertCounts()
     with products_as(choose_products(compute_dtype, device, model.dtype)):
         # `removed`: no token ids are forbidden in the predictions, because this model has all its tokens.
-        bits = bits_per_byte(model, tokenized, removed={}, progress=progress, label=label)
+        bits = bits_per_byte(
+            model,
+            tokenized,
+            removed={},
+            progress=progress,
+            label=label,
+            counts=counts if counts_experts else None,
+        )
     return [
         TextLoss(
             bits_per_byte=bits[number],
             num_tokens=text.num_tokens,
             num_bytes=text.num_bytes,
             vocabulary=vocabulary,
+            expert_tokens=counts.of(number),
         )
         for number, text in tokenized.items()
     ]
@@ -371,12 +390,14 @@ def bits_per_byte(
     removed: Mapping[str, Tensor],
     progress: bool,
     label: str = "Measuring",
+    counts: ExpertCounts | None = None,
 ) -> dict[str, float]:
     """Compute the bits per byte of texts, by their keys in `texts`, in one pass over the decoder layers of a model.
 
     The weights of `model` may stay in its files: one decoder layer at a time is brought to the device. Afterwards, the
     model is as it was. `texts` has the ids of each text (`tokenized_text`). `removed` has ids, int64, that the model
     can't predict in a text, by the text's key; a text without an entry has none. `label` is what the progress bar says.
+    `counts` gets the numbers of tokens that reach each expert, by the keys of the texts; `None`: they are not counted.
     ValueError if the loss is NaN or Inf.
     """
     layers = find_decoder_layers(model)
@@ -401,9 +422,14 @@ def bits_per_byte(
         bar = tqdm(layers.modules, desc=label, unit="layer", disable=not progress)
         for index, layer in enumerate(bar):
             with onloaded(layer.modules(), read_only=True):
+                mixture = None if counts is None else mixture_of(layer)
                 for key, sweep in sweeps.items():
-                    # `run` returns what leaves the layer, in a new store.
-                    streams[key] = sweep.run(layer, streams[key], calls[key][index])
+                    counting: AbstractContextManager[None] = nullcontext()
+                    if counts is not None:
+                        counting = counts.counted(key, index, mixture)
+                    with counting:
+                        # `run` returns what leaves the layer, in a new store.
+                        streams[key] = sweep.run(layer, streams[key], calls[key][index])
 
         bits = dict[str, float]()
         norm_and_head = [*layers.around, model.get_output_embeddings()]

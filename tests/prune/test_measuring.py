@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
-from rare_tokens import COMMON, RARE, save, text_of
+from rare_tokens import COMMON, RARE, bpe_tokenizer, save, text_of
 from tiny_llama import QUICK
+from tiny_models import tiny_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +22,8 @@ from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import foreign_files
 from optimum_fista.headlines import headlines
 from optimum_fista.prune import measuring
-from optimum_fista.text.loss import _stretches
+from optimum_fista.text.loss import _stretches, tokenized_text
+from optimum_fista.text.windows import first_token
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tokens that stay|belong to no token|bits per byte|rank-deficient|lost more than)"
@@ -38,12 +41,47 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """A folder with texts: sea.txt and zoo.txt to measure on, text.txt to calibrate on."""
+    """A folder with texts: sea.txt and zoo.txt to measure on, text.txt and sky.txt to calibrate on."""
     folder = tmp_path_factory.mktemp("private-folder")
     (folder / "sea.txt").write_text(COMMON_TEXT)
     (folder / "zoo.txt").write_text(RARE_TEXT)
     (folder / "text.txt").write_text(text_of(COMMON, 300))
+    (folder / "sky.txt").write_text(text_of(RARE, 300))
     return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A dense model with four experts in each of three decoder layers, and a tokenizer; do not write to it."""
+    folder = tmp_path_factory.mktemp("mixture") / "mixture"
+    tokenizer = bpe_tokenizer()
+    tiny_model("mixtral", vocab_size=len(tokenizer), num_hidden_layers=3).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tokens_of_experts(folder, text: str) -> list[tuple[int, ...]]:
+    """For each decoder layer of a mixture, how many tokens of the measured stretches reach each of four experts."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    counts = [torch.zeros(4, dtype=torch.int64) for _ in model.model.layers]
+
+    def count(layer_number, _, arguments):
+        _, chosen, _ = arguments
+        counts[layer_number] += torch.bincount(chosen.flatten(), minlength=4)
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(partial(count, number))
+    tokenized = tokenized_text(
+        _stretches(text, most_stretches=12),
+        tokenizer,
+        bos=first_token(tokenizer),
+        longest=model.config.max_position_embeddings,
+    )
+    with torch.no_grad():
+        for sequence in tokenized.sequences:
+            model(torch.tensor([list(sequence)]))
+    return [tuple(numbers.tolist()) for numbers in counts]
 
 
 def bits_of(folder, text: str) -> float:
@@ -96,6 +134,46 @@ def test_with_every_pattern_report_card_and_output_state_the_loss_of_each_text(
     assert not any("private-folder" in file.read_text() for file in files)
     assert main(["verify", str(output)]) == 0
     assert foreign_files(output) == []  # so --overwrite replaces the folder
+
+
+def test_a_run_that_removes_experts_counts_the_tokens_of_each_text_that_reach_each_expert(
+    mixture, texts, tmp_path
+):
+    output = tmp_path / "pruned"
+    flags = ["--pattern", "experts:0.25+layers:0.34", *QUICK]
+    flags += ["--calibration", str(texts / "text.txt"), "--calibration", str(texts / "sky.txt")]
+    flags += ["--measure", str(texts / "sea.txt"), "--measure", str(texts / "zoo.txt")]
+
+    assert main(["prune", str(mixture), "-o", str(output), *flags]) == 0
+
+    report = read_report(output)
+    sources = [source["source"] for source in report.calibration["sources"]]
+    assert sources == ["text.txt", "sky.txt"]
+    layers_kept = report.model["layers_kept"]
+    assert len(layers_kept) == len(report.mixtures) == 2
+    of_sea = tokens_of_experts(mixture, COMMON_TEXT)
+    of_zoo = tokens_of_experts(mixture, RARE_TEXT)
+    for layer_number, part in zip(layers_kept, report.mixtures, strict=True):
+        assert part.tokens_of_texts == (of_sea[layer_number], of_zoo[layer_number])
+        of_both = [sum(numbers) for numbers in zip(*part.tokens_of_sources, strict=True)]
+        assert of_both == list(part.expert_tokens)
+        assert [sum(numbers) for numbers in part.tokens_of_sources] == [2 * 4 * 16] * 2
+    for text, content in zip(report.texts, (COMMON_TEXT, RARE_TEXT), strict=True):
+        assert text.dense == pytest.approx(bits_of(mixture, content), rel=1e-4)
+        assert text.pruned == pytest.approx(bits_of(output, content), rel=1e-4)
+
+
+def test_a_loaded_mixture_counts_the_tokens_that_reach_its_experts_before_the_run(mixture):
+    model = AutoModelForCausalLM.from_pretrained(mixture)
+    tokens = torch.randint(3, 200, (4, 32))
+
+    report = FistaPruner(FistaPruningConfig(pattern="experts:0.25"), progress=False).prune(
+        model, [tokens], measure={"sea": COMMON_TEXT}
+    )
+
+    of_sea = tokens_of_experts(mixture, COMMON_TEXT)
+    assert [part.tokens_of_texts for part in report.mixtures] == [(numbers,) for numbers in of_sea]
+    assert all(part.tokens_of_sources == () for part in report.mixtures)
 
 
 def test_a_loaded_model_is_measured_before_and_after(dense, tmp_path):

@@ -58,7 +58,7 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
         experts=experts.module,
     )
 
-    num_tokens, saliency, _ = score_experts(experts, targets)
+    scores = score_experts(experts, targets)
 
     counts = [0] * 4
     norms = [0.0] * 4
@@ -72,9 +72,33 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
                 output = module.down_proj[expert] @ (torch.nn.functional.silu(gate) * up)
                 counts[expert] += 1
                 norms[expert] += float(weight * output.norm())
-    assert num_tokens.tolist() == counts
+    assert scores.num_tokens.tolist() == counts
     means = [norm / max(1, count) for norm, count in zip(norms, counts, strict=True)]
-    assert saliency.tolist() == pytest.approx(means, rel=1e-5)
+    assert scores.saliency.tolist() == pytest.approx(means, rel=1e-5)
+
+
+def test_tokens_of_each_text_are_counted_alone():
+    sea, sky = family_tokens()[:2]
+    batches = [{"input_ids": sea, "source": "sea"}, {"input_ids": sky, "source": "sky"}]
+
+    def scores_on(batches):
+        _, experts, activations, entering = mixture_layer("mixtral", batches)
+        targets = LayerTargets(
+            activations,
+            [],
+            Correction("full"),
+            HiddenStates(entering, entering),
+            experts=experts.module,
+        )
+        return score_experts(experts, targets)
+
+    scores = scores_on(batches)
+
+    assert list(scores.num_tokens_of_texts) == ["sea", "sky"]
+    for batch in batches:
+        alone = scores_on([batch])
+        of_text = scores.num_tokens_of_texts[batch["source"]]
+        assert of_text.tolist() == alone.num_tokens.tolist()
 
 
 def test_tokens_that_skip_the_mixture_are_of_no_expert():
