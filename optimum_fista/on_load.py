@@ -29,8 +29,9 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
 
     Args:
         pruner: What prunes, with its `FistaPruningConfig`.
-        dataset: `"self"` (the model writes its own text) or another source of `calibration_tokens`; a list of texts, of
-            which each is a sequence; or batches of token ids, as for `prune`.
+        dataset: `"self"` (the model writes its own text) or another source of `calibration_tokens`, such as a file or
+            a data set of the Hub; a list of texts, of which each is a sequence; or batches of token ids, as for
+            `prune`.
         tokenizer: The tokenizer or its name; `None`: the model's.
         num_samples: Sequences to sample or draw if `dataset` names a source.
         sequence_length: Their tokens, and the most tokens of a text; `None`: 2048, or the model's maximum.

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         required=True,
         metavar="SOURCE",
-        help="a .txt or .jsonl file, wikitext2, c4, ptb or pydoc",
+        help="a .txt or .jsonl file (text or messages), wikitext2, c4, ptb, pydoc, or OWNER/NAME of the Hub",
     )
     add("--sequence-length", type=int, default=1024, help="tokens in a window (default 1024)")
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")

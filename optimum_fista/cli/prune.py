@@ -79,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="SOURCE",
-        help="self (the model writes it; default if it fits), .txt, .jsonl (images too), wikitext2, c4, ptb or pydoc; "
+        help="self (the model writes it; default if it fits), .txt, .jsonl (text, messages, images), wikitext2, c4, "
+        "ptb, pydoc, or OWNER/NAME of the Hub; "
         "repeatable: each text gives an equal share (all of each for vocab:)",
     )
     add(
@@ -367,9 +368,11 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     All sources are read before the first document is taken, so that an error of one comes at once. Texts of the Hub are
     downloaded into its cache.
     """
-    from optimum_fista.text.sources import load_text
+    from optimum_fista.text.calibration_tokens import text_of_model
 
-    texts = [load_text(source, split="calibration") for source in request.sources]
+    texts = [
+        text_of_model(request.model, source, split="calibration") for source in request.sources
+    ]
     documents = itertools.chain.from_iterable(text.documents for text in texts)
     return documents, request.public_sources
 

@@ -110,9 +110,12 @@ class PruneRequest:
 
     def measured_texts(self) -> dict[str, str]:
         """Read the held-out texts of `--measure` and `--protect`, by their sources; texts of the Hub are downloaded."""
-        from optimum_fista.text.sources import load_text
+        from optimum_fista.text.calibration_tokens import text_of_model
 
-        return {source: load_text(source, split="test").joined for source in self.measure}
+        return {
+            source: text_of_model(self.model, source, split="test").joined
+            for source in self.measure
+        }
 
     def require_measurable(self) -> None:
         """Refuse held-out texts that can't be read, are too short, or are among the calibration text (ValueError).
@@ -300,10 +303,10 @@ def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None
 def _are_one_text(source: str, other: str) -> bool:
     """Tell whether two sources are the same text: one file, or both `pydoc`.
 
-    Paths may differ, but files with equal content are two texts. A data set of the Hub is never the same text: other
-    rows of it are measured than those of the calibration.
+    Paths may differ, but files with equal content are two texts. A data set of the Hub is the same text only if its
+    split is named ("OWNER/NAME:SPLIT"): otherwise other rows of it are measured than those of the calibration.
     """
-    if source == "pydoc" and other == "pydoc":
+    if source == other and (source == "pydoc" or ":" in source):
         return True
     return Path(source).is_file() and Path(other).is_file() and os.path.samefile(source, other)
 

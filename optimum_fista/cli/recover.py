@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         default="self",
         metavar="SOURCE",
-        help="self (the teacher writes it; default), a .txt or .jsonl file, wikitext2, c4, ptb, pydoc",
+        help="self (the teacher writes it; default), a .txt or .jsonl file (text or messages), wikitext2, c4, ptb, "
+        "pydoc, or OWNER/NAME of the Hub",
     )
     add_options(parser, RecoveryOptions)
     add("--device", **DEVICE)  # with the help that it has in all commands

@@ -40,8 +40,10 @@ from optimum_fista.removal.tokens import write_plan
 from optimum_fista.removal.tokens_plan import TokensPlan, plan_counted
 from optimum_fista.source import loading
 from optimum_fista.source.stored_tensor import read_stored
+from optimum_fista.text.calibration_tokens import text_of_model
 from optimum_fista.text.loss import MeasuredText
-from optimum_fista.text.sources import TextSource, load_text, usual_texts
+from optimum_fista.text.sources import usual_texts
+from optimum_fista.text.text_source import TextSource
 
 # Held-out pieces of the counted text that are measured if the user names no text: about 12,000 tokens.
 _MOST_PIECES = 12
@@ -64,13 +66,18 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
         sources = [usual_texts().to_calibrate_on]
     # Errors of the files are errors of the command; those below only mean that no token can be removed.
     counted_texts = [
-        load_text(source, split="calibration") for source in sources if source != "self"
+        text_of_model(arguments.model, source, split="calibration")
+        for source in sources
+        if source != "self"
     ]
     measured = measured_sources(arguments)
     require_held_out(measured, sources)
     texts = require_texts(
         arguments.model,
-        {source: load_text(source, split="test").joined for source in measured},
+        {
+            source: text_of_model(arguments.model, source, split="test").joined
+            for source in measured
+        },
         protected_sources(arguments),
     )
 

@@ -21,7 +21,7 @@ from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.predictor import Predictor, positions_per_chunk
-from optimum_fista.text.sources import TextSource
+from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import count_bytes
 
 POSITIONS_PER_CHUNK = 256

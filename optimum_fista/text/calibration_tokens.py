@@ -20,6 +20,7 @@ from optimum_fista.folder.output import SAMPLED_TEXTS
 from optimum_fista.source.loading import load_model, require_tokenizer
 from optimum_fista.text.self_sampling import sample_text_from_model
 from optimum_fista.text.sources import load_text
+from optimum_fista.text.text_source import Split, TextSource
 from optimum_fista.text.windows import calibration_windows
 
 _USUAL_LENGTH = 2048  # as in SparseGPT and Wanda
@@ -124,6 +125,17 @@ def calibration_tokens_by_name(
     keep_in.mkdir(parents=True, exist_ok=True)
     write_file(kept_text, {"tokens": tokens})
     return tokens
+
+
+def text_of_model(name: str, source: str, split: Split) -> TextSource:
+    """Read a text as `load_text` does, with its conversations written by the chat template of a model.
+
+    `name` is a folder or Hub id of the model, whose tokenizer is loaded only if there are conversations.
+    """
+    text = load_text(source, split)
+    if not text.conversations:
+        return text
+    return text.written_by(require_tokenizer(name))
 
 
 def usual_length(config: PreTrainedConfig) -> int:

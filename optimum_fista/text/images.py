@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.image_utils import load_image
 
 from optimum_fista.model.media import cut_sequence
-from optimum_fista.text.sources import TextSource
+from optimum_fista.text.text_source import TextSource
 
 logger = logging.getLogger(__name__)
 

@@ -1,36 +1,28 @@
 """Text sources for calibration and for perplexity: local files, Python's own documentation, Hub data sets.
 
-A *source* is what a user names (`--calibration`): a path, `pydoc`, `wikitext2`, `c4` or `ptb`. `require_source` checks
-it, and `load_text` reads it as a `TextSource`, whose documents `text.windows` cuts into windows of tokens. The texts of
-the Hub are cut and joined as in the scripts of SparseGPT and Wanda, so that perplexities can be compared with published
-ones.
+A *source* is what a user names (`--calibration`): a path, `pydoc`, `wikitext2`, `c4`, `ptb` or the name of a data set
+of the Hub (`text.hub_texts`). `require_source` checks it, and `load_text` reads it as a `TextSource`, whose documents
+`text.windows` cuts into windows of tokens.
 """
 
-import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
-
-from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError
+from typing import Any, NamedTuple, get_args
 
 from optimum_fista.installing import install_command
 from optimum_fista.public_names import HUB_DATASETS
-
-Split = Literal["calibration", "test"]
+from optimum_fista.text.hub_texts import name_of_set, read_hub_set, read_hub_text
+from optimum_fista.text.text_source import Conversation, Split, TextSource, read_turns
 
 _ACCEPTED_SOURCES = (
-    "a path that ends in .txt (one document) or .jsonl (field 'text' in every line), 'pydoc', 'wikitext2', "
-    "'c4' or 'ptb' (from the Hub, with the package `datasets`), or, for calibration only, 'self' (the model writes it)"
+    "a path that ends in .txt (one document) or .jsonl (field 'text' or 'messages' in every line), 'pydoc', "
+    "'wikitext2', 'c4', 'ptb' or the name of a data set such as 'HuggingFaceH4/ultrachat_200k' (from the Hub, with the "
+    "package `datasets`), or, for calibration only, 'self' (the model writes it)"
 )
 # How keys for images, sounds and videos begin in the bytes of a .jsonl file.
 _BEGINNINGS_OF_MEDIA_KEYS = (b'"image', b'"audio', b'"video')
-# Seconds in which the Hub has to answer one request.
-_HUB_TIMEOUT = 10
 
 
 class UsualTexts(NamedTuple):
@@ -40,76 +32,6 @@ class UsualTexts(NamedTuple):
     to_calibrate_on: str
 
 
-@dataclass(frozen=True)
-class TextSource:
-    """Documents to tokenise."""
-
-    name: str  # of the file, or the data set's usual name
-    documents: tuple[str, ...]
-    # between two documents when the source is read as one text
-    separator: str = "\n\n"
-    # that perplexity is measured on, by the literature's protocol; None: all
-    max_windows: int | None = None
-    # image files of each document; () if no document has any
-    images: tuple[tuple[Path, ...], ...] = ()
-
-    @property
-    def joined(self) -> str:
-        """The documents as one text."""
-        return self.separator.join(self.documents)
-
-    @property
-    def sha256(self) -> str:
-        """Hex digest of the joined text in UTF-8: equal for equal texts, whatever file they came from."""
-        # surrogatepass: a text that was made in Python may hold half of a surrogate pair
-        return hashlib.sha256(self.joined.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-@dataclass(frozen=True)
-class _HubText:
-    """Where a text of the Hub lies, and how its rows become documents, as in SparseGPT's datautils.py and Wanda's."""
-
-    split: str
-    # further arguments of `load_dataset`
-    options: dict[str, str]
-    # of the repository, to read this one only
-    file: str | None = None
-    column: str = "text"
-    separator: str = " "
-    # rows that are read; None: all
-    max_rows: int | None = None
-    # whether the rows are joined to one document
-    whole: bool = True
-    # `TextSource.max_windows`
-    max_windows: int | None = None
-
-
-_WIKITEXT = {"name": "wikitext-2-raw-v1"}
-# PTB's main branch is a script, which `datasets` 4 refuses; the Hub keeps a parquet copy under another revision.
-_PTB = {"revision": "refs/convert/parquet"}
-_HUB_TEXTS: dict[tuple[str, Split], _HubText] = {
-    ("wikitext2", "calibration"): _HubText("train", _WIKITEXT),
-    ("wikitext2", "test"): _HubText("test", _WIKITEXT, separator="\n\n"),
-    # C4's files are shuffled: the first documents of one, 10 million tokens, represent all and fit in memory.
-    ("c4", "calibration"): _HubText(
-        "train", {}, file="en/c4-train.00000-of-01024.json.gz", max_rows=20_000, whole=False
-    ),
-    ("c4", "test"): _HubText(
-        "validation",
-        {},
-        file="en/c4-validation.00000-of-00008.json.gz",
-        max_rows=1100,
-        max_windows=256,
-    ),
-    ("ptb", "calibration"): _HubText(
-        "train", _PTB, file="penn_treebank/train/0000.parquet", column="sentence"
-    ),
-    ("ptb", "test"): _HubText(
-        "test", _PTB, file="penn_treebank/test/0000.parquet", column="sentence"
-    ),
-}
-
-
 def require_source(source: str, *, with_images: bool = False) -> bool:
     """Refuse a source that can't be read here, without asking the Hub; returns whether its documents have images.
 
@@ -117,7 +39,8 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
     damaged, this is noticed later (`load_text`).
 
     Args:
-        source: What the user names: "pydoc", a key of `HUB_DATASETS` such as "c4", or a path to a .txt or .jsonl file.
+        source: What the user names: "pydoc", a key of `HUB_DATASETS` such as "c4", the name of another data set of the
+            Hub, or a path to a .txt or .jsonl file.
         with_images: Whether the caller can use images. If not, a text with images is refused.
 
     Raises:
@@ -127,7 +50,7 @@ def require_source(source: str, *, with_images: bool = False) -> bool:
     """
     if source == "pydoc":
         return False
-    if source in HUB_DATASETS:
+    if source in HUB_DATASETS or name_of_set(source) is not None:
         if find_spec("datasets") is None:
             raise ImportError(
                 f"source={source!r} needs the package `datasets`, which is not installed: run "
@@ -171,20 +94,26 @@ def usual_texts() -> UsualTexts:
 
 
 def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSource:
-    """Read a text: a path to a `.txt` or `.jsonl` file, `pydoc`, `wikitext2`, `c4` or `ptb`.
+    """Read a text: a path to a `.txt` or `.jsonl` file, `pydoc`, `wikitext2`, `c4`, `ptb` or a data set of the Hub.
 
-    A line of a `.jsonl` file may name images, which are refused unless `with_images`. Local files and `pydoc` have one
-    split: "calibration" and "test" give the same text, so do not measure on the source you calibrated on. `pydoc`
-    changes with the Python version; compare `sha256`. A text of the Hub is downloaded into the cache. If the Hub can't
-    be reached and the text is not in the cache, this is a `ConnectionError`. A source that can't be read gives the
-    errors of `require_source`.
+    A line of a `.jsonl` file has a `text`, or `messages`: turns of a conversation, which a chat template writes as text
+    (`TextSource.written_by`; functions that take a tokenizer do it). A line may name images, which are refused unless
+    `with_images`. Local files and `pydoc` have one split: "calibration" and "test" give the same text, so do not
+    measure on the source you calibrated on. `pydoc` changes with the Python version; compare `sha256`.
+
+    A data set of the Hub is named OWNER/NAME, or OWNER/NAME/CONFIGURATION:SPLIT:COLUMN, each of the last three if it is
+    needed. Its beginning is streamed: 40 million characters, or 2 million to measure on. Those of the Hub with short
+    names are downloaded into the cache. If the Hub can't be reached and the text is not in the cache, this is a
+    `ConnectionError`. A source that can't be read gives the errors of `require_source`.
     """
     require_source(source, with_images=with_images)
     if split not in get_args(Split):
         raise ValueError(f"split={split!r} is not known; pass 'calibration' or 'test'.")
     if source in HUB_DATASETS:
-        where_it_lies = _HUB_TEXTS[source, split]  # which split, file and column of the data set
-        return _read_hub(source, where_it_lies)
+        return read_hub_text(source, split)
+    name = name_of_set(source)
+    if name is not None:
+        return read_hub_set(source, name, split)
     if source == "pydoc":
         from pydoc_data.topics import topics
 
@@ -207,29 +136,43 @@ def _read_file(path: Path) -> TextSource:
 
     documents = [content]
     images = list[tuple[Path, ...]]()  # image files of each document
+    conversations = list[Conversation]()  # turns of each document
     if path.suffix == ".jsonl":
         documents = []
         # Not splitlines, which ends lines at U+2028 too.
         for number, line in enumerate(content.split("\n"), start=1):
             if line.strip():
                 place = f"source={str(path)!r}, line {number}"
-                text, files = _read_line(line, place, path.parent)
+                text, files, turns = _read_line(line, place, path.parent)
                 documents.append(text)
                 images.append(files)
+                conversations.append(turns)
     has_text = any(document.strip() for document in documents)
     if not has_text:
         raise ValueError(
-            f'source={str(path)!r} is empty; pass a file with text (in a .jsonl file under "text").'
+            f'source={str(path)!r} is empty; pass a file with text (in a .jsonl file under "text" or "messages").'
         )
     has_images = any(images)  # at least one document has some
-    return TextSource(path.name, tuple(documents), images=tuple(images) if has_images else ())
+    has_conversations = any(conversations)
+    if has_images and has_conversations:
+        raise ValueError(
+            f'source={str(path)!r} has lines with "messages" and lines with images: pass two files. A line with images '
+            'has its text under "text".'
+        )
+    return TextSource(
+        path.name,
+        tuple(documents),
+        images=tuple(images) if has_images else (),
+        conversations=tuple(conversations) if has_conversations else (),
+    )
 
 
-def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...]]:
-    """Return the text of a line of a `.jsonl` file, and its image files, whose paths are relative to `folder`.
+def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ...], Conversation]:
+    """Return the text of a line of a `.jsonl` file, its image files, and its turns if it is a conversation.
 
-    `place` names file and line, for errors. An image file that does not exist is a FileNotFoundError; any other mistake
-    in the line is a ValueError. Images are not read.
+    The text of a conversation are the contents of its turns. Paths of images are relative to `folder`. `place` names
+    file and line, for errors. An image file that does not exist is a FileNotFoundError; any other mistake in the line
+    is a ValueError. Images are not read.
     """
     item: Any = None
     with suppress(ValueError):  # no JSON: refused below, because it has no text
@@ -237,6 +180,9 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
     if not isinstance(item, dict):
         item = {}
     text = item.get("text")
+    turns: Conversation = ()
+    if text is None and "messages" in item:
+        text, turns = read_turns(item["messages"], place)
     # One path, or a list of them, under either key; an empty value is like none.
     paths = item.get("image") or item.get("images") or []
     if isinstance(paths, str):
@@ -245,8 +191,8 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
     are_paths = isinstance(paths, list) and all(isinstance(path, str) for path in paths)
     if not isinstance(text, str) or not are_paths:
         raise ValueError(
-            f'{place}: found {line.strip()[:80]}; every line must be a JSON object with a string under "text", and a '
-            'path, or a list, under "image".'
+            f'{place}: found {line.strip()[:80]}; every line must be a JSON object with a string under "text", or a '
+            'conversation under "messages", and a path, or a list, under "image".'
         )
     try:
         text.encode()  # only to find characters that UTF-8 can't write
@@ -266,73 +212,4 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
             raise FileNotFoundError(
                 f"{place}: there is no image {str(file)!r}; paths are relative to the .jsonl file."
             )
-    return text, files
-
-
-def _read_hub(source: str, text: _HubText) -> TextSource:
-    """Read a text of the Hub, or of the cache if the Hub can't be reached; ConnectionError if neither has it.
-
-    `source` is a key of `HUB_DATASETS`, such as "c4", and `text` says where in its data set the text lies. Downloads
-    the file into the cache.
-    """
-    from datasets import load_dataset  # which takes seconds to import
-
-    repository = HUB_DATASETS[source]  # such as "allenai/c4"
-    files = {} if text.file is None else {"data_files": {text.split: text.file}}
-    try:
-        with _offline_without_hub(repository):
-            rows = load_dataset(repository, split=text.split, **text.options, **files)
-        columns = rows[: text.max_rows]  # a dictionary: a list of values for each column
-        documents = tuple(columns[text.column])
-    except Exception as error:  # those of the Hub, the network and `datasets` have no common base
-        raise ConnectionError(
-            f"source={source!r}: could not load {repository!r} from the Hub ({type(error).__name__}: {error}). "
-            "If the Hub cannot be reached, pass a local .txt or .jsonl file."
-        ) from error
-    if text.whole:
-        documents = (text.separator.join(documents),)
-    return TextSource(
-        name=source,
-        documents=documents,
-        separator=text.separator,
-        max_windows=text.max_windows,
-    )
-
-
-@contextmanager
-def _offline_without_hub(repository: str) -> Iterator[None]:
-    """Let `datasets` look in the cache alone if the Hub does not answer one request for a data set.
-
-    Otherwise `datasets` would repeat every request for half a minute. The global settings of `huggingface_hub` and
-    `datasets` that say whether there is a network are changed inside the block, and put back at its end. `repository`
-    is the name of the data set, such as "allenai/c4".
-    """
-    if _hub_answers(repository):
-        yield
-        return
-
-    import datasets
-
-    hub_before = constants.HF_HUB_OFFLINE
-    datasets_before = datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = hub_before
-        datasets.config.HF_HUB_OFFLINE = datasets_before
-
-
-def _hub_answers(repository: str) -> bool:
-    """Ask the Hub once for the data set `repository`, such as "allenai/c4"; an error of the Hub is an answer too.
-
-    Waits `_HUB_TIMEOUT` seconds at most. Nothing is downloaded.
-    """
-    try:
-        HfApi().dataset_info(repository, timeout=_HUB_TIMEOUT)
-    except HfHubHTTPError:
-        return True
-    except Exception:  # no network, or no answer: their errors have no common base class
-        return False
-    return True
+    return text, files, turns

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.options import require_seed
-from optimum_fista.text.sources import TextSource
+from optimum_fista.text.text_source import TextSource
 
 # English has 4 to 5: a segment is longer than a window, so that its start is random.
 _CHARACTERS_PER_TOKEN = 8
@@ -30,10 +30,11 @@ def calibration_windows(
 ) -> torch.Tensor:
     """Draw random windows that do not overlap: token ids, int64, [num_samples, sequence_length].
 
-    Several documents are put one after the other in random order, with the tokenizer's EOS between them if it has
-    one. One document gives windows from random places. Only about as much text is tokenised as needed. The seed decides
-    every random choice; the global random state is neither used nor changed. The first `held_out` of the windows are
-    the same for every `num_samples`: the caller does not calibrate on these, but measures on them.
+    Several documents are put one after the other in random order, with the tokenizer's EOS between them if it has one.
+    Conversations are written by the tokenizer's chat template. One document gives windows from random places. Only
+    about as much text is tokenised as needed. The seed decides every random choice; the global random state is neither
+    used nor changed. The first `held_out` of the windows are the same for every `num_samples`: the caller does not
+    calibrate on these, but measures on them.
 
     Every window starts with BOS, which counts as a token of it, if the tokenizer starts texts with it or is Gemma's.
 
@@ -43,6 +44,7 @@ def calibration_windows(
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
     require_seed(seed)
+    text = text.written_by(tokenizer)
     bos, length = _bos_and_length(tokenizer, sequence_length)
     generator = torch.Generator().manual_seed(seed)
     if len(text.documents) > 1:
@@ -84,6 +86,7 @@ def evaluation_windows(
     if max_windows is not None and max_windows < 1:
         raise ValueError(f"max_windows={max_windows}; pass 1 or more, or None for all.")
     bos, length = _bos_and_length(tokenizer, sequence_length)
+    text = text.written_by(tokenizer)
     ids = _ids_without_special_tokens(tokenizer, text.joined)
     if len(ids) < length:
         raise ValueError(
@@ -111,7 +114,7 @@ def count_bytes(
     """
     if not tokenizer.is_fast:
         return None
-    joined = text.joined
+    joined = text.written_by(tokenizer).joined
     encoded = tokenizer(
         joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )

@@ -9,7 +9,7 @@ from untouched import Untouched
 
 from optimum_fista.evaluate import perplexity
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
-from optimum_fista.text.sources import TextSource
+from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import evaluation_windows
 
 VOCABULARY = 50

@@ -6,7 +6,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoProcessor
 
 from optimum_fista.text.images import image_sequences
-from optimum_fista.text.sources import TextSource
+from optimum_fista.text.text_source import TextSource
 
 ONLY_STRINGS = {
     "fails": "{% for turn in messages %}{{ turn['content'] + ' .' }}{% endfor %}",

@@ -11,7 +11,7 @@ from rare_tokens import bpe_tokenizer
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from optimum_fista.text.sources import TextSource
+from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import calibration_windows, count_bytes, evaluation_windows
 
 WORDS = 3000
