@@ -1,7 +1,8 @@
 """Calibration tokens from any source a user can name, for a model in memory or for one given by its name.
 
 A model may need hours to write its text. So the text is kept in the unfinished run, under a name made from the model's
-files and the settings, and a run that is started again reads it there.
+files and the settings, and a run that is started again reads it there. What is written of an unfinished text is kept in
+files beside it (`self_sampling`), until the text is whole.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ def calibration_tokens(
     *,
     held_out: int = 0,
     progress: bool = True,
+    keep_as: Path | None = None,
 ) -> Tensor:
     """Make tokens to calibrate a dense model with: ids, int64 [num_samples, sequence_length], on the CPU.
 
@@ -43,7 +45,8 @@ def calibration_tokens(
     `sequence_length=None` is 2048, or the model's maximum if that is shorter. The seed decides what is sampled or
     drawn; the global random state and the model stay as they are. The first `held_out` of the sequences are the same
     for every `num_samples`: the caller does not calibrate on these, but measures on them. `progress` shows a bar while
-    the model writes. A text of the Hub is downloaded into its cache.
+    the model writes. With a path `keep_as`, an interrupted call that samples resumes: what is written is kept in files
+    whose names begin so, which the caller deletes. A text of the Hub is downloaded into its cache.
     """
     length = usual_length(model.config) if sequence_length is None else sequence_length
     if source != "self":
@@ -63,6 +66,7 @@ def calibration_tokens(
             sequence_length=length,
             seed=seed_of_part,
             progress=progress,
+            kept_file=None if keep_as is None else _file_of_part(keep_as, seed_of_part),
         )
         for seed_of_part, number in num_sampled.items()
     ]
@@ -121,10 +125,18 @@ def calibration_tokens_by_name(
         seed,
         held_out=held_out,
         progress=progress,
+        keep_as=kept_text.with_suffix(""),
     )
     keep_in.mkdir(parents=True, exist_ok=True)
     write_file(kept_text, {"tokens": tokens})
+    for part in keep_in.glob(f"{kept_text.stem}-*"):
+        part.unlink()
     return tokens
+
+
+def _file_of_part(beginning: Path, seed: int) -> Path:
+    """Return the file for what is written of the sequences of a seed; `beginning` is what its name begins with."""
+    return beginning.with_name(f"{beginning.name}-{seed}.safetensors")
 
 
 def text_of_model(name: str, source: str, split: Split) -> TextSource:

@@ -2,17 +2,23 @@
 
 No other text is needed, and the model's text is like its training text. But writing the text takes time. A *sample* is
 one sequence of calibration tokens. It consists of several *texts*, each of which has a *beginning* of one or two tokens
-that is chosen here, and goes on as the model writes it.
+that is chosen here, and goes on as the model writes it. Samples are written in *batches*. After each batch, the texts
+so far may be kept in a file, with the state of the random generators, and a later call resumes there.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
+from optimum_fista.atomic import write_file
 from optimum_fista.bars import tqdm
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
@@ -41,6 +47,7 @@ def sample_text_from_model(
     sequence_length: int,
     seed: int,
     progress: bool = True,
+    kept_file: Path | None = None,
 ) -> torch.Tensor:
     """Let the model write calibration tokens: int64 [num_samples, sequence_length], on the CPU.
 
@@ -50,6 +57,10 @@ def sample_text_from_model(
     starts. Without BOS and EOS, the first tokens are ordinary ones, drawn uniformly without replacement. The rest is
     sampled at temperature 1 from the whole distribution: less likely tokens make worse reading, but better calibration
     text (docs/ablations.md). EOS does not end a text: the model continues with the next document.
+
+    After each batch, the texts so far are written to `kept_file`. The same call resumes there, also in another
+    process, and gives the same tokens; the caller names another file for other arguments, and deletes it. `None`: an
+    interrupt loses all.
 
     `seed` decides what is drawn. Afterwards the model's mode and generation config and the global random state are as
     they were. ValueError if a number makes no sense, or the model takes no sequences of this length.
@@ -75,12 +86,20 @@ def sample_text_from_model(
         num_new_tokens = length_of_text - beginnings.shape[1]
         written = beginnings
         if num_new_tokens:
-            total = len(beginnings) * num_new_tokens
-            with tqdm(total=total, desc="Self-sampling", unit="token", disable=not progress) as bar:
-                batches = beginnings.tensor_split(num_batches(num_samples))
-                written = torch.cat(
-                    [_continue(model, batch, num_new_tokens, bar) for batch in batches]
-                )
+            batches = beginnings.tensor_split(num_batches(num_samples))
+            finished = _Finished(kept_file, execution_device(model.get_input_embeddings()))
+            texts = finished.read(batches)
+            with tqdm(
+                total=len(beginnings) * num_new_tokens,
+                initial=sum(len(batch) for batch in texts) * num_new_tokens,
+                desc="Self-sampling",
+                unit="token",
+                disable=not progress,
+            ) as bar:
+                for batch in batches[len(texts) :]:
+                    texts.append(_continue(model, batch, num_new_tokens, bar))
+                    finished.write(texts)
+            written = torch.cat(texts)
     samples = written.reshape(num_samples, -1)  # [N * texts, tokens] -> [N, texts * tokens]
     return samples[:, :sequence_length]
 
@@ -143,6 +162,54 @@ def _continue(
         streamer=_Counter(bar),
     )
     return samples.cpu()
+
+
+class _Finished:
+    """The batches that are finished, in a file, with the state of the random generators after them."""
+
+    def __init__(self, file: Path | None, device: torch.device) -> None:
+        """Read nothing yet. `file` is the file, `None` if nothing is kept. The model draws on `device`."""
+        self._file = file
+        self._device = device
+
+    def read(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Return the batches of texts that an earlier call has finished, and set the generators to where it was.
+
+        `batches` are the beginnings of all texts, int64 [texts, 1 or 2] each. A result is [texts, tokens]. A file
+        (`self._file`) that is missing, damaged or of other beginnings counts as none. The global generators are set:
+        that of the CPU, and that of `self._device`.
+        """
+        if self._file is None:
+            return []
+        try:
+            kept = load_file(self._file)
+        except (FileNotFoundError, SafetensorError):
+            return []
+
+        texts = [kept[f"texts.{number}"] for number in range(len(kept) - 2)]
+        for text, beginnings in zip(texts, batches, strict=False):
+            if not text[:, : beginnings.shape[1]].equal(beginnings):
+                return []
+        torch.default_generator.set_state(kept["generator"])
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).set_rng_state(
+                kept["generator of device"], self._device
+            )
+        return texts
+
+    def write(self, texts: Sequence[Tensor]) -> None:
+        """Write the finished batches, int64 [texts, tokens] each, and the state of the generators to `self._file`."""
+        if self._file is None:
+            return
+        tensors = {f"texts.{number}": text.contiguous() for number, text in enumerate(texts)}
+        tensors["generator"] = torch.default_generator.get_state()
+        tensors["generator of device"] = torch.empty(0, dtype=torch.uint8)
+        if self._device.type != "cpu":
+            tensors["generator of device"] = torch.get_device_module(self._device).get_rng_state(
+                self._device
+            )
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(self._file, tensors)
 
 
 class _Counter(BaseStreamer):

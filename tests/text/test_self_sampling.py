@@ -4,6 +4,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_fista.text import self_sampling
+from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.text.self_sampling import sample_text_from_model
 
 VOCABULARY = 40
@@ -189,3 +190,73 @@ def test_without_progress_nothing_is_shown(model, tokenizer, capsys):
     sample(model, tokenizer, 5, 12, progress=False)
 
     assert not capsys.readouterr().err
+
+
+def stop_after(batches, monkeypatch):
+    """Have `batches` batches be written, and an interrupt in the next one."""
+    write = self_sampling._continue
+    written = []
+
+    def write_or_stop(*given):
+        if len(written) == batches:
+            raise KeyboardInterrupt
+        written.append(given)
+        return write(*given)
+
+    monkeypatch.setattr(self_sampling, "_continue", write_or_stop)
+    return written
+
+
+def test_a_text_that_was_interrupted_resumes_with_the_same_tokens(
+    model, tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    expected = sample(model, tokenizer)
+    file = tmp_path / "folder" / "text.safetensors"
+
+    for _ in range(2):
+        with monkeypatch.context() as patched:
+            stop_after(1, patched)
+            with pytest.raises(KeyboardInterrupt):
+                sample(model, tokenizer, kept_file=file)
+    with monkeypatch.context() as patched:
+        written = stop_after(3, patched)
+        resumed = sample(model, tokenizer, kept_file=file)
+
+    assert len(written) == 1  # the last of three batches
+    assert resumed.equal(expected)
+
+
+@pytest.mark.parametrize("damage", ["other seed", "cut short"])
+def test_a_kept_text_of_other_settings_or_that_is_damaged_is_not_used(
+    damage, model, tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    expected = sample(model, tokenizer)
+    file = tmp_path / "text.safetensors"
+    sample(model, tokenizer, seed=1, kept_file=file)
+    if damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-5])
+
+    assert sample(model, tokenizer, kept_file=file).equal(expected)
+
+
+def test_the_text_of_a_model_by_name_resumes_and_leaves_one_file(
+    tiny_folder, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    arguments = (str(tiny_folder), "self", 6, 16, 0)
+    options = {"held_out": 2, "device": "cpu", "progress": False}
+    expected = calibration_tokens_by_name(*arguments, **options, keep_in=tmp_path / "whole")
+
+    with monkeypatch.context() as patched:
+        stop_after(2, patched)
+        with pytest.raises(KeyboardInterrupt):
+            calibration_tokens_by_name(*arguments, **options, keep_in=tmp_path / "kept")
+    with monkeypatch.context() as patched:
+        written = stop_after(9, patched)
+        resumed = calibration_tokens_by_name(*arguments, **options, keep_in=tmp_path / "kept")
+
+    assert len(written) == 1  # of one batch of held-out sequences, and two of the others
+    assert resumed.equal(expected)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
