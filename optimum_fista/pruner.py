@@ -223,6 +223,7 @@ class FistaPruner:
             progress=self.progress,
             label="Measuring before",
             counts_experts=True,
+            counts_loops=True,
         )
         report = self._prune_loaded(model, calib_dataloader, source_name)
         try:
@@ -233,6 +234,7 @@ class FistaPruner:
                 compute_dtype=self.config.compute_dtype,
                 progress=self.progress,
                 label="Measuring after",
+                counts_loops=True,
             )
         except MEASURING_ERRORS as error:  # the model is pruned, and stays so
             note_failure(report, texts, error)

@@ -146,6 +146,16 @@ class LayerRecord:
 
 
 @dataclass(frozen=True)
+class LoopCount:
+    """How many greedy continuations of a text by one model end in a loop (`text.loops.ends_in_loop`)."""
+
+    num_prompts: int
+    # Tokens of a continuation, at most.
+    num_new_tokens: int
+    num_loops: int
+
+
+@dataclass(frozen=True)
 class TextReport:
     """Loss on a held-out text that the user named, of the given model and of the result, in bits per byte."""
 
@@ -167,3 +177,6 @@ class TextReport:
     vocabulary: int
     # How many times the bits per byte of the first model those of the result may be; None: any number.
     at_most: float | None = None
+    # Loops of the given model and of the result on prompts of this text; None if they were not counted.
+    loops_dense: LoopCount | None = None
+    loops_pruned: LoopCount | None = None

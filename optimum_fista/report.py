@@ -113,7 +113,7 @@ class PruningReport(RunRecord):
         )
 
     def words_on(self, text: TextReport) -> str:
-        """Say in one line what a text of `self.texts` lost: bits per byte before and after, tokens, verdict, limit.
+        """Say in one line what a text of `self.texts` lost: bits per byte, verdict, tokens, loops, and the limit.
 
         `self.origin` is `None` if the given model is the first one, so that one number "before" is enough.
         """
@@ -138,11 +138,21 @@ class PruningReport(RunRecord):
                 f"; perplexity {_two_to(text.dense * bytes_per_token):.2f} before and "
                 f"{_two_to(text.pruned * bytes_per_token):.2f} after{tokens}"
             )
+        loops = ""
+        if text.loops_dense is not None and text.loops_pruned is not None:
+            given = "before" if self.origin is None else "of the model that this run began with"
+            loops = (
+                f"; loops in {text.loops_dense.num_loops} of {text.loops_dense.num_prompts} greedy "
+                f"continuations {given} and in {text.loops_pruned.num_loops} of {text.loops_pruned.num_prompts} after"
+            )
         limit = ""
         if text.at_most is not None:  # the largest ratio that the user allows (`--protect`)
             word = "kept" if text not in self.unprotected else "BROKEN"
             limit = f"; at most {text.at_most:g} times was asked for: {word}"
-        return f"{before} and {text.pruned:.3f} bits per byte after{ratio} ({self.verdict_on(text)}){tokens}{limit}"
+        loss = (
+            f"{before} and {text.pruned:.3f} bits per byte after{ratio} ({self.verdict_on(text)})"
+        )
+        return f"{loss}{tokens}{loops}{limit}"
 
     @property
     def verdict_of_texts(self) -> str:

@@ -15,8 +15,12 @@ Perplexity is measured on windows of the text that do not overlap, from its star
 likelihood over all predicted tokens. This is the protocol of the pruning literature. Use the same windows to compare
 models. Bits per byte compare models with different vocabularies, on the same stretch of text.
 
-example:
+With --loops the model also continues 64 pieces of the text by 128 tokens, always the most likely one. Counted are the
+continuations that end in a cycle of at most 64 tokens, three times or more. Damaged models repeat themselves often.
+
+examples:
   optimum-fista evaluate ./model-50 --text wikitext2 --sequence-length 2048
+  optimum-fista evaluate ./model-50 --text notes.txt --loops
 """
 
 
@@ -33,12 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sequence-length", type=int, default=1024, help="tokens in a window (default 1024)")
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
     add("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
+    add(
+        "--loops",
+        action="store_true",
+        help="also continue 64 pieces of the text greedily, and count those that end in a loop",
+    )
     add("--device", **DEVICE)
     add("--dtype", **DTYPE)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure a model and print one line; returns the exit code.
+    """Measure a model and print one line, with `--loops` a second one; returns the exit code.
 
     `arguments` are those that `add_arguments` describes. Texts and models from the Hub are downloaded to its cache.
     """
@@ -60,6 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
         model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer
     )
     print(_summary(result, arguments.text))
+    if arguments.loops:
+        from optimum_fista.text.loops import count_loops
+        from optimum_fista.text.loss import cut_stretches
+
+        stretches = cut_stretches(text.joined)
+        (loops,) = count_loops(model, tokenizer, [stretches], progress=True)
+        print(
+            f"loops in {loops.num_loops} of {loops.num_prompts} greedy continuations of {loops.num_new_tokens} tokens "
+            f"({loops.num_loops / loops.num_prompts:.1%})"
+        )
     return 0
 
 

@@ -58,6 +58,7 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
     free = available_bytes(torch.device("cpu")) or 0
     needed = sum(host_parts.values()) - LIBRARIES  # they are loaded already
     lines.append(f"{'':<13}{size_text(free)} of memory are free")
+    lines += measuring_of(request)
     lines.append(f"{'output':<13}{request.output}")
     if request.push_to_hub:
         beside = f"with copies of the small files beside the weights of {request.model}"
@@ -71,6 +72,22 @@ def plan_of(request: PruneRequest) -> tuple[PruneRequest, list[str]]:
         )
     chosen = request.with_choices(batch_size=estimate.batch_size, source=estimate.calibration)
     return chosen, lines
+
+
+def measuring_of(request: PruneRequest) -> list[str]:
+    """Say in a line of the plan what a run measures on the texts that the user named, and what that costs.
+
+    Returns a list of that line, or an empty one if the user named no text (`request.measure`).
+    """
+    from optimum_fista.text.loops import NEW_TOKENS, NUM_PROMPTS
+
+    if not request.measure:
+        return []
+    texts = ", ".join(request.measure)
+    return [
+        f"{'measured':<13}{texts}: both models are read once more for the loss; if their weights fit into memory, each "
+        f"writes {NUM_PROMPTS} x {NEW_TOKENS} tokens to look for loops"
+    ]
 
 
 def require_disk(needed: int, output: Path) -> None:

@@ -224,7 +224,7 @@ def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
     No weight of the model is read. Files that a killed run left beside the output are removed. What is read from the
     Hub is downloaded into its cache.
     """
-    from optimum_fista.cli.overview import details_of, estimate_of, overview_of
+    from optimum_fista.cli.overview import details_of, estimate_of, measuring_of, overview_of
     from optimum_fista.folder.output import require_output
     from optimum_fista.removal.tokens_plan import plan_tokens
 
@@ -241,7 +241,7 @@ def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
         estimate = estimate_of(request)
         print("for the time, a decoder layer of each kind is pruned now", file=sys.stderr)
         lines = details_of(estimate, request.sources)  # prunes the small model
-        print(*lines, sep="\n")
+        print(*lines, *measuring_of(request), sep="\n")
     # Last, so that the estimate is printed even if the output has to be another one.
     require_output(request.output, request.overwrite, source=request.model)
 

@@ -98,6 +98,7 @@ def measure_folder(
             progress=progress,
             label=label,
             counts_experts=counts_experts,
+            counts_loops=True,
         )
 
     interrupt: KeyboardInterrupt | None = None

@@ -13,6 +13,7 @@ a character, also if a character is several tokens.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,9 +37,12 @@ from optimum_fista.model.offload import execution_device, onloaded
 from optimum_fista.model.precision import choose_products, products_as
 from optimum_fista.model.sweep import Sweep
 from optimum_fista.public_names import public_name
-from optimum_fista.records import TextReport
+from optimum_fista.records import LoopCount, TextReport
 from optimum_fista.source.loading import load_lazily, require_tokenizer
+from optimum_fista.text.loops import count_loops
 from optimum_fista.text.windows import first_token
+
+logger = logging.getLogger(__name__)
 
 # Characters of a stretch: about 500 tokens of English.
 _STRETCH_CHARACTERS = 2048
@@ -93,6 +97,7 @@ class TextLoss:
     # How many of the tokens, BOS included, reach each expert, by the number of the decoder layer. Empty if
     # that was not counted, or if there are no experts.
     expert_tokens: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    loops: LoopCount | None = None  # if they were counted
 
 
 def require_measurable(
@@ -154,7 +159,7 @@ def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) 
     """
     most_stretches = _USUAL_STRETCHES
     while True:
-        stretches = _stretches(text, most_stretches)
+        stretches = cut_stretches(text, most_stretches)
         num_tokens = sum(
             len(tokenizer(stretch, add_special_tokens=False, verbose=False)["input_ids"])
             for stretch in stretches
@@ -171,7 +176,7 @@ def _enough_stretches(text: str, name: str, tokenizer: PreTrainedTokenizerBase) 
         most_stretches *= 2
 
 
-def _stretches(text: str, most_stretches: int) -> list[str]:
+def cut_stretches(text: str, most_stretches: int = _USUAL_STRETCHES) -> list[str]:
     """Cut at most `most_stretches` (2 or more) stretches out of a text, spread evenly over it.
 
     Of a short text nothing is left out: it is cut into stretches one after the other, of which the last may be shorter.
@@ -196,6 +201,7 @@ def losses_of_folder(
     progress: bool,
     label: str,
     counts_experts: bool = False,
+    counts_loops: bool = False,
 ) -> list[TextLoss]:
     """Measure a model in files, a folder or a Hub id, on texts; in their order.
 
@@ -211,6 +217,7 @@ def losses_of_folder(
         progress: Show a progress bar.
         label: What the bar says, such as "Measuring before".
         counts_experts: Count the tokens that each expert gets, as well.
+        counts_loops: Count loops, too, if the weights fit into memory; a logged warning says if they do not.
 
     Raises:
         ValueError: If the loss is NaN or Inf.
@@ -228,6 +235,7 @@ def losses_of_folder(
             progress=progress,
             label=label,
             counts_experts=counts_experts,
+            counts_loops=counts_loops,
         )
 
 
@@ -240,12 +248,13 @@ def losses_of(
     progress: bool,
     label: str,
     counts_experts: bool = False,
+    counts_loops: bool = False,
 ) -> list[TextLoss]:
     """Measure a loaded model on texts, as `losses_of_folder` does. Afterwards the model is as it was.
 
     `texts` are those of `require_measurable`; the result has their order. `compute_dtype` is the option of a
     configuration: in which dtype matrices are multiplied. `label` is what the progress bar says. If `counts_experts`,
-    the tokens that each expert gets are counted in the same pass.
+    the tokens that each expert gets are counted in the same pass. If `counts_loops`, the model also continues prompts.
     """
     vocabulary, num_positions = token_limits(model)  # token ids, and positions (None: no limit)
     longest = longest_sequence(num_positions)
@@ -267,6 +276,9 @@ def losses_of(
             label=label,
             counts=counts if counts_experts else None,
         )
+        loops: Sequence[LoopCount | None] = [None] * len(texts)
+        if counts_loops:
+            loops = _loops_of(model, tokenizer, texts, progress=progress, label=f"{label}: loops")
     return [
         TextLoss(
             bits_per_byte=bits[number],
@@ -274,9 +286,30 @@ def losses_of(
             num_bytes=text.num_bytes,
             vocabulary=vocabulary,
             expert_tokens=counts.of(number),
+            loops=loops_of_text,
         )
-        for number, text in tokenized.items()
+        for (number, text), loops_of_text in zip(tokenized.items(), loops, strict=True)
     ]
+
+
+def _loops_of(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[MeasuredText],
+    *,
+    progress: bool,
+    label: str,
+) -> Sequence[LoopCount | None]:
+    """Count the loops of a model on each text (`count_loops`); all are `None` if that can't be done.
+
+    A logged warning says why. A loss is known without loops, so no error ends the run: some families can't generate.
+    """
+    try:
+        stretches = [text.stretches for text in texts]
+        return count_loops(model, tokenizer, stretches, progress=progress, label=label)
+    except Exception as error:  # of any kind: code of each family runs
+        logger.warning("loops are not counted: %s", error)
+        return [None] * len(texts)
 
 
 def compared(
@@ -299,6 +332,8 @@ def compared(
             pruned=after.bits_per_byte,
             vocabulary=before.vocabulary,
             at_most=text.at_most,
+            loops_dense=before.loops,
+            loops_pruned=after.loops,
         )
         for text, before, after in zip(texts, dense, pruned, strict=True)
     ]
