@@ -55,7 +55,9 @@ class RunRecord:
     # The configuration as plain values.
     config: dict[str, Any]
     # `class`, `name`, `num_parameters` of the result, `dense_num_parameters` of the model that this run was given (if
-    # it removed parts), `sha256` of that model's tensors, what is `copied` as it is, what the result `lacks`.
+    # it removed parts), `sha256` of that model's tensors, what is `copied` as it is, what the result `lacks`. With the
+    # keys `before` and `after`: `weight_bytes` of the files (of a run from files to files), and `active_parameters`,
+    # which a token uses (if only experts were removed, perhaps with other parts).
     model: dict[str, Any]
     # `sha256`, `num_sequences`, `num_tokens`, `source` if known; `held_out` has the same keys.
     calibration: dict[str, Any]

@@ -34,10 +34,12 @@ from optimum_fista.headlines import (
 )
 from optimum_fista.memory import size_text
 from optimum_fista.operator_grid import OperatorGrid
+from optimum_fista.page.expert_maps import COLOURS, expert_maps
+from optimum_fista.page.figure import figure_of
 from optimum_fista.records import OperatorReport
 from optimum_fista.report import PruningReport
 
-STEPS = 9  # colours of a table's scale; style.css has them
+STEPS = COLOURS  # colours of a table's scale
 # Numbers of zeros are whole, so equal shares of them differ a little.
 _EVEN = 5e-4
 
@@ -89,6 +91,8 @@ def render_page(report: PruningReport) -> str:
         report=report,
         totals=report.totals,
         title=title(report),
+        figure=figure_of(report),
+        expert_maps=expert_maps(report),
         headlines=list(headlines(report)),
         steps=step_rows(report),
         step_headings=STEP_HEADINGS,

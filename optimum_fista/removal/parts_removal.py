@@ -24,6 +24,7 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.naming import operators_by_weight
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.active_parameters import active_parameters
 from optimum_fista.model.choice import choose_operators, find_operators
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.groups import is_added_to_output
@@ -477,12 +478,14 @@ class PartsRemoval(Removal):
     def describe(self, report: PruningReport) -> None:
         """Write what was removed into the report of all decoder layers, and into the model's configuration.
 
-        Changes `report`: what stays gets the names of the smaller model, whose parameters are counted, and masks of an
-        earlier run that are lost give a warning. `self.layers.model.config` becomes that of the smaller model.
+        Changes `report`: what stays gets the names of the smaller model, and masks of an earlier run that are lost give
+        a warning. The parameters of the smaller model are counted, and if experts are removed, also those that a token
+        uses. `self.layers.model.config` becomes that of the smaller model.
 
         `self.removed_layers` has the loss after the removal of each decoder layer, by its number; it is empty if all
         layers stay.
         """
+        used_before = _shares_of_experts_used(report, of_smaller_model=False)
         report.layers = self._renamed_layers(report.layers)
         report.operators = [self._renamed_operator(operator) for operator in report.operators]
         report.left_dense = self.renamed(report.left_dense)
@@ -498,6 +501,13 @@ class PartsRemoval(Removal):
         report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller_plan.model.num_parameters()
+        # Nothing is known of the routers of removed layers.
+        if used_before and not self.removed_layers:
+            used_after = _shares_of_experts_used(report, of_smaller_model=True)
+            report.model["active_parameters"] = {
+                "before": active_parameters(model, used_before),
+                "after": active_parameters(self.smaller_plan.model, used_after),
+            }
         if self.removed_layers:
             report.model["layers_kept"] = list(self.smaller_plan.layers)  # their old numbers
             report.model["layers_removed"] = [
@@ -565,6 +575,20 @@ def _by_layer(mixtures: Sequence[Part], layers: DecoderLayers) -> dict[str, Part
             if part.name.startswith(f"{layer_name}."):
                 by_layer[layer_name] = part
     return by_layer
+
+
+def _shares_of_experts_used(report: PruningReport, *, of_smaller_model: bool) -> dict[str, float]:
+    """Return which share of the experts of each mixture a router chooses for a token, by the name of the mixture.
+
+    It chooses as many experts in the smaller model as before, out of fewer. How many that is follows from the tokens
+    of the calibration that reached each expert. Empty if the run of `report` removes no experts.
+    """
+    shares = dict[str, float]()
+    for mixture in report.mixtures:
+        num_chosen = sum(mixture.expert_tokens) / report.calibration["num_tokens"]
+        num_experts = len(mixture.groups_kept if of_smaller_model else mixture.saliency)
+        shares[mixture.name] = min(1.0, num_chosen / num_experts)
+    return shares
 
 
 def _count_removed_layers(removed: Sequence[RemovedParts]) -> int:

@@ -22,7 +22,7 @@ from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import foreign_files
 from optimum_fista.headlines import headlines
 from optimum_fista.prune import measuring
-from optimum_fista.text.loss import _stretches, tokenized_text
+from optimum_fista.text.loss import cut_stretches, tokenized_text
 from optimum_fista.text.windows import first_token
 
 pytestmark = pytest.mark.filterwarnings(
@@ -73,7 +73,7 @@ def tokens_of_experts(folder, text: str) -> list[tuple[int, ...]]:
     for number, layer in enumerate(model.model.layers):
         layer.mlp.experts.register_forward_pre_hook(partial(count, number))
     tokenized = tokenized_text(
-        _stretches(text, most_stretches=12),
+        cut_stretches(text),
         tokenizer,
         bos=first_token(tokenizer),
         longest=model.config.max_position_embeddings,
@@ -84,6 +84,11 @@ def tokens_of_experts(folder, text: str) -> list[tuple[int, ...]]:
     return [tuple(numbers.tolist()) for numbers in counts]
 
 
+def bytes_of_weights(folder) -> int:
+    """The bytes of the weight files in a folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def bits_of(folder, text: str) -> float:
     """Bits per byte of the measured stretches of a text, by the model and the tokenizer in a folder."""
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -91,7 +96,7 @@ def bits_of(folder, text: str) -> float:
     nats = 0.0
     num_bytes = 0
     longest = model.config.max_position_embeddings
-    for stretch in _stretches(text, most_stretches=12):
+    for stretch in cut_stretches(text):
         encoded = tokenizer(stretch, return_offsets_mapping=True, add_special_tokens=False)
         for start in range(0, len(encoded["input_ids"]), longest):
             ids = torch.tensor(encoded["input_ids"][start : start + longest])
@@ -120,14 +125,21 @@ def test_with_every_pattern_report_card_and_output_state_the_loss_of_each_text(
     for text, content in zip(report.texts, (COMMON_TEXT, RARE_TEXT), strict=True):
         assert text.dense == pytest.approx(bits_of(dense, content), rel=1e-4)
         assert text.pruned == pytest.approx(bits_of(output, content), rel=1e-4)
+        for loops in (text.loops_dense, text.loops_pruned):
+            assert (loops.num_prompts, loops.num_new_tokens) == (32, 32)
 
-    printed = capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "sea.txt, " in said.err or pattern == "vocab:0.18"  # the plan, which other runs have
+    printed = said.out
     card = (output / "README.md").read_text()
     for text in report.texts:
         assert (
             f"{text.name}: {text.dense:.3f} before and {text.pruned:.3f} bits per byte" in printed
         )
         assert f"| loss on {text.name} | {text.dense:.3f} before" in card
+        loops = f"loops in {text.loops_dense.num_loops} of 32 greedy continuations before and in "
+        assert f"{loops}{text.loops_pruned.num_loops} of 32 after" in printed
+        assert loops in card
     assert "verdict: " in printed
     assert "| verdict | " in card
     files = [*output.rglob("*.json"), output / "README.md"]
@@ -161,11 +173,23 @@ def test_a_run_that_removes_experts_counts_the_tokens_of_each_text_that_reach_ea
     for text, content in zip(report.texts, (COMMON_TEXT, RARE_TEXT), strict=True):
         assert text.dense == pytest.approx(bits_of(mixture, content), rel=1e-4)
         assert text.pruned == pytest.approx(bits_of(output, content), rel=1e-4)
+    assert report.model["weight_bytes"] == {
+        "before": bytes_of_weights(mixture),
+        "after": bytes_of_weights(output),
+    }
+    assert main(["report", str(output)]) == 0
+    page = (output / "fista" / "report.html").read_text()
+    assert page.count('<svg role="img"') == 4
+    assert "<b>zoo.txt</b> (measured): removed experts had " in page
 
 
 def test_a_loaded_mixture_counts_the_tokens_that_reach_its_experts_before_the_run(mixture):
     model = AutoModelForCausalLM.from_pretrained(mixture)
     tokens = torch.randint(3, 200, (4, 32))
+    num_parameters = model.num_parameters()
+    of_experts = sum(
+        p.numel() for layer in model.model.layers for p in layer.mlp.experts.parameters()
+    )
 
     report = FistaPruner(FistaPruningConfig(pattern="experts:0.25"), progress=False).prune(
         model, [tokens], measure={"sea": COMMON_TEXT}
@@ -174,6 +198,9 @@ def test_a_loaded_mixture_counts_the_tokens_that_reach_its_experts_before_the_ru
     of_sea = tokens_of_experts(mixture, COMMON_TEXT)
     assert [part.tokens_of_texts for part in report.mixtures] == [(numbers,) for numbers in of_sea]
     assert all(part.tokens_of_sources == () for part in report.mixtures)
+    # A token uses two of four experts before, and two of three after; three routers of 32 inputs lose a row each.
+    used_before = num_parameters - of_experts // 2
+    assert report.model["active_parameters"] == {"before": used_before, "after": used_before - 96}
 
 
 def test_a_loaded_model_is_measured_before_and_after(dense, tmp_path):
