@@ -73,8 +73,6 @@ class StoredTeacher:
         )
 
         # float16 has rounded the logarithms, so that the probabilities do not quite add up to 1.
-        log_of_tokens = log_of_tokens.float()
-        log_of_rest = log_of_rest.float()
         log_of_sum = torch.cat([log_of_tokens, log_of_rest], dim=1).logsumexp(1, keepdim=True)
         top = TopPredictions(
             tokens=tokens.long(),
@@ -86,14 +84,15 @@ class StoredTeacher:
     def _of_sequence(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
         """Read the three tensors of a sequence, [length - 1, ...], from its shard in `self._folder`.
 
-        A shard has `self._sequences_of_shard` sequences.
+        Logarithms become float32: autocast to bfloat16 refuses to join tensors in float16. A shard has
+        `self._sequences_of_shard` sequences.
         """
         shard, index = divmod(number, self._sequences_of_shard)
         with safe_open(_file_of_shard(self._folder, shard), "pt") as file:
             return (
                 file.get_slice("tokens")[index],
-                file.get_slice("log_of_tokens")[index],
-                file.get_slice("log_of_rest")[index],
+                file.get_slice("log_of_tokens")[index].float(),
+                file.get_slice("log_of_rest")[index].float(),
             )
 
     def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
@@ -205,20 +204,19 @@ def _write_shards(
     in_16_bits = plan.compute_dtype != torch.float32
     products = torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits)
 
+    with products, torch.no_grad():
+        teacher = LiveTeacher(model, plan.kept_tokens)
+
     size = _sequences_of_shard(text.shape[1])
     parts = {shard: text[shard * size : (shard + 1) * size] for shard in shards}
     total = sum(part.numel() for part in parts.values())
-    with (
-        products,
-        torch.no_grad(),
-        tqdm(total=total, desc="Teacher", unit="token", disable=not progress) as bar,
-    ):
-        teacher = LiveTeacher(model, plan.kept_tokens)
+    with tqdm(total=total, desc="Teacher", unit="token", disable=not progress) as bar:
         for shard, part in parts.items():
             of_sequences = []
             for sequence in part:
                 ids = sequence[None].to(plan.device)
-                of_sequences.append(_top_predictions(teacher, ids, plan.options.top_k))
+                with products, torch.no_grad():
+                    of_sequences.append(_top_predictions(teacher, ids, plan.options.top_k))
                 bar.update(ids.numel())
             tensors = {
                 name: torch.stack([tensors[name] for tensors in of_sequences])
@@ -239,9 +237,14 @@ def _top_predictions(teacher: LiveTeacher, ids: Tensor, top_k: int) -> dict[str,
         top = log_p.topk(min(top_k, log_p.shape[1]))
         others = log_p.scatter(1, top.indices, -math.inf)
         chunks["tokens"].append(top.indices.int())
-        chunks["log_of_tokens"].append(_in_16_bits(top.values))
-        chunks["log_of_rest"].append(_in_16_bits(others.logsumexp(-1, keepdim=True)))
-    return {name: torch.cat(tensors).cpu() for name, tensors in chunks.items()}
+        chunks["log_of_tokens"].append(top.values)
+        chunks["log_of_rest"].append(others.logsumexp(-1, keepdim=True))
+    # Only now, because autocast to bfloat16 refuses to join tensors in float16.
+    return {
+        "tokens": torch.cat(chunks["tokens"]).cpu(),
+        "log_of_tokens": _in_16_bits(torch.cat(chunks["log_of_tokens"])).cpu(),
+        "log_of_rest": _in_16_bits(torch.cat(chunks["log_of_rest"])).cpu(),
+    }
 
 
 def _in_16_bits(logarithms: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from tiny_llama import TEXT, VOCABULARY, save_tiny_folder, tiny_llama
 from optimum_fista import recover
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.model import predictor
 from optimum_fista.text import calibration_tokens
 from optimum_fista.train import recovery, recovery_plan, stored_teacher
 
@@ -72,6 +73,17 @@ def test_predictions_of_all_tokens_train_as_the_teacher_in_memory_does(run):
 
     assert live.held_out_loss < live.held_out_loss_before - 0.02
     assert losses(stored) == pytest.approx(losses(live), rel=1e-4)  # float16 rounds logarithms
+
+
+def test_products_in_bfloat16_give_nearly_the_same_as_with_the_teacher_in_memory(run, monkeypatch):
+    monkeypatch.setattr(predictor, "LOGITS_PER_CHUNK", 1)  # so that a sequence has several chunks
+    monkeypatch.setattr(predictor, "POSITIONS_ON_CPU", 4)
+    options = {"compute_dtype": "bfloat16", "batch_size": 2, "tokens": 256}
+    live = run("live", **options, teacher_logits=None)
+
+    stored = run("stored", **options, top_k=VOCABULARY)
+
+    assert losses(stored) == pytest.approx(losses(live), rel=1e-2)  # bfloat16 has 8 bits
 
 
 def test_predictions_of_few_tokens_lower_the_loss_too(run):
