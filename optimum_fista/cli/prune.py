@@ -354,6 +354,11 @@ def _prepare(
     if model_writes_text:
         require_tokenizer(chosen.model)
         print(*lines, sep="\n", file=sys.stderr)
+        print(
+            "the model writes this text first, and the bar shows how long that takes: a text of your own "
+            "(--calibration FILE) saves the time, and after Ctrl-C the same command goes on",
+            file=sys.stderr,
+        )
         batches = calibration_batches(chosen, device, keep_in)
     else:
         batches = calibration_batches(chosen, device, keep_in)

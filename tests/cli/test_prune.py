@@ -14,6 +14,7 @@ from optimum_fista.cli.prune_request import default_output
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.prune import journal
+from optimum_fista.text import self_sampling
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 
 
@@ -177,6 +178,30 @@ def test_an_interrupted_run_resumes_with_the_text_it_sampled(prune, tmp_path, mo
     assert "1 of 2 decoder layers are done already\n" in capsys.readouterr().err
     assert verify_checkpoint(tmp_path / "out").num_operators == 14
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_text_that_is_interrupted_goes_on_with_the_next_batch(
+    prune, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    write = self_sampling._continue
+    written = []
+
+    def write_or_stop(*given):
+        if len(written) == 3:
+            written.append("stopped")
+            raise KeyboardInterrupt
+        written.append("batch")
+        return write(*given)
+
+    monkeypatch.setattr(self_sampling, "_continue", write_or_stop)
+
+    assert prune("--calibration", "self", "--method", "wanda") == 130
+    assert "after Ctrl-C the same command goes on" in capsys.readouterr().err
+    assert prune("--calibration", "self", "--method", "wanda") == 0
+
+    assert written == ["batch", "batch", "batch", "stopped", "batch"]  # of 8 sequences
+    assert verify_checkpoint(tmp_path / "out").num_operators == 14
 
 
 def test_a_model_that_writes_its_own_text_is_measured_on_another_text(prune, tmp_path, capsys):
