@@ -117,12 +117,14 @@ def admm(
 ) -> SplitState:
     """Run ADMM to half of the weights; `see` is called with the number, the weights and the mask of each iteration."""
     inverse = damped_inverse(scaled.gram.clone(), rho)
-    state = SplitState(scaled.target.__getitem__, scaled.start.clone())
+    # a stack of one operator, [1, out, in]
+    target = scaled.target[None]
+    state = SplitState(lambda rows: target[:, rows], scaled.start.clone()[None])
     for iteration in range(1, iterations + 1):
-        state.iterate(inverse, rho, HALF)
+        state.iterate(inverse[None], rho, [HALF])
         if see is not None:
             assert state.mask is not None
-            see(iteration, state.point * state.mask, state.mask)
+            see(iteration, state.point[0] * state.mask[0], state.mask[0])
     return state
 
 
@@ -213,7 +215,7 @@ def by_rho(problems: list[LayerProblem]) -> dict[str, list]:
             for rho in RHOS:
                 state = admm(scaled, rho, 12)
                 assert state.mask is not None
-                logs[rho].append(math.log(scaled.error(state.point, state.mask)))
+                logs[rho].append(math.log(scaled.error(state.point[0], state.mask[0])))
         curves[coordinates] = [
             (rho, math.exp(statistics.fmean(values))) for rho, values in logs.items()
         ]

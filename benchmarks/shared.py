@@ -297,6 +297,10 @@ def matrix_rate() -> float:
 def counted_products() -> FlopCounterMode:
     """A context that counts the FLOP of matrix products, products in place included (`get_total_flops`)."""
     in_place = {
-        torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1]
+        torch.ops.aten.addmm_: lambda _, left, right, **__: 2 * left[0] * left[1] * right[1],
+        # of stacks [matrices, rows, columns]
+        torch.ops.aten.baddbmm_: lambda _, left, right, **__: (
+            2 * left[0] * left[1] * left[2] * right[2]
+        ),
     }
     return FlopCounterMode(display=False, custom_mapping=in_place)

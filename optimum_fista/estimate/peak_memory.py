@@ -27,7 +27,7 @@ from optimum_fista.estimate.run_sizes import RunSizes
 from optimum_fista.model.held_out import LOGITS_TOGETHER
 from optimum_fista.model.precision import WEIGHTS_WIDENED_TOGETHER
 from optimum_fista.model.predictor import POSITIONS_ON_CPU, positions_per_chunk
-from optimum_fista.solve.linalg import SCALE_ON_DEVICES, rows_in_block
+from optimum_fista.solve.linalg import SCALE_ON_DEVICES, matrices_in_stack, rows_in_block
 from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.text.self_sampling import num_batches, num_texts
 
@@ -245,12 +245,13 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
     if run.config.correction.needs_dense:
         for (_, columns), outputs in groups_of_all_tokens.items():
             recorded += min(sum(outputs), columns)
-    for (_, columns), outputs in groups.items():
+    for (module, columns), outputs in groups.items():
         # Of each token wait the recorded features, the inputs of the group, and hidden states: those of each stream,
         # and at most two more.
         features = recorded + columns + (run.num_streams + 2) * run.hidden
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
-        yield Moment({**parts, **_solving(run, outputs, columns)}, waiting)
+        together = _groups_solved_together(run, groups, module, columns)
+        yield Moment({**parts, **_solving(run, outputs, columns, together)}, waiting)
 
 
 def _running_layer(
@@ -293,16 +294,36 @@ def _groups(run: RunSizes, names: list[str]) -> dict[tuple[str, int], list[int]]
     return groups
 
 
-def _solving(run: RunSizes, rows: list[int], columns: int) -> dict[str, float]:
+def _groups_solved_together(
+    run: RunSizes, groups: Mapping[tuple[str, int], list[int]], module: str, columns: int
+) -> int:
+    """Count the groups that are solved together with that of a `module` with `columns` inputs; 1 but for small experts.
+
+    `groups` are those of the decoder layer (`_groups`). The modules of a mixture's experts are called such as
+    "model.layers.3.mlp.experts.7".
+    """
+    mixture, is_expert, _ = module.rpartition(".experts.")
+    if not is_expert:
+        return 1
+    num_alike = sum(
+        other.rpartition(".experts.")[0] == mixture and other_columns == columns
+        for other, other_columns in groups
+    )
+    largest_matrix = max(columns, sum(groups[module, columns])) * columns
+    return min(num_alike, matrices_in_stack(largest_matrix, on_cpu=run.on_cpu))
+
+
+def _solving(run: RunSizes, rows: list[int], columns: int, together: int = 1) -> dict[str, float]:
     """Count the bytes, by part, of solving for operators that share `columns` inputs.
 
-    `rows` are their numbers of outputs. A method's `memory_factors` say how many matrices it holds that are as large as
-    the Gram matrix, as all weights, and as a block of rows for which it solves at a time.
+    `rows` are their numbers of outputs, and so many such groups are solved `together`. A method's `memory_factors` say
+    how many matrices it holds that are as large as the Gram matrix, as all weights, and as a block of rows for which it
+    solves at a time.
     """
-    gram = _FLOAT32 * columns**2
-    matrix = _FLOAT32 * sum(rows) * columns
+    gram = _FLOAT32 * columns**2 * together
+    matrix = _FLOAT32 * sum(rows) * columns * together
     scale = 1 if run.on_cpu else SCALE_ON_DEVICES  # a device other than the CPU takes larger blocks
-    block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale)
+    block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale) * together
     factors = method_class(run.config.method).memory_factors
     if factors is None:  # not measured
         factors = largest_memory_factors()
@@ -311,9 +332,11 @@ def _solving(run: RunSizes, rows: list[int], columns: int) -> dict[str, float]:
         + factors.weight_matrices * matrix
         + factors.row_blocks * min(block, matrix)
     )
+    # The matrices of several groups are copied to stacks.
+    copies = 2 if together > 1 else 1
     return {
-        "Gram matrix": gram,
-        "weights and targets": 2 * matrix,
+        "Gram matrix": copies * gram,
+        "weights and targets": copies * 2 * matrix,
         "solver": max(1.5 * gram, solver),
     }
 

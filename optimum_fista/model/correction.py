@@ -715,6 +715,6 @@ def _rows_of(tokens: Tensor, recorded: Tensor, recorded_tokens: Tensor, others: 
         return others
     # Of each token, the row in which it is if it was recorded. A token after all recorded ones would be out of range:
     # it gets the last row, and is compared with that.
-    rows = torch.searchsorted(recorded_tokens, tokens).clamp_max(recorded_tokens.numel() - 1)
-    is_recorded = recorded_tokens[rows] == tokens
-    return torch.where(is_recorded[:, None], recorded[rows], others)
+    rows = torch.searchsorted(recorded_tokens, tokens).clamp_max_(recorded_tokens.numel() - 1)
+    is_recorded = recorded_tokens.index_select(0, rows) == tokens
+    return torch.where(is_recorded[:, None], recorded.index_select(0, rows), others)

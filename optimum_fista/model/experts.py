@@ -168,7 +168,7 @@ class ExpertOperator(LinearOperator):
         """
         # the place of the expert in `batch.rows`, which has rows of `batch.hidden_states`, and in `batch.tokens`
         part = batch.part(self.expert)
-        hidden_states = batch.hidden_states[batch.rows[part]].to(device)
+        hidden_states = batch.hidden_states.index_select(0, batch.rows[part]).to(device)
         if self.kind != "down_proj":
             return hidden_states
         return self.experts.middle(self.expert, hidden_states, batch.tokens[part])
@@ -353,14 +353,16 @@ class FusedExperts:
             part = batch.part(expert)  # rows and tokens are sorted by expert
             rows = batch.rows[part]
             tokens = batch.tokens[part]
-            expert_outputs = self.output_of(expert, batch.hidden_states[rows], tokens)
+            inputs = batch.hidden_states.index_select(0, rows)
+            expert_outputs = self.output_of(expert, inputs, tokens)
             if batch.weights is not None:
                 # weighted before they are added, in the order of Transformers
                 expert_outputs = expert_outputs * batch.weights[part]
             if watcher is not None:
                 watcher(expert, tokens, expert_outputs)
-            # the sum has the dtype of the hidden states
-            output = output.index_add(0, rows, expert_outputs.to(output.dtype))
+            # The sum has the dtype of the hidden states. In place, because a copy of all rows takes longer than a small
+            # expert.
+            output.index_add_(0, rows, expert_outputs.to(output.dtype))
 
         if self._has_identities:
             # choices beyond the last expert
@@ -369,7 +371,7 @@ class FusedExperts:
             returned_inputs = batch.hidden_states[rows]
             if batch.weights is not None:
                 returned_inputs = returned_inputs * batch.weights[beyond]
-            output = output.index_add(0, rows, returned_inputs.to(output.dtype))
+            output.index_add_(0, rows, returned_inputs.to(output.dtype))
         return output
 
     def output_of(self, expert: int, inputs: Tensor, tokens: Tensor) -> Tensor:

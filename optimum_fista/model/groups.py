@@ -6,8 +6,8 @@ operators stay dense. A *part* is a child module of a decoder layer, such as its
 or a tuple: its first tensor is the output that counts here, and the *rest* of the tuple (`Rest`) is kept only to return
 it again. The *version* of a tensor grows if it is changed in place.
 
-`trace_groups` is called first, while the layer is dense. `FinishedParts` then serves the passes of the layer between
-which groups are pruned.
+`trace_groups` is called first, while the layer is dense. `solved_together` says which groups are pruned at once, and
+`FinishedParts` then serves the passes of the layer between which groups are pruned.
 """
 
 from collections import Counter
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -24,9 +25,11 @@ from transformers.pytorch_utils import Conv1D
 from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore
+from optimum_fista.model.experts import ExpertOperator, FusedExperts
 from optimum_fista.model.hooks import operator_input, replaced_forwards, watching
 from optimum_fista.model.inputs import LayerActivations, LayerCall
 from optimum_fista.model.operators import LINEAR, Group, LinearOperator
+from optimum_fista.solve.linalg import matrices_in_stack
 
 _ROUNDED = 0.5
 """Largest mean error of a rounded sum, in units of its last place; layers of 172 families that add show at most .29."""
@@ -96,6 +99,48 @@ def trace_groups(
         if operator.name not in left_dense:
             groups.setdefault(_memory_of(inputs), []).append(operator)
     return LayerTrace(list(groups.values()), left_dense, tracer.ends)
+
+
+def solved_together(groups: Sequence[Group], device: torch.device) -> list[list[int]]:
+    """Divide the groups of a decoder layer into sets, whose groups are solved together; in the order of their pruning.
+
+    Operators of different experts of a mixture do not see each other. So the groups of its experts that have operators
+    of the same kinds and shapes are solved together: first gate and up projections, whose outputs the down projections
+    then see. A set has no more groups than `matrices_in_stack`. Every group outside of mixtures is alone in its set.
+
+    `groups` are in execution order, and the result has their numbers there. `device` is where they are solved.
+    """
+    sets: list[list[int]] = []
+    for mixture, numbers in groupby(
+        range(len(groups)), key=lambda number: _mixture_of(groups[number])
+    ):
+        if mixture is None:
+            sets += [[number] for number in numbers]
+            continue
+        numbers_by_form: dict[tuple[Any, ...], list[int]] = {}
+        for number in numbers:
+            form = tuple((operator.tensor, operator.shape) for operator in groups[number])
+            numbers_by_form.setdefault(form, []).append(number)
+
+        # Down projections come last: their inputs are the outputs of the other matrices of their experts.
+        forms = sorted(
+            numbers_by_form, key=lambda form: any(name == "down_proj" for name, _ in form)
+        )
+        for form in forms:
+            num_inputs = form[0][1][1]
+            num_outputs = sum(shape[0] for _, shape in form)
+            # the Gram matrix is one of the matrices of a group, and all weights together are another
+            largest_matrix = max(num_inputs, num_outputs) * num_inputs
+            size = matrices_in_stack(largest_matrix, on_cpu=device.type == "cpu")
+            of_form = numbers_by_form[form]
+            sets += [of_form[start : start + size] for start in range(0, len(of_form), size)]
+    return sets
+
+
+def _mixture_of(group: Group) -> FusedExperts | None:
+    """The mixture of whose experts the operators of a group are; `None` if they are of no expert."""
+    operator = group[0]
+    return operator.experts if isinstance(operator, ExpertOperator) else None
 
 
 class _Tracer:

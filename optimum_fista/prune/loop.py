@@ -2,12 +2,13 @@
 
 As in FISTAPruner (arXiv 2408.03728), decoder layers are pruned one after the other, and in a layer the linear operators
 in execution order. Each is fitted to the dense network's outputs, on the inputs that the pruned network gives it. There
-are three differences. Operators with the same inputs are solved together, because they share the expensive Gram matrix.
-Any method can solve them. Only one decoder layer is on the device at a time, so the model may be larger than its
-memory, but hidden states must be kept between the layers.
+are three differences. Operators with the same inputs are solved together, because they share the expensive Gram matrix;
+so are operators of equal shape of different experts, which are many and small (`model.groups.solved_together`). Any
+method can solve them. Only one decoder layer is on the device at a time, so the model may be larger than its memory,
+but hidden states must be kept between the layers.
 
-`prune_layers` calls `prune_layer` for each decoder layer, that calls `prune_group` for each group, and that calls
-`solve_group`, which writes nothing. Terms:
+`prune_layers` calls `prune_layer` for each decoder layer, that calls `prune_groups` for each group, or for groups of
+some experts at once, and that calls `solve_groups`, which writes nothing. Terms:
 
 - `Plan`: what is pruned and how. `plan.removal` has the operators of each decoder layer with their patterns, and what
   else is removed (experts, decoder layers). `plan.budgets` has the shares of zeros that the loss of the model gives.
@@ -26,6 +27,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ from optimum_fista.memory import release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.experts import ExpertOperator, split_experts
-from optimum_fista.model.groups import trace_groups
+from optimum_fista.model.groups import solved_together, trace_groups
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded
@@ -48,8 +50,8 @@ from optimum_fista.prune.sink import Sink
 from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, OperatorReport
 from optimum_fista.removal.prediction_experts import choose_prediction_experts
 from optimum_fista.report import PruningReport
-from optimum_fista.solve.allocation import prune_stacked
-from optimum_fista.solve.method import PrunedOperator
+from optimum_fista.solve.allocation import prune_weighted
+from optimum_fista.solve.method import ProblemGroup, PrunedOperator
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -383,15 +385,21 @@ def _pruned_layer(
             ends=trace.ends,
             experts=experts,
         )
+        reports_by_group: dict[int, list[OperatorReport]] = {}
+        for numbers in solved_together(groups, activations.device):
+            # A call of its own, so that the matrices of these groups are freed before the next ones are made.
+            reports_of_groups = prune_groups(
+                plan, sink, [targets.problems(number) for number in numbers]
+            )
+            reports_by_group.update(zip(numbers, reports_of_groups, strict=True))
+            for callback in callbacks:
+                for operator_report in chain.from_iterable(reports_of_groups):
+                    callback.on_operator_end(operator_report)
+        # in execution order
         for number in range(len(groups)):
-            # A call of its own, so that the matrices of a group are freed before the next ones are made.
-            reports_of_group = prune_group(plan, sink, targets.problems(number))
-            for operator_report in reports_of_group:
+            for operator_report in reports_by_group[number]:
                 input_order = orders.get(operator_report.name)  # None: the same as before
                 reports.append(replace(operator_report, input_order=input_order))
-            for callback in callbacks:
-                for operator_report in reports_of_group:
-                    callback.on_operator_end(operator_report)
         # Removes experts, if the pattern says so, and runs the pruned layer.
         states, reports, mixture = plan.removal.after(name, sink, targets, reports)
 
@@ -406,32 +414,34 @@ def _pruned_layer(
     return states, LayerRecord(layer_report, reports, trace.left_dense | others)
 
 
-def prune_group(plan: Plan, sink: Sink, problems: GroupProblems) -> list[OperatorReport]:
-    """Solve for the operators of a group and write them through the sink, which overwrites their weights in the model.
+def prune_groups(
+    plan: Plan, sink: Sink, groups: Sequence[GroupProblems]
+) -> list[list[OperatorReport]]:
+    """Solve for the operators of groups together, and write them through the sink, which overwrites their weights.
 
-    The sink also keeps the masks. `problems` has the operators, and for each one its problem on the tokens to fit to
-    and on held-out ones; it is used up. Returns a report for each operator, in the order of the group, with the errors
-    of the weights as written.
+    The sink also keeps the masks. Each of `groups` has operators, and for each one its problem on the tokens to fit to
+    and on held-out ones; they are used up. Returns a report for each operator, by group and in the order of the group,
+    with the errors of the weights as written.
     """
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
-    solution = solve_group(plan, problems)
+    solutions = solve_groups(plan, groups)
     # Results were read, so the device has finished its kernels.
     seconds = time.perf_counter() - started
-    for operator, pruned in zip(problems.operators, solution.operators, strict=True):
-        sink.write(operator, pruned.weight, pruned.mask)
+    for problems, solution in zip(groups, solutions, strict=True):
+        for operator, pruned in zip(problems.operators, solution.operators, strict=True):
+            sink.write(operator, pruned.weight, pruned.mask)
 
-    reports = []
-    # The held-out problems are made here, one by one.
-    for number, held_out in enumerate(problems.held_out):
-        report = _operator_report(
-            problems,
-            solution,
-            number,
-            held_out=held_out,
-            solve_seconds=seconds / len(problems.operators),
-        )
-        reports.append(report)
+    solve_seconds = seconds / sum(len(problems.operators) for problems in groups)
+    reports: list[list[OperatorReport]] = []
+    for problems, solution in zip(groups, solutions, strict=True):
+        reports.append([])
+        # The held-out problems are made here, one by one.
+        for number, held_out in enumerate(problems.held_out):
+            report = _operator_report(
+                problems, solution, number, held_out=held_out, solve_seconds=solve_seconds
+            )
+            reports[-1].append(report)
     return reports
 
 
@@ -505,54 +515,81 @@ def _operator_report(
     )
 
 
-def solve_group(plan: Plan, problems: GroupProblems) -> GroupSolution:
-    """Solve for the operators of a group by the plan's method, without writing to the model.
+def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolution]:
+    """Solve for the operators of groups by the plan's method, which may solve alike ones together; writes nothing.
 
     There are three exceptions. Operators that keep all columns are refitted. Experts that got hardly any tokens are
-    pruned by magnitude. If the loss weights the outputs of all operators (`plan.budgets`), their rows compete for the
-    group's zeros; then the weights and targets in the problems change by rounding. `problems.fitted` has the problem of
-    each operator. Raises RuntimeError if a method breaks a pattern, or returns NaN or Inf.
+    pruned by magnitude. If the loss weights the outputs of all operators of a group (`plan.budgets`), their rows
+    compete for the group's zeros; then the weights and targets in the problems change by rounding. `fitted` of a group
+    has the problem of each operator. Returns a solution for each group. Raises RuntimeError if a method breaks a
+    pattern, or returns NaN or Inf.
     """
-    group = problems.operators
-    patterns = [_pattern(plan, operator) for operator in group]
-    method = plan.method
     output_weights = plan.budgets.output_weights  # by the name of the operator
-    # Operators of a group have the same inputs, so also the same tokens.
-    num_tokens = problems.fitted[0].statistics.num_tokens
-    is_expert = isinstance(group[0], ExpertOperator)
-    is_under_calibrated = is_expert and num_tokens < UNDER_CALIBRATED_TOKENS
-    keeps_all_columns = all(pattern.whole_columns and not pattern.sparsity for pattern in patterns)
-    name = method.name
-    if is_under_calibrated:
-        method = Magnitude()
-        name = Magnitude.name
+    solutions: dict[int, GroupSolution] = {}  # by the number of the group in `groups`
+    problem_groups: list[ProblemGroup] = []
+    weighted: list[int] = []  # groups whose rows compete
+    others: list[int] = []
+    for number, problems in enumerate(groups):
+        patterns = [_pattern(plan, operator) for operator in problems.operators]
+        group = ProblemGroup(problems.fitted, patterns)
+        problem_groups.append(group)
+        if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
+            # The operators compensate for removed heads, or for a removed decoder layer before their own.
+            refitted = [_refitted(problem) for problem in problems.fitted]
+            solutions[number] = GroupSolution(refitted, patterns, "refit")
+        elif _is_under_calibrated(problems):
+            solutions[number] = _pruned_by_magnitude(group)
+        elif all(operator.name in output_weights for operator in problems.operators):
+            weighted.append(number)
+        else:
+            others.append(number)
 
-    if keeps_all_columns:
-        # The operator compensates for removed heads, or for a removed decoder layer before its own.
-        name = "refit"
-        operators = [_refitted(problem) for problem in problems.fitted]
-    elif is_under_calibrated:
-        message = f"under-calibrated expert: {num_tokens} calibration tokens reached it, so magnitude pruned it"
-        operators = [
-            replace(pruned, message=message)
-            for pruned in method.prune_sharing(problems.fitted, patterns)
-        ]
-    elif all(operator.name in output_weights for operator in group):
-        # Rows of all operators compete for the zeros of the group, which decides how many each operator gets.
-        weights = [output_weights[operator.name] for operator in group]
-        operators = prune_stacked(method, problems.fitted, patterns, weights)
+    # Rows of all operators of a group compete for its zeros, which decides how many each operator gets.
+    results = prune_weighted(
+        plan.method,
+        [problem_groups[number] for number in weighted],
+        [
+            [output_weights[operator.name] for operator in groups[number].operators]
+            for number in weighted
+        ],
+    )
+    for number, operators in zip(weighted, results, strict=True):
         patterns = [
             replace(pattern, sparsity=pruned.sparsity)
-            for pattern, pruned in zip(patterns, operators, strict=True)
+            for pattern, pruned in zip(problem_groups[number].patterns, operators, strict=True)
         ]
-    else:
-        operators = method.prune_sharing(problems.fitted, patterns)
+        solutions[number] = GroupSolution(operators, patterns, plan.method.name)
 
-    _require_solved(group, patterns, operators, method_name=method.name)
-    for pruned in operators:
-        # A product with a mask leaves -0.0 in place of negative weights.
-        pruned.weight.masked_fill_(~pruned.mask, 0.0)
-    return GroupSolution(operators, patterns, name)
+    results = plan.method.prune_groups([problem_groups[number] for number in others])
+    for number, operators in zip(others, results, strict=True):
+        patterns = list(problem_groups[number].patterns)
+        solutions[number] = GroupSolution(operators, patterns, plan.method.name)
+
+    for number, problems in enumerate(groups):
+        _require_solved(problems.operators, solutions[number])
+        for pruned in solutions[number].operators:
+            # A product with a mask leaves -0.0 in place of negative weights.
+            pruned.weight.masked_fill_(~pruned.mask, 0.0)
+    return [solutions[number] for number in range(len(groups))]
+
+
+def _is_under_calibrated(problems: GroupProblems) -> bool:
+    """Tell whether the operators are of an expert to which the router sent too few tokens for a method."""
+    # Operators of a group have the same inputs, so also the same tokens.
+    num_tokens = problems.fitted[0].statistics.num_tokens
+    is_expert = isinstance(problems.operators[0], ExpertOperator)
+    return is_expert and num_tokens < UNDER_CALIBRATED_TOKENS
+
+
+def _pruned_by_magnitude(group: ProblemGroup) -> GroupSolution:
+    """Prune the operators of an under-calibrated expert by magnitude; their reports will say so."""
+    num_tokens = group.problems[0].statistics.num_tokens
+    message = f"under-calibrated expert: {num_tokens} calibration tokens reached it, so magnitude pruned it"
+    operators = [
+        replace(pruned, message=message)
+        for pruned in Magnitude().prune_sharing(group.problems, group.patterns)
+    ]
+    return GroupSolution(operators, list(group.patterns), Magnitude.name)
 
 
 def _pattern(plan: Plan, operator: LinearOperator) -> SparsityPattern:
@@ -581,22 +618,16 @@ def _refitted(problem: LayerProblem) -> PrunedOperator:
     )
 
 
-def _require_solved(
-    group: Group,
-    patterns: Sequence[SparsityPattern],
-    results: Sequence[PrunedOperator],
-    *,
-    method_name: str,
-) -> None:
-    """Refuse results (RuntimeError) whose masks break their patterns, or whose weights are not finite.
+def _require_solved(group: Group, solution: GroupSolution) -> None:
+    """Refuse a solution (RuntimeError) whose masks break their patterns, or whose weights are not finite.
 
-    `results` are of the operators of `group`, and `patterns` what their masks must be, in its order. `method_name` is
-    for the message. Changes nothing.
+    `solution` is of the operators of `group`, in its order; it has what their masks must be. Changes nothing.
     """
+    results = solution.operators
     # Whether all weights of each result are finite: one transfer from the device for all of them.
     are_finite = torch.stack([torch.isfinite(result.weight).all() for result in results]).tolist()
     for operator, pattern, result, is_finite in zip(
-        group, patterns, results, are_finite, strict=True
+        group, solution.patterns, results, are_finite, strict=True
     ):
         # Says in words how the mask breaks the pattern; `None` if it does not.
         fault = pattern.violation(result.mask)
@@ -604,5 +635,5 @@ def _require_solved(
             fault = "weights hold NaN or Inf"
         if fault is not None:
             raise RuntimeError(
-                f"method {method_name!r} failed on {operator.name}: {fault}. Pass another method."
+                f"method {solution.method!r} failed on {operator.name}: {fault}. Pass another method."
             )

@@ -221,7 +221,8 @@ class SmallerMixture:
             # of the tokens that reach the expert
             inputs, tokens = self._weighted_inputs(expert, batch)
             by_token = residual.flatten(0, 1)  # [batch, sequence, out] -> [tokens, out]
-            residual_of_tokens = by_token[tokens.to(residual.device)].to(device).float()
+            residual_of_tokens = by_token.index_select(0, tokens.to(residual.device))
+            residual_of_tokens = residual_of_tokens.to(device).float()
             # Y - E* without what these weights add to E*
             targets = residual_of_tokens + inputs @ weight.T
             for name, is_in_part in self._tokens_by_part(batch, tokens, are_texts).items():
@@ -294,7 +295,7 @@ class SmallerMixture:
             tokens = tokens.to(residual.device)
             # [batch, sequence, out] -> [tokens, out], a view because a residual is contiguous: `residual` is written
             by_token = residual.flatten(0, 1)
-            changed = by_token[tokens].float() - change_of_outputs
+            changed = by_token.index_select(0, tokens).float() - change_of_outputs
             by_token[tokens] = changed.to(by_token.dtype)
 
     def _weighted_inputs(self, expert: int, batch: int) -> tuple[Tensor, Tensor]:

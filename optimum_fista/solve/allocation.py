@@ -2,7 +2,7 @@
 
 The error of every operator is assumed to grow at the same rate with its zeros. So two numbers of an operator are
 enough: its size, and the increase of the loss at the average sparsity (`removal_cost`). There is no rule for the
-outputs of a group: the method itself chooses, on one problem with scaled rows (`prune_stacked`).
+outputs of a group: the method itself chooses, on one problem with scaled rows (`prune_weighted`).
 """
 
 import math
@@ -13,8 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import PrunedOperator, PruningMethod
-from optimum_fista.solve.pattern import SparsityPattern
+from optimum_fista.solve.method import ProblemGroup, PrunedOperator, PruningMethod
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.selection import kth_smallest_magnitude
 
@@ -131,79 +130,116 @@ def _most_within(
     return zeros
 
 
-def prune_stacked(
+def prune_weighted(
     method: PruningMethod,
-    problems: Sequence[LayerProblem],
-    patterns: Sequence[SparsityPattern],
-    output_weights: Sequence[Tensor],
-) -> list[PrunedOperator]:
-    """Prune operators that share their inputs as one problem with weighted outputs.
+    groups: Sequence[ProblemGroup],
+    output_weights: Sequence[Sequence[Tensor]],
+) -> list[list[PrunedOperator]]:
+    """Prune groups of operators, those of each group as one problem with weighted outputs.
 
-    It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators. The rows share only the budget
-    of zeros: rows with larger weights `v_i` keep more weights. Each `sqrt(v_i)` counts as at least 0.3 times their root
-    mean square.
+    It minimizes `sum_i v_i || row i of (W* X* - Y) ||^2` over the rows of all operators of a group. The rows share only
+    the budget of zeros: rows with larger weights `v_i` keep more weights. Each `sqrt(v_i)` counts as at least 0.3 times
+    their root mean square.
 
-    The weights and targets of `problems` move into one matrix each, become views of it, and change by rounding. What
-    the method computes from their statistics may stay cached in these.
+    The weights and targets of a group's problems move into one matrix each, become views of it, and change by rounding.
+    What the method computes from their statistics may stay cached in these.
 
     Args:
-        method: Prunes the one problem.
-        problems: Of the operators, with the same `InputStatistics`.
-        patterns: Unstructured, with scope `"matrix"`, one for each problem.
-        output_weights: `v`, a tensor [out] for each operator, nonnegative: what an error in each output costs, in one
-            unit for all operators (`Budgets.output_weights`, from gradients of the loss).
+        method: Prunes the problems, one for each group.
+        groups: Operators with the same `InputStatistics`, and their patterns: unstructured, with scope `"matrix"`.
+        output_weights: `v` of each group, a tensor [out] for each operator, nonnegative: what an error in each output
+            costs, in one unit for all operators of the group (`Budgets.output_weights`, from gradients of the loss).
+
+    Returns the pruned operators of each group.
     """
-    # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
-    weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])
-    scales = weights_of_rows.sqrt()
-    root_mean_square = scales.square().mean().sqrt()
-    # From here on, a scale of 1 is the root mean square. If all `v` are zero, it is zero, too; then the least normal
-    # number divides in its place.
-    scales /= root_mean_square.clamp_min(torch.finfo(scales.dtype).tiny)
-    scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
-
-    num_kept = sum(
-        pattern.num_kept(problem.weight.shape)
-        for pattern, problem in zip(patterns, problems, strict=True)
-    )
-    rows = [problem.weight.shape[0] for problem in problems]  # of each operator
-    # The matrices of `problems` are now parts of those of `stacked`, so they are scaled, too, until the division below.
-    stacked = _stack(problems, scales, rows)
+    joined = [
+        _JoinedOperators(group, weights)
+        for group, weights in zip(groups, output_weights, strict=True)
+    ]
     try:
-        # All patterns are alike but for the share of zeros.
-        pattern = replace(patterns[0], sparsity=1 - num_kept / stacked.weight.numel())
-        (pruned,) = method.prune_sharing([stacked], [pattern])  # one problem, one result
-    finally:  # the matrices of `problems` are views of these
-        stacked.weight.div_(scales)
-        stacked.target.div_(scales)
-
-    # Errors are those of the operators' own outputs; that of `pruned` is weighted.
-    pruned_weights = pruned.weight.div_(scales).split(rows)
-    masks = pruned.mask.split(rows)
+        results = method.prune_groups(
+            [ProblemGroup([operators.problem], [operators.pattern]) for operators in joined]
+        )
+    finally:  # the matrices of the groups' problems are views of the joined ones
+        for operators in joined:
+            operators.undo_scales()
     return [
-        replace(pruned, weight=weight, mask=mask, fit_error=problem.fit_error(weight))
-        for problem, weight, mask in zip(problems, pruned_weights, masks, strict=True)
+        operators.divided(pruned)  # one problem, one result
+        for operators, (pruned,) in zip(joined, results, strict=True)
     ]
 
 
-def _stack(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]) -> LayerProblem:
+class _JoinedOperators:
+    """The operators of a group as one problem, in which each row is multiplied by the scale of its output.
+
+    Attributes:
+        problem: Has the rows of all operators, one below the other.
+        pattern: Leaves as many weights as the patterns of all operators.
+    """
+
+    def __init__(self, group: ProblemGroup, output_weights: Sequence[Tensor]) -> None:
+        """Join the operators of a group; `output_weights` are `v` of each, [out], as in `prune_weighted`.
+
+        Changes the problems of the group: their weights and targets become views of the joined problem's matrices,
+        because there is no memory for two copies. So they are scaled, too, until `undo_scales`.
+        """
+        problems, patterns = group
+        # Row i of W and C times sqrt(v_i) weighs its squared error by v_i; G is that of all rows and stays.
+        weights_of_rows = torch.cat([v.to(problems[0].weight) for v in output_weights])
+        scales = weights_of_rows.sqrt()
+        root_mean_square = scales.square().mean().sqrt()
+        # From here on, a scale of 1 is the root mean square. If all `v` are zero, it is zero, too; then the least
+        # normal number divides in its place.
+        scales /= root_mean_square.clamp_min(torch.finfo(scales.dtype).tiny)
+        scales = scales.clamp_min(_LEAST_SCALE)[:, None]  # [all rows, 1]
+
+        num_kept = sum(
+            pattern.num_kept(problem.weight.shape)
+            for pattern, problem in zip(patterns, problems, strict=True)
+        )
+        self._problems = problems
+        self._scales = scales
+        self._rows = [problem.weight.shape[0] for problem in problems]  # of each operator
+        self.problem = _join(problems, scales, self._rows)
+        # All patterns are alike but for the share of zeros.
+        sparsity = 1 - num_kept / self.problem.weight.numel()
+        self.pattern = replace(patterns[0], sparsity=sparsity)
+
+    def undo_scales(self) -> None:
+        """Divide the rows of `self.problem` by their scales again, in place: those of the operators' problems, too."""
+        self.problem.weight.div_(self._scales)
+        self.problem.target.div_(self._scales)
+
+    def divided(self, pruned: PrunedOperator) -> list[PrunedOperator]:
+        """Divide the result for `self.problem` among the operators; the weight of `pruned` is overwritten.
+
+        Errors are those of the operators' own outputs; that of `pruned` is weighted.
+        """
+        weights = pruned.weight.div_(self._scales).split(self._rows)
+        masks = pruned.mask.split(self._rows)
+        return [
+            replace(pruned, weight=weight, mask=mask, fit_error=problem.fit_error(weight))
+            for problem, weight, mask in zip(self._problems, weights, masks, strict=True)
+        ]
+
+
+def _join(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int]) -> LayerProblem:
     """Make one problem of all rows of `problems`, each times its scale; `rows` are their numbers of rows.
 
-    Changes `problems`: their weights and targets become views of the new problem's matrices, because there is no memory
-    for two copies. So they are scaled, too, until the caller divides the new problem's by `scales` [all rows, 1].
+    `scales` are [all rows, 1]. The weights and targets of `problems` become views of the new problem's matrices.
     """
     # A shallow copy: all problems have the same Gram matrix.
-    stacked = copy(problems[0])
+    joined = copy(problems[0])
     for key in ("weight", "target"):
         whole = torch.cat([getattr(problem, key) for problem in problems])
         for problem, part in zip(problems, whole.split(rows), strict=True):
             setattr(problem, key, part)
         # In place, so the parts are scaled, too.
-        setattr(stacked, key, whole.mul_(scales))
+        setattr(joined, key, whole.mul_(scales))
 
     squares = scales[:, 0].double().square()
-    stacked.output_energies = torch.cat([p.output_energies for p in problems]) * squares
-    stacked.unpruned_errors = torch.cat([p.unpruned_errors for p in problems]) * squares
-    stacked.dense = None  # the sums over W X are those of the first operator only
-    stacked.name = " and ".join(problem.name for problem in problems)
-    return stacked
+    joined.output_energies = torch.cat([p.output_energies for p in problems]) * squares
+    joined.unpruned_errors = torch.cat([p.unpruned_errors for p in problems]) * squares
+    joined.dense = None  # the sums over W X are those of the first operator only
+    joined.name = " and ".join(problem.name for problem in problems)
+    return joined

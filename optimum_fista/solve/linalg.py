@@ -1,14 +1,18 @@
-"""Blocks of rows, and the Cholesky factorisation of damped Gram matrices.
+"""Blocks of rows, stacks of matrices, and the Cholesky factorisation of damped Gram matrices.
 
 The *Gram matrix* `G = X X^T` [in, in] of the inputs of a linear operator, summed over all calibration tokens, is the
 largest matrix of a solver. So functions named `in_place` overwrite their argument, and a factorisation that may have
 to be repeated makes a new copy each time. torch's own functions would need two or three copies. *Damping* adds a small
 positive number to the diagonal, so that a matrix that is singular, or nearly so, can be factorised. If more was needed
 than the caller asked for, a message says so; nobody replaces the result by that of another algorithm.
+
+A *stack* [matrices, rows, columns] has matrices of one shape, for which torch is called once. Many small matrices take
+longer one by one, because each call has its cost. On a CPU, every matrix gets the same bits in a stack as alone: so it
+was for all functions that are used here, with MKL and torch 2.13.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +21,9 @@ _ROWS = 192  # of a block, at least; a product with fewer is inefficient
 _VALUES = 2**19  # of a block on a CPU, about: 2 MiB of float32
 # Times as many values on other devices than the CPU, where a call is expensive: 256 MiB.
 SCALE_ON_DEVICES = 128
+_ATTEMPTS = 5  # of a factorisation, each with more damping
+_VALUES_OF_STACK = 2**20  # of a stack on a CPU: 4 MiB of float32
+_STACK_ON_DEVICES = 16  # times as many elsewhere: 64 MiB
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
@@ -34,13 +41,37 @@ def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
 def row_blocks(matrix: Tensor) -> Iterator[slice]:
     """Slices of the rows of a matrix: about half a million values each, but enough rows for a product to be efficient.
 
-    On other devices than the CPU a block has up to `SCALE_ON_DEVICES` times as many values.
+    On other devices than the CPU a block has up to `SCALE_ON_DEVICES` times as many values. `matrix` may be a stack
+    [matrices, rows, columns]: the slices are those of one matrix.
     """
-    rows, columns = matrix.shape
+    rows, columns = matrix.shape[-2:]
     scale = 1 if matrix.device.type == "cpu" else SCALE_ON_DEVICES
     step = max(1, rows_in_block(rows, columns, scale))
     for start in range(0, rows, step):
         yield slice(start, min(rows, start + step))
+
+
+def matrices_in_stack(values: int, *, on_cpu: bool) -> int:
+    """Count the problems that are solved together, if the largest matrix of each has so many `values`: at least one.
+
+    On a CPU the largest matrices of all have about a million values, so that they stay in the cache: 16 Gram matrices
+    of 256 inputs. Other devices get `_STACK_ON_DEVICES` times as many. So problems that are solved together take little
+    memory beside one large problem.
+    """
+    values_of_stack = _VALUES_OF_STACK if on_cpu else _STACK_ON_DEVICES * _VALUES_OF_STACK
+    return max(1, values_of_stack // max(1, values))
+
+
+def stacked(matrices: Sequence[Tensor]) -> Tensor:
+    """Make a stack of matrices of one shape; that of a single matrix is a view of it, otherwise the stack is a copy."""
+    if len(matrices) == 1:
+        return matrices[0][None]
+    return torch.stack(list(matrices))
+
+
+def diagonals(matrix: Tensor) -> Tensor:
+    """The diagonal of a matrix [n, n], or the diagonals of a stack [matrices, n, n], [matrices, n]: a view."""
+    return matrix.diagonal(dim1=-2, dim2=-1)
 
 
 def damped_cholesky(
@@ -61,33 +92,65 @@ def damped_cholesky(
     Raises:
         torch.linalg.LinAlgError: If it fails with all dampings.
     """
-    first_damping = damping
-    largest_damping = damping  # of those that were tried
-    num_inputs = 0  # for the message of the error, when the matrix is gone
-    for attempt in range(5):
-        damped = make_gram()
-        num_inputs = damped.shape[0]
-        if damping:
-            amount = mean_damping(damped.diagonal(), damping)
-            damped.diagonal().add_(amount * ratios)  # changes `damped`
+    factors, messages = damped_choleskys(lambda: make_gram()[None], damping, ratios)
+    return factors[0], messages[0]
 
-        # The factor takes the memory of `damped`.
-        factor, failed = cholesky_in_place(damped)
-        is_first = attempt == 0
-        if not failed:
-            if is_first:
-                return factor, ""
-            message = f"the Gram matrix needed damping {damping:g} instead of {first_damping:g}"
-            return factor, message
 
-        del damped, factor  # two names of one matrix, which is freed before the next one is made
-        largest_damping = damping
-        damping = max(10 * damping, 1e-4)  # because zero times ten is zero
-        ratios = 1.0  # nearly dead inputs are damped like all others now
+def damped_choleskys(
+    make_grams: Callable[[], Tensor], damping: float = 0.0, ratios: Tensor | float = 1.0
+) -> tuple[Tensor, list[str]]:
+    """Compute the factors [matrices, n, n] of a stack, each as `damped_cholesky` does, with a message for each matrix.
+
+    If some of the factorisations fail, all are repeated: only matrices that failed get more damping, and the others
+    have the same factors again. `make_grams` makes a new stack for each attempt, which is overwritten. `damping` is the
+    first one of all matrices, and `ratios` are as there. Raises LinAlgError if one matrix fails with all dampings.
+    """
+    dampings: list[float] = []  # of each matrix; empty before the first attempt
+    for _ in range(_ATTEMPTS):
+        damped = make_grams()
+        num_matrices, num_inputs, _ = damped.shape
+        if not dampings:
+            dampings = [damping] * num_matrices
+        _damp(damped, dampings, first_damping=damping, ratios=ratios)
+
+        # The factors take the memory of `damped`.
+        factors, failed = cholesky_in_place(damped)
+        if not bool(failed.any()):
+            messages = [
+                ""
+                if last == damping
+                else f"the Gram matrix needed damping {last:g} instead of {damping:g}"
+                for last in dampings
+            ]
+            return factors, messages
+
+        del damped, factors  # two names of one stack, which is freed before the next one is made
+        largest_damping = max(dampings)
+        dampings = [
+            # 1e-4 at least, because zero times ten is zero
+            max(10 * last, 1e-4) if has_failed else last
+            for last, has_failed in zip(dampings, failed.tolist(), strict=True)
+        ]
     raise torch.linalg.LinAlgError(
         f"the Gram matrix of {num_inputs} inputs is not positive semidefinite: Cholesky failed with damping up to "
         f"{largest_damping:g}"
     )
+
+
+def _damp(
+    grams: Tensor, dampings: Sequence[float], *, first_damping: float, ratios: Tensor | float
+) -> None:
+    """Add to the diagonals of a stack of Gram matrices [matrices, n, n] in place, to each the damping of its own.
+
+    `dampings` are as fractions of the mean of the diagonal, one for each matrix. The `ratios` by input count only for
+    matrices with the `first_damping`: if that was not enough, nearly dead inputs are damped like all others.
+    """
+    for gram, damping in zip(grams, dampings, strict=True):
+        if not damping:
+            continue
+        diagonal = gram.diagonal()
+        amount = mean_damping(diagonal, damping)
+        diagonal.add_(amount * ratios if damping == first_damping else amount)
 
 
 def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
@@ -100,22 +163,24 @@ def mean_damping(diagonal: Tensor, damping: float) -> Tensor:
     return (damping * not_zero).to(diagonal.dtype)
 
 
-def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, bool]:
-    """Compute the lower Cholesky factor of a symmetric contiguous matrix [n, n]; also say whether that failed.
+def cholesky_in_place(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the lower Cholesky factor of a symmetric contiguous matrix [n, n], or of each matrix of a stack.
 
     `matrix` is overwritten: the factor takes its memory. LAPACK keeps matrices by columns. It is given the transpose,
-    which is the same matrix, and makes no copy.
+    which is the same matrix, and makes no copy. Also tells whether the factorisation failed: a boolean for each matrix,
+    [] or [matrices], on the device.
     """
     factor = matrix.mT
-    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    info = torch.empty(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
     torch.linalg.cholesky_ex(factor, out=(factor, info))
-    return factor, int(info) != 0
+    return factor, info != 0
 
 
 def inverse_in_place(factor: Tensor) -> Tensor:
     """Compute the inverse [n, n] of a matrix from its lower Cholesky factor, as `cholesky_in_place` returns it.
 
-    `factor` is overwritten: the inverse takes its memory. The transpose of the symmetric result is contiguous.
+    `factor` is overwritten: the inverse takes its memory. The transpose of the symmetric result is contiguous. For the
+    factors of a stack, the result is the stack of inverses.
     """
     return torch.cholesky_inverse(factor, out=factor).mT
 
@@ -123,21 +188,24 @@ def inverse_in_place(factor: Tensor) -> Tensor:
 def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     """Compute `(G + rho I)^-1` by Cholesky, for rho > 0.
 
-    `gram` is `G` [in, in], symmetric positive semidefinite and contiguous. It is overwritten: the inverse takes its
-    memory. Raises LinAlgError if the factorisation fails.
+    `gram` is `G` [in, in], symmetric positive semidefinite and contiguous, or a stack of such matrices. It is
+    overwritten: the inverse takes its memory. Raises LinAlgError if a factorisation fails.
     """
-    gram.diagonal().add_(rho)
+    diagonals(gram).add_(rho)
     factor, failed = cholesky_in_place(gram)
-    if failed:
+    if bool(failed.any()):
         raise torch.linalg.LinAlgError(
-            f"a Gram matrix of {gram.shape[0]} inputs plus {rho:g} is not positive definite"
+            f"a Gram matrix of {gram.shape[-1]} inputs plus {rho:g} is not positive definite"
         )
     return inverse_in_place(factor)
 
 
 def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
-    """Copy the blocks [n / width, width, width] along the diagonal of a matrix [n, n]."""
-    by_block_rows = matrix.unflatten(0, (-1, width))  # [n / width, width, n]
-    blocks = by_block_rows.unflatten(2, (-1, width))  # [n / width, width, n / width, width]
-    on_diagonal = blocks.diagonal(dim1=0, dim2=2)  # [width, width, n / width]
-    return on_diagonal.permute(2, 0, 1).contiguous()
+    """Copy the blocks [n / width, width, width] along the diagonal of a matrix [n, n].
+
+    The blocks of a stack [matrices, n, n] are [matrices, n / width, width, width].
+    """
+    by_block_rows = matrix.unflatten(-2, (-1, width))  # [..., n / width, width, n]
+    blocks = by_block_rows.unflatten(-1, (-1, width))  # [..., n / width, width, n / width, width]
+    on_diagonal = blocks.diagonal(dim1=-4, dim2=-2)  # [..., width, width, n / width]
+    return on_diagonal.movedim(-1, -3).contiguous()

@@ -9,7 +9,7 @@ known by their names (`register`, `create_method`).
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from torch import Tensor
 
@@ -45,6 +45,13 @@ class PrunedOperator:
     def sparsity(self) -> float:
         """Fraction of weights whose mask is False."""
         return 1 - int(self.mask.sum()) / self.mask.numel()
+
+
+class ProblemGroup(NamedTuple):
+    """Operators that share their inputs: their problems have the same `InputStatistics`, and each has its pattern."""
+
+    problems: Sequence[LayerProblem]
+    patterns: Sequence[SparsityPattern]
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,15 @@ class PruningMethod(ABC):
             self.prune(problem, pattern)
             for problem, pattern in zip(problems, patterns, strict=True)
         ]
+
+    def prune_groups(self, groups: Sequence[ProblemGroup]) -> list[list[PrunedOperator]]:
+        """Prune groups of operators, each with inputs of its own, such as the experts of a mixture, one after another.
+
+        The groups do not depend on each other. A subclass overrides this method if groups whose operators have equal
+        shapes can be solved together, as `obs_admm` does. Returns the pruned operators of each group; the tensors of
+        the problems stay as they are.
+        """
+        return [self.prune_sharing(group.problems, group.patterns) for group in groups]
 
 
 # By name; `optimum_fista.solve.methods` registers the package's own.

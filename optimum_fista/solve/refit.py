@@ -2,16 +2,17 @@
 
 After a method has chosen which weights of an operator stay (the *mask*), a refit gives these the values with the least
 error. If each row has its own mask, each row is a separate linear system. These are too many to factorise; a few steps
-for all rows at once are nearly as good (`refit`). If all rows keep the same columns, one Cholesky factor solves the
-single system (`refit_columns`). Symbols are those of `LayerProblem`: `W` [out, in] are the dense weights of an
-operator, `W*` the refitted ones, `G` [in, in] the Gram matrix of its inputs `X*` over the calibration tokens, `Y` the
-outputs that `W*` shall give for them, and `C = Y X*^T` [out, in] the target.
+for all rows at once are nearly as good (`refit`, and `refit_stack` for operators of one shape together). If all rows
+keep the same columns, one Cholesky factor solves the single system (`refit_columns`). Symbols are those of
+`LayerProblem`: `W` [out, in] are the dense weights of an operator, `W*` the refitted ones, `G` [in, in] the Gram matrix
+of its inputs `X*` over the calibration tokens, `Y` the outputs that `W*` shall give for them, and `C = Y X*^T`
+[out, in] the target.
 """
 
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.linalg import damped_cholesky
+from optimum_fista.solve.linalg import damped_cholesky, diagonals
 from optimum_fista.solve.problem import LayerProblem, inner_by_rows
 
 # Tokens that tell as much as one that is independent of all others: neighbours are alike, and a few are large. On
@@ -53,80 +54,126 @@ def refit(
 
     Returns the weights, zero outside the mask, and the number of steps taken, a scalar on the device.
     """
-    scale = _preconditioner(gram)
-    weight = start.mul_(mask) if in_place else start * mask
+    weights, steps = refit_stack(
+        gram[None],
+        target[None],
+        start[None],
+        mask[None],
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        in_place=in_place,
+        singular=singular,
+    )
+    return weights[0], steps[0]
+
+
+def refit_stack(
+    grams: Tensor,
+    targets: Tensor,
+    starts: Tensor,
+    masks: Tensor,
+    *,
+    max_iterations: int = 10,
+    tolerance: float = 1e-5,
+    in_place: bool = False,
+    singular: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Refit a stack of operators, each as `refit` does, with its own Gram matrix and its own end.
+
+    All arguments are those of `refit`, with operators as the first dimension: `grams` [operators, in, in]; `targets`,
+    `starts` and `masks` [operators, out, in]. With `in_place`, `targets` and `starts` are overwritten.
+
+    Returns the weights [operators, out, in], and the numbers of steps, int64 [operators].
+    """
+    scale = _preconditioner(grams)[:, None]  # [operators, 1, in]
+    weight = starts.mul_(masks) if in_place else starts * masks
     product = torch.empty_like(weight)  # memory for products, used again and again
-    # The squared rounding error of each row's residual, [out]; an energy up to it counts as zero.
-    noise = torch.zeros_like(weight[:, 0])
+    # The squared rounding error of each row's residual, [operators, out]; an energy up to it counts as zero.
+    noise = torch.zeros_like(weight[..., 0])
     if singular:
-        noise = _rounding_errors(gram, target, weight, mask, scale, memory=product)
+        noise = torch.stack(
+            [
+                _rounding_errors(gram, target, start, mask, memory=memory)
+                for gram, target, start, mask, memory in zip(
+                    grams, targets, weight, masks, product, strict=True
+                )
+            ]
+        )
 
-    # From here on `target` is not read again, so the residual takes its memory if that may be overwritten.
-    residual = torch.addmm(target, weight, gram, alpha=-1, out=target if in_place else None)
-    residual.mul_(mask)
+    # From here on the targets are not read again, so the residual takes their memory if that may be overwritten.
+    residual = torch.baddbmm(targets, weight, grams, alpha=-1, out=targets if in_place else None)
+    residual.mul_(masks)
     direction = residual * scale
-    energy = _energies(residual, direction, noise)  # [out], 0 for rows at rest
+    energy = _energies(residual, direction, noise)  # [operators, out], 0 for rows at rest
 
-    stop = tolerance**2 * energy.sum().double()  # energies are squares
-    steps = torch.zeros((), dtype=torch.int64, device=gram.device)
+    stop = tolerance**2 * energy.sum(-1).double()  # energies are squares
+    steps = torch.zeros(len(grams), dtype=torch.int64, device=grams.device)
     # To learn whether all rows have converged, the host must wait for the device, so it rarely asks. Steps after
     # convergence have the length 0: they change neither weights nor residual, and are not counted.
-    steps_between_questions = 1 if gram.device.type == "cpu" else 10
+    steps_between_questions = 1 if grams.device.type == "cpu" else 10
     for iteration in range(1, max_iterations + 1):
-        has_converged = energy.sum() <= stop  # all rows together
-        if iteration % steps_between_questions == 0 and bool(has_converged):
+        has_converged = energy.sum(-1) <= stop  # all rows of an operator together
+        if iteration % steps_between_questions == 0 and bool(has_converged.all()):
             break
         steps += ~has_converged  # adds 1 or 0
 
         # The step of each row to the minimum along its direction D: energy / <D G, D>. There is none along directions
         # that no token has, nor after the end.
-        torch.mm(direction, gram, out=product).mul_(mask)
-        curvature = inner_by_rows(direction, product).to(residual.dtype)
-        length = _divide_where((curvature > 0) & ~has_converged, energy, curvature)
-        weight.addcmul_(length[:, None], direction)
-        residual.addcmul_(length[:, None], product, value=-1)
+        torch.bmm(direction, grams, out=product).mul_(masks)
+        curvature = _inner_by_rows(direction, product).to(residual.dtype)
+        length = _divide_where((curvature > 0) & ~has_converged[:, None], energy, curvature)
+        weight.addcmul_(length[..., None], direction)
+        residual.addcmul_(length[..., None], product, value=-1)
 
         # Fletcher and Reeves: the next direction is conjugate to the last one.
         preconditioned = torch.mul(residual, scale, out=product)
         energy_next = _energies(residual, preconditioned, noise)
         momentum = _divide_where(energy > 0, energy_next, energy)
-        direction.mul_(momentum[:, None]).add_(preconditioned)
+        direction.mul_(momentum[..., None]).add_(preconditioned)
         energy = energy_next
     return weight, steps
 
 
 def _preconditioner(gram: Tensor) -> Tensor:
-    """Return one over the diagonal of G, [in]; 1 for inputs without energy, whose residual is zero."""
-    diagonal = gram.diagonal()
+    """Return one over the diagonal of G, [in]; 1 for inputs without energy, whose residual is zero.
+
+    That of a stack of Gram matrices is [operators, in].
+    """
+    diagonal = diagonals(gram)
     return torch.where(diagonal > 0, diagonal, torch.ones_like(diagonal)).reciprocal()
 
 
-def _energies(residual: Tensor, preconditioned: Tensor, noise: Tensor) -> Tensor:
-    """Return the squared residual of each row, [out], in units of the Gram diagonal; 0 for rows that are at rest.
+def _inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
+    """Inner products of the rows of two stacks [operators, out, in], [operators, out], float64 (`inner_by_rows`)."""
+    return inner_by_rows(left.flatten(0, 1), right.flatten(0, 1)).view(left.shape[:2])
 
-    `residual` [out, in] is the negative gradient on the mask, and `preconditioned` is the same divided by the diagonal
-    of G. A row is at rest if its residual is within `noise` [out], its squared rounding error.
+
+def _energies(residual: Tensor, preconditioned: Tensor, noise: Tensor) -> Tensor:
+    """Return the squared residual of each row, [operators, out], in units of the Gram diagonal; 0 for rows at rest.
+
+    `residual` [operators, out, in] is the negative gradient on the mask, and `preconditioned` is the same divided by
+    the diagonal of G. A row is at rest if its residual is within `noise` [operators, out], its squared rounding error.
     """
-    energy = inner_by_rows(residual, preconditioned).to(residual.dtype)
+    energy = _inner_by_rows(residual, preconditioned).to(residual.dtype)
     energy.masked_fill_(energy <= noise, 0.0)  # NaN stays
     return energy
 
 
 def _rounding_errors(
-    gram: Tensor, target: Tensor, weight: Tensor, mask: Tensor, scale: Tensor, *, memory: Tensor
+    gram: Tensor, target: Tensor, weight: Tensor, mask: Tensor, *, memory: Tensor
 ) -> Tensor:
     """Return the squared rounding error of each row of the residual `C - W G`, [out], in units of the Gram diagonal.
 
     The residual is a sum of n = in terms, so it is rounded by about sqrt(n) eps of its terms, which are as large as
-    those of `C` and of `W diag(G)`. `scale` [in] is the preconditioner, and `memory` [out, in] is overwritten.
+    those of `C` and of `W diag(G)`. `memory` [out, in] is overwritten.
     """
-    of_target = torch.mul(target, mask, out=memory).square_() @ scale
+    of_target = torch.mul(target, mask, out=memory).square_() @ _preconditioner(gram)
     of_weight = torch.square(weight, out=memory) @ gram.diagonal()
     return (of_target + of_weight) * (gram.shape[0] * torch.finfo(gram.dtype).eps ** 2)
 
 
 def _divide_where(condition: Tensor, numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Return `numerator / denominator` where `condition` holds, otherwise 0; all are [out]."""
+    """Return `numerator / denominator` where `condition` holds, otherwise 0; all are [operators, out]."""
     # 1e-38 is about the least normal float32.
     quotient = numerator / denominator.clamp_min(1e-38)
     return torch.where(condition, quotient, torch.zeros_like(numerator))

@@ -161,7 +161,8 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
     for part, mask_of_part in blocks:
         torch.ge(part.abs(), threshold, out=mask_of_part)
     # Without ties at the threshold the mask is done. A device would have to be asked: there ties are always broken.
-    if values.device.type == "cpu" and int(torch.count_nonzero(mask)) == count:
+    # NumPy counts booleans many times as fast as torch.
+    if values.device.type == "cpu" and np.count_nonzero(mask.numpy()) == count:
         return mask
 
     num_above = torch.stack([(part.abs() > threshold).sum() for part, _ in blocks]).sum()
@@ -198,7 +199,7 @@ def keep_largest_in_rows(values: Tensor, count: int) -> Tensor:
         # Without ties at the threshold the rows are done. The host would have to wait for a device to know that: there
         # ties are always broken.
         if values.device.type == "cpu":
-            num_not_below = int(torch.count_nonzero(mask_of_part))
+            num_not_below = np.count_nonzero(mask_of_part.numpy())
             if num_not_below == count * len(part):
                 continue
 

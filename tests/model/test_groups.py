@@ -8,9 +8,16 @@ from torch import Tensor, nn
 from toy_layer import toy_layer
 
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model import groups as groups_module
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.choice import find_operators
-from optimum_fista.model.groups import FinishedParts, PartEnd, is_added_to_output, trace_groups
+from optimum_fista.model.groups import (
+    FinishedParts,
+    PartEnd,
+    is_added_to_output,
+    solved_together,
+    trace_groups,
+)
 from optimum_fista.model.inputs import LayerActivations, LayerCall, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
@@ -348,3 +355,62 @@ def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
 def test_an_operator_whose_output_is_scaled_before_the_sum_is_not_found(dtype):
     """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
     assert "mlp.down_proj" not in added_operators(family_model("minicpm3").to(dtype))
+
+
+def experts_together(family: str, monkeypatch, groups_in_set: int = 100, without: str = "no"):
+    """Names in each set of groups of a family's first decoder layer; operators with a word in their name are left."""
+    model = tiny_model(family)
+    ((name, layer), *_) = find_decoder_layers(model)
+    operators = {
+        key: operator
+        for key, operator in find_operators(name, layer).items()
+        if without not in key.split(".")
+    }
+    groups = [[operator] for key, operator in operators.items() if ".experts." not in key]
+    first_of_experts = len(groups)
+    by_inputs = {}
+    for key, operator in operators.items():
+        if ".experts." in key:
+            *_, expert, kind = key.split(".")
+            by_inputs.setdefault((expert, kind == "down_proj"), []).append(operator)
+    groups += by_inputs.values()
+    monkeypatch.setattr(groups_module, "matrices_in_stack", lambda _, **__: groups_in_set)
+    sets = solved_together(groups, CPU)
+    assert sorted(number for numbers in sets for number in numbers) == list(range(len(groups)))
+    assert sets[:first_of_experts] == [[number] for number in range(first_of_experts)]
+    return [
+        ["+".join(o.name.split(".experts.")[-1] for o in groups[number]) for number in numbers]
+        for numbers in sets[first_of_experts:]
+    ]
+
+
+def test_gate_and_up_of_all_experts_are_solved_together_and_then_all_down_projections(monkeypatch):
+    assert experts_together("qwen3_moe", monkeypatch) == [
+        [f"{expert}.gate_proj+{expert}.up_proj" for expert in range(4)],
+        [f"{expert}.down_proj" for expert in range(4)],
+    ]
+
+
+def test_no_more_groups_are_solved_together_than_memory_is_for(monkeypatch):
+    assert experts_together("mixtral", monkeypatch, groups_in_set=3) == [
+        ["0.gate_proj+0.up_proj", "1.gate_proj+1.up_proj", "2.gate_proj+2.up_proj"],
+        ["3.gate_proj+3.up_proj"],
+        ["0.down_proj", "1.down_proj", "2.down_proj"],
+        ["3.down_proj"],
+    ]
+
+
+def test_up_projections_alone_are_solved_together_before_the_down_projections(monkeypatch):
+    sets = experts_together("mixtral", monkeypatch, without="gate_proj")
+
+    assert sets == [
+        [f"{expert}.up_proj" for expert in range(4)],
+        [f"{expert}.down_proj" for expert in range(4)],
+    ]
+
+
+def test_groups_of_no_mixture_are_solved_alone():
+    a, b = (LinearOperator(name, nn.Linear(8, 8)) for name in "ab")
+
+    assert solved_together([[a], [b]], CPU) == [[0], [1]]
+    assert solved_together([], CPU) == []

@@ -186,7 +186,7 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
 ):
     layers, gradients, sums, solvers = set(), set(), set(), set()  # precisions that they had
     add_upper = gram._add_upper
-    solve_group = loop.solve_group
+    solve_groups = loop.solve_groups
 
     def watched_sum(*arguments):
         sums.add(precision())
@@ -194,14 +194,14 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
 
     def watched_solver(*arguments):
         solvers.add(precision())
-        return solve_group(*arguments)
+        return solve_groups(*arguments)
 
     def see_layer(*_):
         has_gradients = torch.is_grad_enabled()
         (gradients if has_gradients else layers).add(precision())
 
     monkeypatch.setattr(gram, "_add_upper", watched_sum)
-    monkeypatch.setattr(loop, "solve_group", watched_solver)
+    monkeypatch.setattr(loop, "solve_groups", watched_solver)
     model = tiny_llama()
     for layer in model.model.layers:
         layer.mlp.act_fn.register_forward_hook(see_layer)

@@ -10,9 +10,10 @@ from optimum_fista.solve.allocation import (
     REACH,
     SLOPE,
     allocate,
-    prune_stacked,
+    prune_weighted,
     removal_cost,
 )
+from optimum_fista.solve.method import ProblemGroup
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Unstructured
 from optimum_fista.solve.problem import LayerProblem
@@ -110,12 +111,13 @@ def test_equal_weights_prune_the_operators_as_one(name, corrected):
     made = example(12, 16, corrected=corrected, correlation=2.0)
     method = create_method(name)
     equal_weights = [torch.full((4,), 7.0), torch.full((8,), 7.0)]
+    group = ProblemGroup(split_by_outputs(made, 4, 8), [HALF, HALF])
 
-    stacked = prune_stacked(method, split_by_outputs(made, 4, 8), [HALF, HALF], equal_weights)
+    (together,) = prune_weighted(method, [group], [equal_weights])
 
     whole = method.prune(made.problem, HALF)
-    assert torch.equal(torch.cat([pruned.mask for pruned in stacked]), whole.mask)
-    assert torch.allclose(torch.cat([pruned.weight for pruned in stacked]), whole.weight)
+    assert torch.equal(torch.cat([pruned.mask for pruned in together]), whole.mask)
+    assert torch.allclose(torch.cat([pruned.weight for pruned in together]), whole.weight)
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -126,14 +128,15 @@ def test_zeros_are_shared_exactly_and_errors_are_those_of_the_operators(name, co
     dense_weights = [problem.weight.clone() for problem in problems]
     patterns = [Unstructured(0.3), Unstructured(0.7)]
     output_weights = [torch.rand(5) + 0.1, 10 * torch.rand(7)]
+    group = ProblemGroup(problems, patterns)
 
-    stacked = prune_stacked(create_method(name), problems, patterns, output_weights)
+    (together,) = prune_weighted(create_method(name), [group], [output_weights])
 
-    zeros = sum(int((~pruned.mask).sum()) for pruned in stacked)
+    zeros = sum(int((~pruned.mask).sum()) for pruned in together)
     assert zeros == round(0.3 * 5 * 16) + round(0.7 * 7 * 16)
     outputs_of_parts = made.outputs.split([5, 7], dim=1)
     for problem, pruned, dense, outputs in zip(
-        problems, stacked, dense_weights, outputs_of_parts, strict=True
+        problems, together, dense_weights, outputs_of_parts, strict=True
     ):
         assert torch.allclose(problem.weight, dense, rtol=1e-6)
         assert not pruned.weight[~pruned.mask].any()
@@ -146,7 +149,9 @@ def test_scores_are_multiplied_by_the_square_roots_of_output_weights():
     weights = torch.rand(8, generator=torch.Generator().manual_seed(1)).double() + 0.2
     scores = made.weight.abs() * made.problem.gram.diagonal().sqrt() * weights.sqrt()[:, None]
 
-    (pruned,) = prune_stacked(create_method("wanda"), [made.problem], [HALF], [weights])
+    ((pruned,),) = prune_weighted(
+        create_method("wanda"), [ProblemGroup([made.problem], [HALF])], [[weights]]
+    )
 
     assert torch.equal(pruned.mask, HALF.mask(scores))
 
@@ -156,7 +161,9 @@ def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
     made = example(6, 64)
     weights = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0])
 
-    (pruned,) = prune_stacked(create_method(name), [made.problem], [HALF], [weights])
+    ((pruned,),) = prune_weighted(
+        create_method(name), [ProblemGroup([made.problem], [HALF])], [[weights]]
+    )
 
     assert torch.isfinite(pruned.weight).all()
     num_kept = pruned.mask.sum(1)  # of the 64 weights of each output
@@ -169,7 +176,9 @@ def test_outputs_without_gradient_lose_more_weights_and_not_all(name):
 def test_without_any_gradient_all_outputs_weigh_the_same():
     made = example(6, 16)
 
-    (pruned,) = prune_stacked(create_method("obs_admm"), [made.problem], [HALF], [torch.zeros(6)])
+    ((pruned,),) = prune_weighted(
+        create_method("obs_admm"), [ProblemGroup([made.problem], [HALF])], [[torch.zeros(6)]]
+    )
 
     whole = create_method("obs_admm").prune(made.problem, HALF)
     assert torch.equal(pruned.mask, whole.mask)

@@ -2,7 +2,13 @@ import pytest
 import torch
 from layer_problems import example
 
-from optimum_fista.solve.linalg import damped_cholesky, damped_inverse
+from optimum_fista.solve.linalg import (
+    damped_cholesky,
+    damped_choleskys,
+    damped_inverse,
+    matrices_in_stack,
+    stacked,
+)
 
 
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.5])
@@ -65,3 +71,53 @@ def test_damped_inverse_is_the_inverse():
 def test_the_inverse_of_a_negative_matrix_is_an_error():
     with pytest.raises(torch.linalg.LinAlgError):
         damped_inverse(-torch.eye(4), 0.5)
+
+
+@pytest.mark.parametrize("damping", [0.0, 1e-4])
+def test_only_matrices_of_a_stack_that_need_it_get_more_damping(damping):
+    singular = torch.ones(10, 10)
+    # Eigenvalues -0.005 and 2.005: only damping above 0.005 makes it positive definite.
+    indefinite = torch.eye(10)
+    indefinite[0, 1] = 1.005
+    indefinite[1, 0] = 1.005
+    regular = [example(2, 10, seed=seed).problem.gram.float() for seed in range(2)]
+    grams = torch.stack([regular[0], singular, regular[1], indefinite])
+
+    factors, messages = damped_choleskys(grams.clone, damping)
+
+    for gram, factor, message in zip(grams, factors, messages, strict=True):
+        factor_alone, message_alone = damped_cholesky(gram.clone, damping)
+        assert torch.equal(factor, factor_alone)
+        assert message == message_alone
+    assert (messages[0], messages[2]) == ("", "")
+    assert messages[3].startswith("the Gram matrix needed damping 0.01 instead of")
+
+
+def test_a_stack_with_a_matrix_that_is_not_positive_semidefinite_is_refused():
+    grams = torch.stack([torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -200.0]])])
+
+    with pytest.raises(torch.linalg.LinAlgError, match="damping up to 100"):
+        damped_choleskys(grams.clone, 0.01)
+
+
+def test_inverses_of_a_stack_are_those_of_its_matrices():
+    grams = torch.stack([example(2, 12, seed=seed).problem.gram for seed in range(3)])
+
+    inverses = damped_inverse(grams.clone(), 0.7)
+
+    for gram, inverse in zip(grams, inverses, strict=True):
+        assert torch.equal(inverse, damped_inverse(gram.clone(), 0.7))
+
+
+def test_a_stack_of_one_matrix_is_no_copy():
+    matrix = torch.randn(3, 4)
+
+    assert stacked([matrix]).data_ptr() == matrix.data_ptr()
+    assert torch.equal(stacked([matrix, 2 * matrix]), torch.stack([matrix, 2 * matrix]))
+
+
+def test_a_stack_has_many_small_matrices_or_one_large():
+    assert matrices_in_stack(64 * 64, on_cpu=True) == 256
+    assert matrices_in_stack(256 * 256, on_cpu=True) == 16
+    assert matrices_in_stack(4096 * 4096, on_cpu=True) == 1
+    assert matrices_in_stack(2048 * 2048, on_cpu=False) == 4

@@ -6,7 +6,7 @@ from layer_problems import Example, example
 
 from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
-from optimum_fista.solve.refit import refit, refit_columns
+from optimum_fista.solve.refit import refit, refit_columns, refit_stack
 
 
 def random_mask(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
@@ -213,3 +213,25 @@ def test_a_singular_refit_says_that_it_was_damped():
 
     assert message.startswith("the Gram matrix needed damping 0.0001 instead of 0")
     assert made.squared_error(weight) < 1e-3 * float(made.outputs.square().sum())
+
+
+@pytest.mark.parametrize("singular", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_operators_of_a_stack_end_when_they_would_end_alone(in_place, singular):
+    made = [example(6, 16, seed=seed, dtype=torch.float32) for seed in range(3)]
+    masks = torch.stack([random_mask(6, 16) for _ in made])
+    grams = torch.stack([one.problem.gram for one in made])
+    grams[1] = torch.diag(grams[1].diagonal())  # one step solves it
+    targets = torch.stack([one.problem.target for one in made])
+    starts = torch.stack([one.weight for one in made])
+    options = {"max_iterations": 6, "tolerance": 1e-3, "in_place": in_place, "singular": singular}
+    alone = [
+        refit(gram, target.clone(), start.clone(), mask, **options)
+        for gram, target, start, mask in zip(grams, targets, starts, masks, strict=True)
+    ]
+
+    weights, steps = refit_stack(grams, targets.clone(), starts.clone(), masks, **options)
+
+    assert torch.equal(weights, torch.stack([weight for weight, _ in alone]))
+    assert steps.tolist() == [int(steps_alone) for _, steps_alone in alone]
+    assert len(set(steps.tolist())) > 1

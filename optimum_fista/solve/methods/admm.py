@@ -5,18 +5,21 @@ solve for `W` close to `Z`, project `W` on the pattern, and sum up their differe
 says how strongly `W` is drawn to `Z`. `G` and `C` are the Gram matrix of the inputs and the target of a `LayerProblem`,
 which has the dense weights of one linear operator. A `SparsityPattern` makes the mask.
 
+Operators of one shape are solved together: `SplitState` has a *stack* of their matrices, [operators, out, in], and each
+operator has an inverse and a pattern of its own.
+
 ALPS and the default method `obs_admm` also use the iteration of `SplitState`, each in its own coordinates and with its
 own schedule of rho. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.linalg import damped_inverse, mean_damping, row_blocks
+from optimum_fista.solve.linalg import damped_inverse, mean_damping, row_blocks, stacked
 from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -24,24 +27,24 @@ from optimum_fista.solve.problem import LayerProblem
 
 @dataclass
 class SplitState:
-    """Iterates of one operator: the sparse iterate `Z` and the dual `V` in one matrix, told apart by a mask.
+    """Iterates of a stack of operators: the sparse iterate `Z` and the dual `V` in one matrix, told apart by a mask.
 
     ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
     """
 
-    # Makes some rows of `C` [out, in].
+    # Makes some rows of `C`: [operators, rows, in] of a slice.
     target: Callable[[slice], Tensor]
-    # `P` [out, in]; the dense weights at the start. Changed in place.
+    # `P` [operators, out, in]; the dense weights at the start. Changed in place.
     point: Tensor
     # Of `Z`, True = kept; None before the first projection, where `Z = P` and `V = 0`.
     mask: Tensor | None = None
     # The penalty parameter that `point` was made with.
     rho: float = 1.0
 
-    def iterate(self, inverse: Tensor, rho: float, pattern: SparsityPattern) -> None:
+    def iterate(self, inverse: Tensor, rho: float, patterns: Sequence[SparsityPattern]) -> None:
         """Do one ADMM iteration; changes `point`, `mask` and `rho`.
 
-        ADMM minimizes, over weights `W` that equal a matrix `Z` in the pattern,
+        ADMM minimizes for each operator, over weights `W` that equal a matrix `Z` in the pattern,
 
             1/2 <W G, W> - <W, C>.
 
@@ -51,7 +54,7 @@ class SplitState:
             Z  <-  project(W + V / rho)
             V  <-  V + rho (W - Z)
 
-        `self.point` [out, in] holds two of them in one matrix. After an iteration it is
+        `self.point` [operators, out, in] holds two of them in one matrix. After an iteration it is
 
             P = W + V / rho,    with the `rho` of that iteration.
 
@@ -62,19 +65,19 @@ class SplitState:
         projection needs all rows.
 
         Args:
-            inverse: `(G + rho I)^-1` [in, in].
+            inverse: `(G + rho I)^-1` of each operator, [operators, in, in].
             rho: The penalty parameter of this iteration; it may differ from that of the last one (`self.rho`).
-            pattern: Chooses the mask of `Z`.
+            patterns: Choose the masks of `Z`, one for each operator.
         """
         for rows in row_blocks(self.point):
-            point = self.point[rows]  # becomes Z + V / rho, with the new rho
+            point = self.point[:, rows]  # becomes Z + V / rho, with the new rho
             if self.mask is None:
                 ratio = 0.0
                 dual = torch.zeros_like(point)
             else:
                 # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
                 ratio = self.rho / rho
-                dual = point * ~self.mask[rows]
+                dual = point * ~self.mask[:, rows]
             has_other_rho = ratio not in (0.0, 1.0)
             if has_other_rho:
                 # Z + V / rho with the new rho; Z stays, because the dual is zero there.
@@ -83,14 +86,16 @@ class SplitState:
             right_side = torch.sub(point, dual, alpha=2 * ratio)
             torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
             # W + V / rho, the next `P`, in the memory of the dual.
-            dual.addmm_(right_side, inverse, beta=ratio)
+            dual.baddbmm_(right_side, inverse, beta=ratio)
             del right_side
             point.copy_(dual)
         # The old mask and the last block go before the next mask is made.
         self.mask = None
         del dual
         # The projection, and the update of V: what the mask removes of P is the next V / rho.
-        self.mask = pattern.mask(self.point)
+        self.mask = stacked(
+            [pattern.mask(point) for pattern, point in zip(patterns, self.point, strict=True)]
+        )
         self.rho = rho
 
 

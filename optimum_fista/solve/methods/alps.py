@@ -58,8 +58,10 @@ class Alps(PruningMethod):
         values, vectors = torch.linalg.eigh(gram)
         values.clamp_min_(0)  # rounding makes zero eigenvalues negative
 
-        # ADMM starts from the dense weights in scaled coordinates, and asks for C by blocks of rows.
-        state = SplitState(target=lambda rows: target[rows], point=problem.weight / scale)
+        # ADMM starts from the dense weights in scaled coordinates, and asks for C by blocks of rows. It takes a stack,
+        # [operators, out, in], here of one operator.
+        point = problem.weight / scale
+        state = SplitState(target=lambda rows: target[None, rows], point=point[None])
         rho = self.first_rho
         iteration = 0
         settled = False
@@ -67,23 +69,22 @@ class Alps(PruningMethod):
         while iteration < self.max_iterations and not settled:
             inverse = (vectors / (values + rho)) @ vectors.T
             for _ in range(self.period):
-                state.iterate(inverse, rho, pattern)
+                state.iterate(inverse[None], rho, [pattern])
             iteration += self.period
             assert state.mask is not None
+            mask = state.mask[0]
             if support is not None:
                 # The support's size is the unit in which ALPS counts its changes.
                 size = max(1, pattern.num_kept(support.shape))
-                changed = float((support & ~state.mask).sum()) / size
+                changed = float((support & ~mask).sum()) / size
                 settled = changed == 0
                 rho *= _growth_of_rho(changed)
-            support = state.mask
+            support = mask
         assert support is not None
 
-        # Algorithm 2, in the coordinates of the iterations. On the support, `state.point` is now the projected iterate;
+        # Algorithm 2, in the coordinates of the iterations. On the support, `point` is now the projected iterate;
         # `refit` ignores the rest of it.
-        weight, steps = refit(
-            gram, target, state.point, support, max_iterations=self.refit_iterations
-        )
+        weight, steps = refit(gram, target, point, support, max_iterations=self.refit_iterations)
         weight.mul_(scale)  # back from coordinates of unit diagonal
         message = ""
         if not settled:

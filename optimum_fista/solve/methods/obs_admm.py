@@ -28,6 +28,11 @@ the matrices of the problem are
 
 A matrix is called `point` while ADMM changes it (`SplitState`).
 
+Groups of operators are solved together if their operators have equal shapes, as those of the experts of a mixture have
+(`ObsAdmm.prune_groups`). So all matrices here are stacks: the first dimension are the groups, each with its own Gram
+matrix. A group that is solved alone is a stack of one. torch computes the matrices of a stack one after the other, but
+in one call, which takes less time if they are small. On a CPU all have the same bits as alone.
+
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
 kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
 (docs/solver.md). But the iterations do not run to convergence, and it is not known whether they converge.
@@ -44,15 +49,18 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import (
-    damped_cholesky,
+    damped_choleskys,
     damped_inverse,
     diagonal_blocks,
+    diagonals,
     inverse_in_place,
     row_blocks,
+    stacked,
 )
 from optimum_fista.solve.method import (
     MemoryFactors,
     MethodDefaults,
+    ProblemGroup,
     PrunedOperator,
     PruningMethod,
     register,
@@ -60,7 +68,7 @@ from optimum_fista.solve.method import (
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
-from optimum_fista.solve.refit import refit, refit_columns
+from optimum_fista.solve.refit import refit_columns, refit_stack
 
 
 @register
@@ -124,90 +132,141 @@ class ObsAdmm(PruningMethod):
     ) -> list[PrunedOperator]:
         """Prune operators that share their inputs, with shared factorisations; returns one result for each.
 
-        `problems` have the same `InputStatistics`, and `patterns` has one pattern for each. Patterns of whole columns
-        may have groups of several columns, and each such width has coordinates of its own. If the widths differ,
-        operators are pruned one by one. The fields of `self` are the options: numbers of stages, of `iterations` in a
-        stage and of steps of the refit, and the `ridge`, if the user has given one.
+        `problems` have the same `InputStatistics`, and `patterns` has one pattern for each. No tensor of `problems`
+        changes; their statistics keep their decoupled form (`LayerProblem.decoupled`).
+        """
+        return self.prune_groups([ProblemGroup(problems, patterns)])[0]
 
-        No tensor of `problems` changes. Their statistics keep a second form, in which nearly dead inputs are
+    def prune_groups(self, groups: Sequence[ProblemGroup]) -> list[list[PrunedOperator]]:
+        """Prune groups of operators; those whose operators have equal shapes are solved together.
+
+        The operators of a group share their inputs, so they share factorisations. Patterns of whole columns may have
+        groups of several columns, and each such width has coordinates of its own. If the widths differ in a group, its
+        operators are pruned one by one.
+
+        No tensor of the problems changes. Their statistics keep a second form, in which nearly dead inputs are
         uncorrelated with all others (`LayerProblem.decoupled`): it is made at the first use.
         """
-        # columns that are removed together; 1 for single weights
-        widths = [pattern.width if pattern.whole_columns else 1 for pattern in patterns]
-        width = widths[0]
-        if any(other != width for other in widths):
-            return super().prune_sharing(problems, patterns)  # one by one
+        results: dict[int, list[PrunedOperator]] = {}  # by the number of the group
+        numbers_by_form: dict[object, list[int]] = {}
+        for number, (problems, patterns) in enumerate(groups):
+            widths = {_width_of(pattern) for pattern in patterns}
+            if len(widths) > 1:
+                one_by_one = zip(problems, patterns, strict=True)
+                results[number] = [self.prune(*operator) for operator in one_by_one]
+                continue
+            form = (*widths, *map(_form_of, problems), *(p.whole_columns for p in patterns))
+            numbers_by_form.setdefault(form, []).append(number)
 
-        problems = [problem.decoupled() for problem in problems]
-        statistics = problems[0].statistics
-        gram = statistics.gram
-        # Step 1. G_r and C_r are not kept: they are made of G, C and `r diag(G)` wherever they are needed.
-        penalty = statistics.diagonal * self._ridge_of(statistics)  # r diag(G)
-        surgeon, message = _Surgeon.of(gram, penalty, width)  # step 2
-        states = [
-            SplitState(
-                # makes some rows of the target when they are needed, in place of a matrix of its size
-                target=partial(surgeon.target_with_ridge, problem),
-                point=surgeon.scaled_weight(problem.weight),
-            )
-            for problem in problems
+        for numbers in numbers_by_form.values():
+            together = self._prune_alike([groups[number] for number in numbers])
+            results.update(zip(numbers, together, strict=True))
+        return [results[number] for number in range(len(groups))]
+
+    def _prune_alike(self, groups: Sequence[ProblemGroup]) -> list[list[PrunedOperator]]:
+        """Prune groups whose operators have equal shapes, and patterns of one width, in stacks of their matrices.
+
+        A matrix in a stack belongs to one of the groups; an operator with a number in its group has a stack with those
+        of the same number in the other groups. No tensor of the problems changes. The fields of `self` are the options:
+        numbers of stages, of `iterations` in a stage and of steps of the refit, and the `ridge`, if the user has given
+        one.
+        """
+        # problems and patterns by the number of the operator in its group, then by group
+        problems = [
+            [problem.decoupled() for problem in problems_of_operator]
+            for problems_of_operator in zip(*(group.problems for group in groups), strict=True)
         ]
+        patterns = list(zip(*(group.patterns for group in groups), strict=True))
+        statistics = [problem.statistics for problem in problems[0]]
+        grams = stacked([of_group.gram for of_group in statistics])  # [groups, in, in]
+        # Step 1. G_r and C_r are not kept: they are made of G, C and `r diag(G)` wherever they are needed.
+        penalties = stacked(  # r diag(G), [groups, in]
+            [of_group.diagonal * self._ridge_of(of_group) for of_group in statistics]
+        )
+        surgeon, messages = _Surgeon.of(grams, penalties, _width_of(patterns[0][0]))  # step 2
+        states = []
+        for of_operator in problems:
+            weights = stacked([problem.weight for problem in of_operator])  # [groups, out, in]
+            targets = stacked([problem.target for problem in of_operator])
+            state = SplitState(
+                # makes some rows of the targets when they are needed, in place of matrices of their size
+                target=partial(surgeon.target_with_ridge, targets, weights),
+                point=surgeon.scaled_weight(weights),
+            )
+            states.append(state)
 
         # Steps 3 and 4 write their results into `states`: the masks, and the points, which are weights in the
         # coordinates W'.
-        self._split(states, patterns, surgeon, gram)
+        self._split(states, patterns, surgeon, grams)
         # step 4 for states without whole columns
-        num_steps = self._refit_by_rows(states, patterns, surgeon, gram)
-        iterations = self.stages * self.iterations + num_steps
+        num_steps = self._refit_by_rows(states, patterns, surgeon, grams)
 
-        return [
-            self._pruned_operator(
-                problem, pattern, state, surgeon, iterations=iterations, message=message
+        of_operators = [
+            self._pruned_operators(
+                problems_of_operator,
+                patterns_of_operator,
+                state,
+                surgeon,
+                iterations=[self.stages * self.iterations + steps for steps in num_steps],
+                messages=messages,
             )
-            for problem, pattern, state in zip(problems, patterns, states, strict=True)
+            for problems_of_operator, patterns_of_operator, state in zip(
+                problems, patterns, states, strict=True
+            )
         ]
+        # by group, then by operator
+        return [list(of_group) for of_group in zip(*of_operators, strict=True)]
 
-    def _pruned_operator(
+    def _pruned_operators(
         self,
-        problem: LayerProblem,
-        pattern: SparsityPattern,
+        problems: Sequence[LayerProblem],
+        patterns: Sequence[SparsityPattern],
         state: SplitState,
         surgeon: _Surgeon,
         *,
-        iterations: int,
-        message: str,
-    ) -> PrunedOperator:
-        """Bring the weights of an operator back to the coordinates of its problem; whole columns are refitted there.
+        iterations: Sequence[int],
+        messages: Sequence[str],
+    ) -> list[PrunedOperator]:
+        """Bring the weights of a stack back to the coordinates of their problems; whole columns are refitted there.
 
-        `state` has the mask and, without whole columns, the refitted weights in the coordinates of `surgeon`; its point
-        is overwritten. `iterations` are those of ADMM and of the refit, and `message` is that of the factorisation, or
-        empty. `self.refit_iterations` of 0 turns off all refits, and `self.ridge` is the user's ridge, or `None`.
+        `state` has the masks and, without whole columns, the refitted weights in the coordinates of `surgeon`; its
+        points are overwritten. All other lists are by operator of the stack: `iterations` are those of ADMM and of the
+        refit, and `messages` those of the factorisation, or empty. `self.refit_iterations` of 0 turns off all refits,
+        and `self.ridge` is the user's ridge, or `None`.
         """
         assert state.mask is not None
-        message_of_refit = ""
         # Also the refit of whole columns, which takes no iterations.
-        refits = self.refit_iterations > 0
-        if pattern.whole_columns and refits:
-            # Step 4 of whole columns. All rows of the mask are equal.
-            columns_kept = state.mask[0]
-            weight, message_of_refit = refit_columns(problem, columns_kept, self.ridge)
+        refits_columns = patterns[0].whole_columns and self.refit_iterations > 0
+        if refits_columns:
+            # Step 4 of whole columns. All rows of a mask are equal.
+            refits = [
+                refit_columns(problem, mask[0], self.ridge)
+                for problem, mask in zip(problems, state.mask, strict=True)
+            ]
+            weights = [weight for weight, _ in refits]
+            messages_of_refits = [message for _, message in refits]
         else:
             # W = W' B^T S
             sparse = state.point.mul_(state.mask)
-            weight = surgeon.times_blocks(sparse, transposed=True).mul_(surgeon.scale)
+            unscaled = surgeon.times_blocks(sparse, transposed=True)
+            weights = list(unscaled.mul_(surgeon.scale[:, None]))
+            messages_of_refits = [""] * len(problems)
 
-        # Both factorisations may have needed help, and say the same.
-        messages = [message] if message else []
-        if message_of_refit and message_of_refit != message:
-            messages.append(message_of_refit)
-        return PrunedOperator(
-            weight=weight,
-            mask=state.mask,
-            fit_error=problem.fit_error(weight),
-            iterations=iterations,
-            converged=not messages,
-            message="; ".join(messages),
-        )
+        operators = []
+        for number, problem in enumerate(problems):
+            # Both factorisations may have needed help, and say the same: each message once, in this order.
+            both = dict.fromkeys([messages[number], messages_of_refits[number]])
+            message = "; ".join(filter(None, both))
+            operator = PrunedOperator(
+                weight=weights[number],
+                mask=state.mask[number],
+                fit_error=problem.fit_error(weights[number]),
+                iterations=iterations[number],
+                converged=not message,
+                message=message,
+            )
+            operators.append(operator)
+        return operators
 
     def _ridge_of(self, statistics: InputStatistics) -> float:
         """`r` of step 1: the option `ridge`, or a number that falls with the tokens of `statistics` per input."""
@@ -219,59 +278,72 @@ class ObsAdmm(PruningMethod):
     def _split(
         self,
         states: Sequence[SplitState],
-        patterns: Sequence[SparsityPattern],
+        patterns: Sequence[Sequence[SparsityPattern]],
         surgeon: _Surgeon,
-        gram: Tensor,
+        grams: Tensor,
     ) -> None:
         """Run the stages of ADMM, step 3, for all operators; changes the point, mask and rho of each of `states`.
 
-        `patterns` has the pattern of each. `surgeon` has the coordinates of step 2, and `gram` is `G`, which stays as
-        it is. The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from stage
-        to stage, and each stage has the number of iterations in `iterations`.
+        `patterns` has the patterns of each state, one for each group. `surgeon` has the coordinates of step 2, and
+        `grams` are `G` [groups, in, in], which stay as they are. The options are those of `self`: `rho` grows from
+        `first_rho` to `last_rho` by the same factor from stage to stage, and each stage has the number of iterations in
+        `iterations`.
         """
         num_steps = max(1, self.stages - 1)  # from stage to stage; a single stage has `first_rho`
         growth = (self.last_rho / self.first_rho) ** (1 / num_steps)
         for stage in range(self.stages):
             rho = self.first_rho * growth**stage
-            # The factorisation overwrites the matrix that it gets, so each stage makes it again from G.
-            inverse = damped_inverse(surgeon.gram_with_ridge(gram), rho)
-            for state, pattern in zip(states, patterns, strict=True):
+            # The factorisation overwrites the matrices that it gets, so each stage makes them again from G.
+            inverse = damped_inverse(surgeon.gram_with_ridge(grams), rho)
+            for state, patterns_of_state in zip(states, patterns, strict=True):
                 for _ in range(self.iterations):
-                    state.iterate(inverse, rho, pattern)
+                    state.iterate(inverse, rho, patterns_of_state)
             del inverse  # before the next one is made
 
     def _refit_by_rows(
         self,
         states: Sequence[SplitState],
-        patterns: Sequence[SparsityPattern],
+        patterns: Sequence[Sequence[SparsityPattern]],
         surgeon: _Surgeon,
-        gram: Tensor,
-    ) -> int:
-        """Refit the kept weights, step 4; a state whose pattern has whole columns stays as it is.
+        grams: Tensor,
+    ) -> list[int]:
+        """Refit the kept weights, step 4; a state whose patterns have whole columns stays as it is.
 
-        Changes the points of `states`, which are weights in the coordinates of `surgeon`. Each state gives its target
-        `C_r S B` by blocks of rows (`state.target`). `gram` is `G`, which stays as it is.
+        Changes the points of `states`, which are weights in the coordinates of `surgeon`. Each state gives its targets
+        `C_r S B` by blocks of rows (`state.target`). `patterns` has the patterns of each state, one for each group.
+        `grams` are `G` [groups, in, in], which stay as they are.
 
-        Blocks of rows are refitted one after the other, in `self.refit_iterations` steps at most. Returns the number of
-        steps of the block that took most.
+        Blocks of rows are refitted one after the other, in `self.refit_iterations` steps at most. Returns for each
+        group the number of steps of the block that took most.
         """
-        ridge_gram = surgeon.gram_with_ridge(gram)  # B^T S G_r S B
-        steps = [torch.zeros((), dtype=torch.int64, device=gram.device)]
-        for state, pattern in zip(states, patterns, strict=True):
+        ridge_grams = surgeon.gram_with_ridge(grams)  # B^T S G_r S B
+        steps = [torch.zeros(len(grams), dtype=torch.int64, device=grams.device)]
+        for state, patterns_of_state in zip(states, patterns, strict=True):
             assert state.mask is not None
-            if pattern.whole_columns:
+            if patterns_of_state[0].whole_columns:
                 continue
             for rows in row_blocks(state.point):
-                _, steps_of_rows = refit(
-                    ridge_gram,
+                _, steps_of_rows = refit_stack(
+                    ridge_grams,
                     state.target(rows),
-                    state.point[rows],
-                    state.mask[rows],
+                    state.point[:, rows],
+                    state.mask[:, rows],
                     max_iterations=self.refit_iterations,
                     in_place=True,  # the result is in `state.point`
                 )
                 steps.append(steps_of_rows)
-        return int(torch.stack(steps).max())  # one wait for the device
+        most: list[int] = torch.stack(steps).amax(0).tolist()  # one wait for the device
+        return most
+
+
+def _width_of(pattern: SparsityPattern) -> int:
+    """Columns that a pattern removes together; 1 for single weights."""
+    return pattern.width if pattern.whole_columns else 1
+
+
+def _form_of(problem: LayerProblem) -> tuple[torch.Size, torch.dtype, torch.device]:
+    """What is equal for the matrices of a stack."""
+    return problem.weight.shape, problem.weight.dtype, problem.weight.device
 
 
 @dataclass(frozen=True)
@@ -289,85 +361,92 @@ class _Surgeon:
     (ZipLM, arXiv 2302.04089)
 
         tr(W_g ([G_r^-1]_gg)^-1 W_g^T).
+
+    All of this is for each Gram matrix of a stack.
     """
 
-    scale: Tensor  # `S` [in]
-    penalty: Tensor  # `r diag(G)` [in]
-    # Of `B`, lower triangular, [in / width, width, width]; None: columns stand alone.
+    scale: Tensor  # `S`, [grams, in]
+    penalty: Tensor  # `r diag(G)`, [grams, in]
+    # Of `B`, lower triangular, [grams, in / width, width, width]; None: columns stand alone.
     blocks: Tensor | None = None
 
     @classmethod
-    def of(cls, gram: Tensor, penalty: Tensor, width: int) -> tuple[Self, str]:
+    def of(cls, grams: Tensor, penalty: Tensor, width: int) -> tuple[Self, list[str]]:
         """Make the coordinates for groups of `width` columns; 1: columns stand alone.
 
         Args:
-            gram: `G` [in, in], the Gram matrix without the ridge, which stays as it is.
-            penalty: `r diag(G)` [in], the ridge.
+            grams: `G` [grams, in, in], the Gram matrices without the ridge, which stay as they are.
+            penalty: `r diag(G)` [grams, in], the ridge.
             width: Columns in a group.
 
         Returns:
             The coordinates.
-            The message of a factorisation that needed help (`damped_cholesky`), otherwise an empty one.
+            For each Gram matrix, the message of a factorisation that needed help (`damped_cholesky`), or an empty one.
         """
         # Factorised with unit diagonal, in which damping is a fraction of the diagonal, and rounding is mild.
-        unit = cls(scale=(gram.diagonal() + penalty).rsqrt(), penalty=penalty)
-        factor, message = damped_cholesky(partial(unit.gram_with_ridge, gram))
-        inverse = inverse_in_place(factor)
+        unit = cls(scale=(diagonals(grams) + penalty).rsqrt(), penalty=penalty)
+        factors, messages = damped_choleskys(partial(unit.gram_with_ridge, grams))
+        inverse = inverse_in_place(factors)
         if width == 1:
             # [G_r^-1]_jj = s_j^2 [(s G_r s)^-1]_jj.
-            scale = inverse.diagonal().sqrt() * unit.scale
-            return cls(scale=scale, penalty=penalty), message
+            scale = diagonals(inverse).sqrt() * unit.scale
+            return cls(scale=scale, penalty=penalty), messages
         # B B^T are the diagonal blocks of the inverse.
         blocks = torch.linalg.cholesky(diagonal_blocks(inverse, width))
-        return cls(scale=unit.scale, penalty=penalty, blocks=blocks), message
+        return cls(scale=unit.scale, penalty=penalty, blocks=blocks), messages
 
-    def gram_with_ridge(self, gram: Tensor) -> Tensor:
-        """Return the Gram matrix with its ridge in these coordinates, a new matrix [in, in]:
+    def gram_with_ridge(self, grams: Tensor) -> Tensor:
+        """Return the Gram matrices with their ridge in these coordinates, a new stack [grams, in, in]:
 
             B^T S G_r S B,   G_r = G + r diag(G).
 
-        `gram` is `G` [in, in], which stays as it is. The coordinates have the diagonal of `S` (`self.scale`, [in]), the
-        blocks of `B` (`self.blocks`; `None` if `B` is the identity), and the ridge `r diag(G)` (`self.penalty`, [in]).
+        `grams` are `G` [grams, in, in], which stay as they are. The coordinates have the diagonal of `S`
+        (`self.scale`), the blocks of `B` (`self.blocks`; `None` if `B` is the identity), and the ridge `r diag(G)`
+        (`self.penalty`).
         """
-        copy = gram.clone()
-        copy.diagonal().add_(self.penalty)
-        copy = copy.mul_(self.scale).mul_(self.scale[:, None])
+        copy = grams.clone()
+        diagonals(copy).add_(self.penalty)
+        copy = copy.mul_(self.scale[:, None]).mul_(self.scale[:, :, None])
         if self.blocks is None:
             return copy
         # `times_blocks` multiplies by B from the right. With the symmetric X = S G_r S, this is (X B)^T B = B^T X B.
         return self.times_blocks(self.times_blocks(copy).mT).contiguous()
 
-    def target_with_ridge(self, problem: LayerProblem, rows: slice) -> Tensor:
-        """Return some rows of the target with its ridge in these coordinates, a new matrix [rows, in]:
+    def target_with_ridge(self, targets: Tensor, weights: Tensor, rows: slice) -> Tensor:
+        """Return some rows of the targets with their ridge in these coordinates, a new stack [grams, rows, in]:
 
             C_r S B,   C_r = C + r W diag(G).
 
-        `problem` has `C` and `W` [out, in].
+        `targets` are `C`, and `weights` are `W`, both [grams, out, in].
         """
-        target = torch.addcmul(problem.target[rows], problem.weight[rows], self.penalty)
-        return self.times_blocks(target.mul_(self.scale))
+        target = torch.addcmul(targets[:, rows], weights[:, rows], self.penalty[:, None])
+        return self.times_blocks(target.mul_(self.scale[:, None]))
 
-    def scaled_weight(self, weight: Tensor) -> Tensor:
-        """Return weights in these coordinates, a new matrix [out, in]: `W' = W S^-1 B^-T`; `weight` is `W`.
+    def scaled_weight(self, weights: Tensor) -> Tensor:
+        """Return weights in these coordinates, a new stack [grams, out, in]: `W' = W S^-1 B^-T`; `weights` are `W`.
 
-        `self.scale` is the diagonal of `S`; `self.blocks` [in / width, width, width] are those of `B`.
+        `self.scale` is the diagonal of `S`; `self.blocks` [grams, in / width, width, width] are those of `B`.
         """
-        scaled = weight / self.scale
+        scaled = weights / self.scale[:, None]
         if self.blocks is None:
             return scaled
-        groups = scaled.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, out, width]
+        groups = scaled.unflatten(-1, self.blocks.shape[1:3]).transpose(
+            1, 2
+        )  # [grams, groups, out, width]
         # The blocks of B are lower triangular. This solves X B^T = W S^-1 for X, block by block.
         solved = torch.linalg.solve_triangular(self.blocks.mT, groups, upper=True, left=False)
-        return solved.transpose(0, 1).flatten(1)
+        return solved.transpose(1, 2).flatten(-2)
 
-    def times_blocks(self, matrix: Tensor, transposed: bool = False) -> Tensor:
-        """Return `matrix @ B`, or `matrix @ B^T`, a new matrix [rows, in]; `matrix` itself if `B` is the identity.
+    def times_blocks(self, matrices: Tensor, transposed: bool = False) -> Tensor:
+        """Return `matrices @ B`, or `@ B^T`, a new stack [grams, rows, in]; `matrices` itself if `B` is the identity.
 
-        `transposed` asks for the product with `B^T`. The blocks of `B` are `self.blocks` [in / width, width, width]. If
-        that is `None`, `B` is the identity.
+        `transposed` asks for the product with `B^T`. The blocks of `B` are `self.blocks` [grams, in / width, width,
+        width]. If that is `None`, `B` is the identity.
         """
         if self.blocks is None:
-            return matrix
+            return matrices
         factors = self.blocks.mT if transposed else self.blocks
-        groups = matrix.unflatten(1, self.blocks.shape[:2]).transpose(0, 1)  # [groups, rows, width]
-        return (groups @ factors).transpose(0, 1).flatten(1)
+        groups = matrices.unflatten(-1, self.blocks.shape[1:3]).transpose(
+            1, 2
+        )  # [grams, groups, rows, width]
+        return (groups @ factors).transpose(1, 2).flatten(-2)

@@ -179,17 +179,18 @@ def test_obs_admm_takes_no_more_memory_than_its_working_set(pattern, rows, colum
 def surgeon_of(request):
     """A problem, the coordinates of its groups of 1 or 3 columns, and this width."""
     made = example(5, 12, correlation=4.0)
-    surgeon, message = _Surgeon.of(made.problem.gram, torch.zeros(12).double(), request.param)
-    assert message == ""
+    no_ridge = torch.zeros(1, 12).double()
+    surgeon, messages = _Surgeon.of(made.problem.gram[None], no_ridge, request.param)
+    assert messages == [""]
     return made, surgeon, request.param
 
 
 def test_surgeon_coordinates_can_be_undone(surgeon_of):
     made, surgeon, _ = surgeon_of
 
-    inside = surgeon.scaled_weight(made.weight)
+    (inside,) = surgeon.scaled_weight(made.weight[None])
 
-    outside = surgeon.times_blocks(inside, transposed=True) * surgeon.scale
+    (outside,) = surgeon.times_blocks(inside[None], transposed=True) * surgeon.scale
     assert torch.allclose(outside, made.weight)
 
 
@@ -197,10 +198,12 @@ def test_the_objective_in_surgeon_coordinates_is_the_same(surgeon_of):
     made, surgeon, _ = surgeon_of
     gram = made.problem.gram
     target = made.problem.target
-    inside = surgeon.scaled_weight(made.weight)
+    (inside,) = surgeon.scaled_weight(made.weight[None])
 
-    gram_with_ridge = surgeon.gram_with_ridge(gram)
-    target_with_ridge = surgeon.target_with_ridge(made.problem, slice(None))
+    (gram_with_ridge,) = surgeon.gram_with_ridge(gram[None])
+    (target_with_ridge,) = surgeon.target_with_ridge(
+        target[None], made.weight[None], rows=slice(None)
+    )
 
     energy = (made.weight @ gram * made.weight).sum()
     assert torch.allclose((inside @ gram_with_ridge * inside).sum(), energy)
@@ -210,7 +213,7 @@ def test_the_objective_in_surgeon_coordinates_is_the_same(surgeon_of):
 def test_the_inverse_in_surgeon_coordinates_has_identities_along_its_diagonal(surgeon_of):
     made, surgeon, width = surgeon_of
 
-    inverse = torch.linalg.inv(surgeon.gram_with_ridge(made.problem.gram))
+    (inverse,) = torch.linalg.inv(surgeon.gram_with_ridge(made.problem.gram[None]))
 
     blocks = inverse.unflatten(0, (-1, width)).unflatten(2, (-1, width))
     identity = torch.eye(width).double()[..., None]
@@ -220,7 +223,7 @@ def test_the_inverse_in_surgeon_coordinates_has_identities_along_its_diagonal(su
 def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(surgeon_of):
     made, surgeon, width = surgeon_of
 
-    inside = surgeon.scaled_weight(made.weight)
+    (inside,) = surgeon.scaled_weight(made.weight[None])
 
     for group, part in enumerate(inside.split(width, dim=1)):
         others = torch.arange(12) // width != group
@@ -234,7 +237,8 @@ def test_iterations_agree_with_the_equations_written_out():
     gram = made.problem.gram
     target = made.problem.target
     pattern = Unstructured(0.5)
-    state = SplitState(target.__getitem__, made.weight.clone())
+    # stacks of one operator
+    state = SplitState(lambda rows: target[None, rows], made.weight.clone()[None])
     sparse = made.weight.clone()
     dual = torch.zeros_like(target)
     for rho in (2.0, 2.0, 5.0, 3.0):  # equal, rising and falling penalties
@@ -245,11 +249,11 @@ def test_iterations_agree_with_the_equations_written_out():
         sparse = point * mask
         dual = dual + rho * (weight - sparse)
 
-        state.iterate(damped_inverse(gram.clone(), rho), rho, pattern)
+        state.iterate(damped_inverse(gram.clone()[None], rho), rho, [pattern])
 
-        assert torch.equal(state.mask, mask)
-        assert torch.allclose(state.point * mask, sparse)
-        assert torch.allclose(rho * state.point * ~mask, dual)
+        assert torch.equal(state.mask[0], mask)
+        assert torch.allclose(state.point[0] * mask, sparse)
+        assert torch.allclose(rho * state.point[0] * ~mask, dual)
 
 
 def test_the_scaled_problem_has_the_same_minimizer():
