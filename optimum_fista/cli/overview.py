@@ -79,10 +79,10 @@ def measuring_of(request: PruneRequest) -> list[str]:
 
     Returns a list of that line, or an empty one if the user named no text (`request.measure`).
     """
-    from optimum_fista.text.loops import NEW_TOKENS, NUM_PROMPTS
-
     if not request.measure:
         return []
+    from optimum_fista.text.loops import NEW_TOKENS, NUM_PROMPTS  # loads Transformers
+
     texts = ", ".join(request.measure)
     return [
         f"{'measured':<13}{texts}: both models are read once more for the loss; if their weights fit into memory, each "

@@ -94,10 +94,10 @@ def expert_maps(report: PruningReport) -> ExpertMaps | None:
         return None
 
     shown = texts[:_MOST_MAPS]
-    rows = [
-        _row(mixture, [text.expert_tokens[number] for text in shown])
-        for number, mixture in enumerate(mixtures)
-    ]
+    rows = list[_Row]()
+    for number, mixture in enumerate(mixtures):
+        tokens_of_texts = [text.expert_tokens[number] for text in shown]
+        rows.append(_row(mixture, tokens_of_texts))
     num_kept = max(len(row.kept[0]) for row in rows)
     num_removed = max(len(row.removed[0]) for row in rows)
     gap = _GAP * (num_kept + num_removed)
@@ -152,7 +152,7 @@ def texts_of(report: PruningReport) -> list[UsedText]:
 def _is_complete(text: UsedText, mixtures: Sequence[MixtureReport]) -> bool:
     """Tell whether a text has a number for each expert of each mixture; a damaged report may lack some."""
     return all(
-        len(tokens) == len(mixture.saliency)
+        len(tokens) == len(mixture.saliency) > 0
         for tokens, mixture in zip(text.expert_tokens, mixtures, strict=True)
     )
 

@@ -10,6 +10,7 @@ prompts have the same length, so that batches have no padding, which some famili
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -107,8 +108,9 @@ def count_loops(
             num_loops = 0
             for batch in of_text.split(_TOGETHER):
                 for continuation in _continuations(model, batch, num_new_tokens):
-                    ended = any(token in ends for token in continuation)
-                    num_loops += not ended and ends_in_loop(continuation)
+                    is_ended = any(token in ends for token in continuation)
+                    if not is_ended and ends_in_loop(continuation):
+                        num_loops += 1
                 bar.update(len(batch))
             counts.append(LoopCount(len(of_text), num_new_tokens, num_loops))
     return counts
@@ -141,10 +143,12 @@ def _prompts(
     They are spread evenly over the stretches. `bos` is the token that each begins with; `None`: there is none.
     """
     rows = list[list[int]]()
-    of_each_stretch = -(-number // len(stretches))  # rounded up
+    prompts_of_stretch = math.ceil(number / len(stretches))
     for index in range(number):
-        stretch = stretches[index % len(stretches)]
-        start = index // len(stretches) * len(stretch) // of_each_stretch
+        # One prompt of each stretch, then the second one of each, ...
+        number_in_stretch, number_of_stretch = divmod(index, len(stretches))
+        stretch = stretches[number_of_stretch]
+        start = number_in_stretch * len(stretch) // prompts_of_stretch
         piece = stretch[start : start + _PROMPT_CHARACTERS]
         ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) >= _PROMPT_TOKENS:
