@@ -3,8 +3,9 @@
 Criteria are those of `expert_criteria.py`, repairs those of `expert_repairs.py`. A row is one share of removed experts,
 text of the calibration (one domain, or "all"), criterion, repair, and seed of the calibration draw. Decoder layers are
 taken one after the other as the package does by default: each sees the hidden states of the smaller layers before it,
-and its targets correct their errors. `reap` with the repair `none` is the package's `expert_refit=False`, and with
-`refit` its default.
+and its targets correct their errors (`--streams pruned`). `reap` with the repair `none` is then the package's
+`expert_refit=False`, and with `refit` its default. With `--streams dense`, as with `error_correction="none"`, all ways
+see the hidden states of the dense model. This is faster, because what the experts compute is the same for all of them.
 
 MODEL is a folder of `mixtures.py` or `train_small.py`, and the text folder is that of `mixtures.py`: of each domain a
 file to calibrate on and a held-out one. The dense model is the first row. The same command resumes.
@@ -17,15 +18,14 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import mixtures  # noqa: F401, registers the experts implementation "channels"
 import torch
@@ -41,9 +41,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
-from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import CalibrationBatch, equal_shares
-from optimum_fista.model.correction import LayerTargets
+from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.inputs import (
     HiddenStates,
     LayerActivations,
@@ -60,13 +59,23 @@ from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 Row = dict[str, Any]
-KEYS = ("share", "calibration", "criterion", "repair", "seed")
+KEYS = ("stream", "calibration", "seed", "share", "criterion", "repair")
 SEQUENCES_AT_ONCE = 4
-CORRECTION = FistaPruningConfig(
-    pattern="experts:0.5"
-).correction  # of errors of earlier layers, by default
+# How errors of earlier layers are corrected: as by default, and not at all.
+CORRECTIONS = {
+    "pruned": FistaPruningConfig(pattern="experts:0.5").correction,
+    "dense": Correction.parse("none"),
+}
 # Experts of fewer channels are computed as one MLP, which is faster on a CPU (`mixtures.experts_as_channels`).
 FEW_CHANNELS = 128
+
+
+class Way(NamedTuple):
+    """What is removed, and how the rest makes up for it."""
+
+    share: str  # of the experts, such as "0.25"
+    criterion: str  # a name in `CRITERIA`
+    repairs: str  # names in `REPAIRS`, joined by "+", or "none"
 
 
 class Draw:
@@ -130,25 +139,31 @@ class Removals:
         return plan
 
     def remove(
-        self, plan: Shrinking, draw: Draw, *, criterion: str, repairs: str, seed: int
-    ) -> list[torch.nn.Module]:
-        """Make the decoder layers of the model without experts, one after the other; the model stays as it is.
+        self, draw: Draw, ways: Sequence[Way], *, stream: str, seed: int
+    ) -> list[list[Callable[[], torch.nn.Module]]]:
+        """Make the decoder layers of smaller models; the model stays as it is.
+
+        Returns a list for each way, with a function for each decoder layer that returns it. The function makes the
+        layer if nothing was repaired, so that few copies of the experts are in memory.
 
         Args:
-            plan: Of the smaller model.
             draw: The calibration.
-            criterion: A name in `CRITERIA`.
-            repairs: Names in `REPAIRS`, joined by "+", or "none".
+            ways: What is removed and repaired; a single way for the stream "pruned".
+            stream: "pruned": layers see the hidden states of the smaller layers before them; "dense": those of the
+                dense model.
             seed: For random choices.
         """
+        plans = {way.share: self.plan(way.share) for way in ways}
+        plan, *_ = plans.values()
         parts = {part.name.rpartition(".mlp.")[0]: part for part in plan.parts.values()}
         gradients = dict[str, list[Tensor]]()
-        if criterion in USE_GRADIENTS:
+        if any(way.criterion in USE_GRADIENTS for way in ways):
             gradients = dict(zip(parts, draw.gradients(list(parts.values())), strict=True))
         entering = draw.recorded.hidden_states
-        states = HiddenStates(dense=entering, pruned=entering)
+        is_pruned = stream == "pruned"
+        states = HiddenStates(dense=entering, pruned=entering if is_pruned else None)
 
-        smaller_layers: list[torch.nn.Module] = []
+        layers_of_ways: list[list[Callable[[], torch.nn.Module]]] = [[] for _ in ways]
         for index, (name, layer) in enumerate(tqdm(self.layers, desc="Layers", leave=False)):
             activations = LayerActivations(
                 layer=layer,
@@ -159,15 +174,15 @@ class Removals:
             )
             if name not in parts:
                 # Only layers before all mixtures are dense, so the two networks are still the same.
-                assert states.pruned is states.dense
                 leaving = activations.outputs(states.to_prune_on)
-                states = HiddenStates(dense=leaving, pruned=leaving)
-                smaller_layers.append(layer)
+                states = HiddenStates(dense=leaving, pruned=leaving if is_pruned else None)
+                for layers in layers_of_ways:
+                    layers.append(partial(_same, layer))
                 continue
 
             experts = experts_of(parts[name], name, layer)
             targets = LayerTargets(
-                activations, [], CORRECTION, entering=states, experts=experts.module
+                activations, [], CORRECTIONS[stream], entering=states, experts=experts.module
             )
             view = MixtureView.of(
                 experts,
@@ -176,26 +191,40 @@ class Removals:
                 gradients=gradients.get(name),
                 parts=draw.parts,
             )
-            scores = CRITERIA[criterion](view, seed * len(self.layers) + index)
-            kept = experts_to_keep(scores, plan.num_kept[parts[name].name])
-            smaller = smaller_copy(plan, name, layer, {parts[name].name: kept})
-            repair(
-                repairs,
-                SmallerLayer(
-                    view=view,
-                    kept=kept,
-                    all_experts=experts,
-                    experts=experts_of(parts[name], name, smaller),
-                    router=router_of(smaller),
-                    activations=replace(activations, layer=smaller),
-                    hidden_states=states.to_prune_on,
-                    targets=_stored(targets.expert_targets(), activations),
-                ),
-            )
+            expert_targets = activations.store()
+            if any(way.repairs != "none" for way in ways):
+                for target in targets.expert_targets():
+                    expert_targets.append(target)
+            scores = {
+                criterion: CRITERIA[criterion](view, seed * len(self.layers) + index)
+                for criterion in {way.criterion for way in ways}
+            }
+
+            for way, layers in zip(ways, layers_of_ways, strict=True):
+                plan = plans[way.share]
+                part = parts[name]
+                kept = experts_to_keep(scores[way.criterion], plan.num_kept[part.name])
+                make = partial(smaller_copy, plan, name, layer, {part.name: kept})
+                if is_pruned or way.repairs != "none":
+                    smaller = make()
+                    make = partial(_same, smaller)
+                    repair(
+                        way.repairs,
+                        SmallerLayer(
+                            view=view,
+                            kept=kept,
+                            all_experts=experts,
+                            experts=experts_of(part, name, smaller),
+                            router=router_of(smaller),
+                            activations=replace(activations, layer=smaller),
+                            hidden_states=states.to_prune_on,
+                            targets=expert_targets,
+                        ),
+                    )
+                layers.append(make)
             del view  # before the next one is made
-            states = targets.leave(smaller)
-            smaller_layers.append(smaller)
-        return smaller_layers
+            states = targets.leave(layers_of_ways[0][-1]() if is_pruned else None)
+        return layers_of_ways
 
     def losses(
         self, held_out: dict[str, Tensor], layers: Sequence[torch.nn.Module] | None = None
@@ -218,12 +247,9 @@ class Removals:
                 modules[index] = layer
 
 
-def _stored(tensors: Iterable[Tensor], activations: LayerActivations) -> ActivationStore:
-    """Keep tensors where the activations of a layer are kept."""
-    store = activations.store()
-    for tensor in tensors:
-        store.append(tensor)
-    return store
+def _same(layer: torch.nn.Module) -> torch.nn.Module:
+    """Return the layer."""
+    return layer
 
 
 def windows_of_draw(
@@ -244,7 +270,16 @@ def windows_of_draw(
 
 def measure(arguments: Namespace) -> dict[str, Any]:
     """Measure the rows that the output lacks, and write each at once; returns the record."""
-    lists = ("shares", "calibrations", "criteria", "repairs", "seeds", "text_folder", "threads")
+    lists = (
+        "shares",
+        "calibrations",
+        "streams",
+        "criteria",
+        "repairs",
+        "seeds",
+        "text_folder",
+        "threads",
+    )
     record = open_record(arguments, *lists)
     rows = record["rows"]
     torch.set_num_threads(arguments.threads)
@@ -269,33 +304,32 @@ def measure(arguments: Namespace) -> dict[str, Any]:
         windows = windows_of_draw(arguments, tokenizer, calibration, seed)
         return Draw(removals.layers, windows, is_of_several=calibration == "all")
 
-    plan_of = cache(removals.plan)
     finished = {tuple(row.get(key) for key in KEYS) for row in rows}
-    # The last seed comes last, so that the other seeds' rows are complete when it begins.
-    for seed, share, calibration, repairs, criterion in product(
-        arguments.seeds,
-        arguments.shares,
-        arguments.calibrations,
-        arguments.repairs,
-        arguments.criteria,
+    all_ways = [
+        Way(share, criterion, repairs)
+        for share, repairs, criterion in product(
+            arguments.shares, arguments.repairs, arguments.criteria
+        )
+    ]
+    # The seed changes last, so that the rows of earlier seeds are complete when another one begins.
+    for seed, stream, calibration in product(
+        arguments.seeds, arguments.streams, arguments.calibrations
     ):
-        row: Row = dict(zip(KEYS, (share, calibration, criterion, repairs, seed), strict=True))
-        if tuple(row.values()) in finished:
-            continue
-        started = time.perf_counter()
-        with torch.no_grad():
-            layers = removals.remove(
-                plan_of(share),
-                draw_of(calibration, seed),
-                criterion=criterion,
-                repairs=repairs,
-                seed=seed,
-            )
-        row["seconds"] = round(time.perf_counter() - started, 1)
-        row["losses"] = removals.losses(held_out, layers)
-        rows.append(row)
-        save(arguments, record)
-        tqdm.write(json.dumps(row))
+        missing = [way for way in all_ways if (stream, calibration, seed, *way) not in finished]
+        # With the dense model's hidden states, all ways see the same.
+        groups = [[way] for way in missing] if stream == "pruned" else [missing]
+        for ways in groups:
+            if not ways:
+                continue
+            draw = draw_of(calibration, seed)
+            with torch.no_grad():
+                layers_of_ways = removals.remove(draw, ways, stream=stream, seed=seed)
+            for way, layers in zip(ways, layers_of_ways, strict=True):
+                row: Row = dict(zip(KEYS, (stream, calibration, seed, *way), strict=True))
+                row["losses"] = removals.losses(held_out, [make() for make in layers])
+                rows.append(row)
+                save(arguments, record)
+                tqdm.write(json.dumps(row))
     return record
 
 
@@ -306,27 +340,30 @@ def table(rows: Sequence[Row]) -> list[str]:
     """
     dense = rows[0]["losses"]
     rises: dict[tuple[Any, ...], dict[str, float]] = {}
+    draws: dict[tuple[Any, ...], list[int]] = {}  # seeds of the rows of a line
     for row in rows[1:]:
-        key = tuple(row[key] for key in KEYS)
-        rises[key] = {domain: loss - dense[domain] for domain, loss in row["losses"].items()}
+        stream, calibration, seed, *way = (row[key] for key in KEYS)
+        draws.setdefault((stream, calibration, *way), []).append(seed)
+        rises[stream, calibration, seed, *way] = {
+            domain: loss - dense[domain] for domain, loss in row["losses"].items()
+        }
 
-    ways: dict[tuple[Any, ...], list[int]] = {}
-    for *way, seed in rises:
-        ways.setdefault(tuple(way), []).append(seed)
     lines = []
-    for way in sorted(ways, key=lambda way: way[:2]):
-        share, calibration, criterion, repairs = way
+    for line in sorted(draws, key=lambda line: line[:3]):
+        stream, calibration, *way = line
         cells = []
         for domain in dense:
-            values = [rises[*way, seed][domain] for seed in ways[way]]
+            values = []
             shares = []
-            for seed in ways[way]:
-                reap = rises.get((share, calibration, "reap", "none", seed))
+            for seed in draws[line]:
+                rise = rises[stream, calibration, seed, *way][domain]
+                values.append(rise)
+                reap = rises.get((stream, calibration, seed, way[0], "reap", "none"))
                 if reap is not None:
-                    shares.append(rises[*way, seed][domain] / reap[domain])
+                    shares.append(rise / reap[domain])
             cells += [_in_cell(values, ".3f"), _in_cell(shares, ".2f")]
-        lines.append((share, calibration, criterion, repairs, len(ways[way]), *cells))
-    columns = ["removed", "calibration", "criterion", "repair", "draws"]
+        lines.append((*line, len(draws[line]), *cells))
+    columns = ["hidden states", "calibration", "removed", "criterion", "repair", "draws"]
     for domain, loss in dense.items():
         columns += [f"{domain}: rise over {loss:.3f}", "of REAP's"]
     return markdown_lines(columns, lines)
@@ -348,6 +385,7 @@ def main() -> None:
         "text_folder": "the folder texts/ of a mixture of mixtures.py",
         "shares": "shares of the experts to remove",
         "calibrations": f"texts to calibrate on: some of {', '.join(DOMAINS)}, all",
+        "streams": "whose hidden states a layer sees: pruned, of the smaller layers before it; dense, faster",
         "criteria": f"some of {', '.join(CRITERIA)}",
         "repairs": "none, or some of merge, router, shared, refit, joined by +",
         "seeds": "of the calibration draw",
@@ -360,6 +398,7 @@ def main() -> None:
         text_folder=str,
         shares=["0.25", "0.5"],
         calibrations=["web", "all"],
+        streams=["pruned"],
         criteria=[*CRITERIA],
         repairs=["none"],
         seeds=[0],

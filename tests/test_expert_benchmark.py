@@ -322,8 +322,11 @@ def measured(benchmark, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_reap_are_what_the_package_gives(measured, tmp_path, kind):
+@pytest.mark.parametrize("stream", ["pruned", "dense"])
+def test_rows_of_reap_are_what_the_package_gives(measured, tmp_path, kind, stream):
     flags = ["--shares", "0.34", "--calibrations", "web", "--criteria", "reap"]
+    flags += ["--streams", stream]
+    options = {} if stream == "pruned" else {"error_correction": "none"}
 
     _, record = measured(kind, *flags, "--repairs", "none,refit")
 
@@ -338,7 +341,7 @@ def test_rows_of_reap_are_what_the_package_gives(measured, tmp_path, kind):
     )
     for row, refits in zip(rows, (False, True), strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
-        config = FistaPruningConfig(pattern="experts:0.34", expert_refit=refits)
+        config = FistaPruningConfig(pattern="experts:0.34", expert_refit=refits, **options)
         FistaPruner(config, progress=False).prune(model, tokens.split(4))
         loss = math.log(evaluate_perplexity(model, windows, progress=False).perplexity)
         assert row["losses"]["german"] == pytest.approx(loss, abs=2e-4)
@@ -357,10 +360,12 @@ def test_the_benchmark_of_experts_resumes_and_its_table_is_shown_again(
 
     assert second["rows"][:5] == first["rows"]
     assert [row["criterion"] for row in second["rows"][5:]] == ["ranks", "random"] * 2
-    assert "| 0.34 | web | reap | none | 1 |" in shown
+    assert "| pruned | web | 0.34 | reap | none | 1 |" in shown
     dense = first["rows"][0]["losses"]["web"]
     of_reap = (99.0 - dense) / (first["rows"][1]["losses"]["web"] - dense)
-    assert f"| 0.34 | web | gradient | none | 1 | {99 - dense:.3f} | {of_reap:.2f} |" in shown
+    assert (
+        f"| pruned | web | 0.34 | gradient | none | 1 | {99 - dense:.3f} | {of_reap:.2f} |" in shown
+    )
 
     monkeypatch.setattr(sys, "argv", ["experts.py", str(tmp_path / "rows.json")])
     benchmark("experts").main()
