@@ -55,9 +55,8 @@ class RunRecord:
     # The configuration as plain values.
     config: dict[str, Any]
     # `class`, `name`, `num_parameters` of the result, `dense_num_parameters` of the model that this run was given (if
-    # it removed parts), `sha256` of that model's tensors, what is `copied` as it is, what the result `lacks`. With the
-    # keys `before` and `after`: `weight_bytes` of the files (of a run from files to files), and `active_parameters`,
-    # which a token uses (if only experts were removed, perhaps with other parts).
+    # it removed parts), `sha256` of that model's tensors, what is `copied` as it is, what the result `lacks`. If
+    # experts are removed and no decoder layer is: `active_parameters`, which a token uses, `before` and `after`.
     model: dict[str, Any]
     # `sha256`, `num_sequences`, `num_tokens`, `source` if known; `held_out` has the same keys.
     calibration: dict[str, Any]
@@ -68,6 +67,8 @@ class RunRecord:
     left_dense: dict[str, str] = field(default_factory=dict)
     # What the user should know.
     warnings: list[str] = field(default_factory=list)
+    # Of a run from files to files: the sizes of the weight files, `before` and `after`.
+    weight_bytes: dict[str, int] | None = None
     # Wall time of the parts of the run.
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)

@@ -84,8 +84,8 @@ def _sizes(report: PruningReport) -> Iterator[Bars]:
         if active:
             name = "Parameters that a token uses"
             yield _bars(name, active["before"], active["after"], count)
-        weights = report.model.get("weight_bytes")
-        if weights:
+        weights = report.weight_bytes
+        if weights is not None:
             yield _bars("Weight files", weights["before"], weights["after"], size_text)
 
 

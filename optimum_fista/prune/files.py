@@ -331,7 +331,7 @@ class FileSink(Sink):
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         _delete_all_but(folder, shards)
         shards.add(folder / self._shards.write_rest(plan.source.tensors_to_copy))
-        report.model["weight_bytes"] = {
+        report.weight_bytes = {
             "before": _bytes_of(weight_files(self._source.folder)),
             "after": _bytes_of(shards),
         }

@@ -16,7 +16,7 @@ def of_experts(**changes):
     """A run that removed experts, with texts."""
     made = mixture_report(mixture("model.layers.0.mlp.experts", (0, 1, 3), (20, 60, 80, 0)))
     made.model["active_parameters"] = {"before": 300, "after": 300}
-    made.model["weight_bytes"] = {"before": 2048, "after": 1536}
+    made.weight_bytes = {"before": 2048, "after": 1536}
     texts = [measured_text("sea.txt", 1.0, 1.25), measured_text("sky.txt", 0.5, 0.51, at_most=1.01)]
     return dataclasses.replace(made, texts=texts, **changes)
 

@@ -173,7 +173,7 @@ def test_a_run_that_removes_experts_counts_the_tokens_of_each_text_that_reach_ea
     for text, content in zip(report.texts, (COMMON_TEXT, RARE_TEXT), strict=True):
         assert text.dense == pytest.approx(bits_of(mixture, content), rel=1e-4)
         assert text.pruned == pytest.approx(bits_of(output, content), rel=1e-4)
-    assert report.model["weight_bytes"] == {
+    assert report.weight_bytes == {
         "before": bytes_of_weights(mixture),
         "after": bytes_of_weights(output),
     }
