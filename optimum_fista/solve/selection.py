@@ -154,6 +154,11 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
     if keeps_none_or_all:
         return torch.full(values.shape, count > 0, dtype=torch.bool, device=values.device)
 
+    if values.device.type == "cpu" and values.numel() <= _LEAST_VALUES_TO_SAMPLE:
+        mask_without_ties = _keep_largest_of_few(values, count)
+        if mask_without_ties is not None:
+            return mask_without_ties
+
     # of N magnitudes, the count-th largest is number N - count + 1 from below
     threshold = kth_smallest_magnitude(values, values.numel() - count + 1)
     mask = torch.empty(values.shape, dtype=torch.bool, device=values.device)
@@ -177,6 +182,20 @@ def keep_largest(values: Tensor, count: int) -> Tensor:
         ties_in_part = number_of_tie[-1, -1]
         num_ties_to_keep = num_ties_to_keep - ties_in_part
     return mask
+
+
+def _keep_largest_of_few(values: Tensor, count: int) -> Tensor | None:
+    """Make the mask of `keep_largest` for a small matrix on a CPU; `None` if there are ties at the threshold.
+
+    NumPy does it all: for a small expert, calls of torch would take longer than the work.
+    """
+    magnitudes = np.abs(np.ascontiguousarray(values.detach().numpy()))
+    place = magnitudes.size - count  # of the count-th largest, from below
+    threshold = np.partition(magnitudes, place, axis=None)[place]
+    mask = magnitudes >= threshold
+    if np.count_nonzero(mask) != count:
+        return None
+    return torch.from_numpy(mask)
 
 
 def keep_largest_in_rows(values: Tensor, count: int) -> Tensor:

@@ -74,8 +74,8 @@ def stacks(monkeypatch):
     ids=str,
 )
 def test_experts_solved_together_give_the_same_model_and_report(options, stacks, monkeypatch):
-    # Expert 2 gets no token. Experts with fewer than 60 are pruned by magnitude, and the others by the method.
-    monkeypatch.setattr(loop, "UNDER_CALIBRATED_TOKENS", 60)
+    # Expert 2 gets no token. Experts with fewer than 30 are pruned by magnitude, and the others by the method.
+    monkeypatch.setattr(loop, "UNDER_CALIBRATED_TOKENS", 30)
     alone, report_alone, names_alone = prune(idle(tiny_model("qwen3_moe"), 2), 1, **options)
     assert set(stacks) <= {1}
     stacks.clear()
