@@ -34,12 +34,17 @@ class WholePredictions:
         """Return the predictions at some of the positions."""
         return WholePredictions(self.logits[rows])
 
-    def log_probabilities(self, log_q: Tensor, q: Tensor) -> Tensor:
-        """Return the logarithms of the teacher's probabilities, a new tensor in float32 [positions, vocabulary].
+    def divergence_and_probabilities(self, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of KL(p || q) over positions, and p, a new tensor in float32 [positions, vocabulary].
 
-        Those of the student, `log_q` and `q`, are not needed here (`TopPredictions` needs them).
+        `log_q` and `q` are the student's log-probabilities and probabilities, float32 [positions, vocabulary]; they
+        stay as they are.
         """
-        return self.logits.float().log_softmax(-1)
+        log_p = self.logits.float().log_softmax(-1)
+        p = log_p.exp()
+        # sum p (log p - log q), in the memory of log_p
+        distance = log_p.sub_(log_q).mul_(p).sum()
+        return distance, p
 
 
 @dataclass(frozen=True)
@@ -49,40 +54,50 @@ class TopPredictions:
     The probabilities of the `tokens` and the rest add up to 1.
     """
 
-    tokens: Tensor  # the k most likely tokens, int64 [positions, k]
-    log_of_tokens: Tensor  # logarithms of their probabilities, float32 [positions, k]
-    log_of_rest: (
-        Tensor  # logarithm of the probability of all other tokens together, float32 [positions, 1]
-    )
+    # the k most likely tokens, int64 [positions, k]
+    tokens: Tensor
+    # logarithms of their probabilities, float32 [positions, k]
+    log_of_tokens: Tensor
+    # logarithm of the probability of all other tokens together, float32 [positions, 1]
+    log_of_rest: Tensor
 
     def part(self, rows: slice) -> "TopPredictions":
         """Return the predictions at some of the positions."""
         return TopPredictions(self.tokens[rows], self.log_of_tokens[rows], self.log_of_rest[rows])
 
-    def log_probabilities(self, log_q: Tensor, q: Tensor) -> Tensor:
-        """Complete the logarithms of the teacher's probabilities, a new tensor in float32 [positions, vocabulary].
+    def divergence_and_probabilities(self, log_q: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the sum of KL(p || q) over positions, and p, a new tensor in float32 [positions, vocabulary].
 
-        The other tokens share the rest as the student would share it. `log_q` and `q` are the student's log-
-        probabilities and probabilities, float32 [positions, vocabulary]; they stay as they are.
+        In p, the other tokens share the rest as the student would share it. `log_q` and `q` are the student's
+        log-probabilities and probabilities, float32 [positions, vocabulary]; they stay as they are.
 
-        With T the known tokens, p_i their probabilities and r = 1 - sum_{i in T} p_i the rest, the divergence from the
-        completed probabilities is that of distributions in which all other tokens are one:
+        With T the known tokens, p_i their probabilities and r = 1 - sum_{i in T} p_i the rest, the divergence from p is
+        that of distributions in which all other tokens are one:
 
             sum_{i in T} p_i (log p_i - log q_i) + r (log r - log sum_{j not in T} q_j)
 
         It is never larger than the divergence from all probabilities (log sum inequality), and equal to it if T has all
         tokens, or if the student is right about the proportions of the others. Its gradient by the student's logits is
-        q - p with the completed p, as that of the whole divergence. DistillKit
-        (github.com/arcee-ai/DistillKit) has the same formula: `MissingProbabilityHandling.SYMMETRIC_UNIFORM`.
+        q - p, as that of the whole divergence. DistillKit (github.com/arcee-ai/DistillKit) has the same formula:
+        `MissingProbabilityHandling.SYMMETRIC_UNIFORM`.
         """
         # Not 1 - sum_{i in T} q_i, which would lose the digits of a small rest.
         rest_of_student = q.scatter(1, self.tokens, 0.0).sum(-1, keepdim=True)  # [positions, 1]
         # Without other tokens, or with a rest that float32 rounds to zero, the logarithm would be infinite.
         rest_of_student.clamp_(min=torch.finfo(torch.float32).tiny)
 
+        # log r - log sum_{j not in T} q_j; minus infinity if T has all tokens
+        log_of_ratio = self.log_of_rest - rest_of_student.log_()
+
+        of_tokens = self.log_of_tokens.exp()
+        log_q_of_tokens = log_q.gather(1, self.tokens)
+        distance = (of_tokens * (self.log_of_tokens - log_q_of_tokens)).sum()
+        rest = self.log_of_rest.exp()
+        distance += torch.where(rest > 0, rest * log_of_ratio, 0.0).sum()
+
         # r q_j / sum_{j not in T} q_j, for all tokens, and then p_i in the places of T
-        log_p = log_q + (self.log_of_rest - rest_of_student.log_())
-        return log_p.scatter_(1, self.tokens, self.log_of_tokens)
+        p = q * log_of_ratio.exp()
+        return distance, p.scatter_(1, self.tokens, of_tokens)
 
 
 # Gives the predictions at a slice of the positions of a batch.
@@ -190,12 +205,10 @@ def _loss_and_slope(
         rows = slice(start, start + size)
         log_q = logits[rows].float().log_softmax(-1)  # [chunk, vocabulary]
         q = log_q.exp()
-        log_p = of_teacher.part(rows).log_probabilities(log_q, q)
-        p = log_p.exp()
+        distance, p = of_teacher.part(rows).divergence_and_probabilities(log_q, q)
         following = labels[rows, None]  # [chunk, 1]
 
-        # sum p (log p - log q), in the memory of log_p
-        total += (1 - label_share) * log_p.sub_(log_q).mul_(p).sum()
+        total += (1 - label_share) * distance
         if label_share:  # with 0, a label without probability would give 0 times infinity
             total -= label_share * log_q.gather(1, following).sum()
 
