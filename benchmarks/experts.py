@@ -51,7 +51,9 @@ from optimum_fista.model.inputs import (
 )
 from optimum_fista.model.layers import DecoderLayers, find_decoder_layers
 from optimum_fista.removal.experts import experts_of, experts_to_keep
-from optimum_fista.removal.parts import ModelOutline, Part, kept_by_kind, removed_parts
+from optimum_fista.removal.model_outline import ModelOutline
+from optimum_fista.removal.parts import Part
+from optimum_fista.removal.removed_parts import kept_by_kind, removed_parts
 from optimum_fista.removal.shrinking import Shrinking, plan_shrinking
 from optimum_fista.removal.smaller_modules import smaller_copy
 from optimum_fista.source.loading import load_model
