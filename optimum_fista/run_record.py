@@ -67,8 +67,8 @@ class RunRecord:
     left_dense: dict[str, str] = field(default_factory=dict)
     # What the user should know.
     warnings: list[str] = field(default_factory=list)
-    # Of a run from files to files: the sizes of the weight files, `before` and `after`.
-    weight_bytes: dict[str, int] | None = None
+    # Of a run from files to files: the size of the weight files of the model that it was given.
+    weight_bytes_before: int | None = None
     # Wall time of the parts of the run.
     seconds: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=library_versions)

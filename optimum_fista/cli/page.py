@@ -35,12 +35,13 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.atomic import require_writable
     from optimum_fista.folder.output import write_about
     from optimum_fista.page.render import read_pruned_report, render_page
+    from optimum_fista.source.stored_tensor import bytes_of_weight_files
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
     # Before the page is made.
     require_writable(output)
     report = read_pruned_report(arguments.folder)
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_about(output, render_page(report))
+    write_about(output, render_page(report, bytes_of_weight_files(arguments.folder)))
     print(f"saved to {output}")
     return 0

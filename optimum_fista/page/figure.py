@@ -43,9 +43,12 @@ class Figure:
     rows: list[Bars]
 
 
-def figure_of(report: PruningReport) -> Figure | None:
-    """Make the figure of a finished run; `None` if nothing is known of the model before it."""
-    rows = [*_sizes(report), *_losses(report), *_loops(report)]
+def figure_of(report: PruningReport, weight_bytes: int | None = None) -> Figure | None:
+    """Make the figure of a finished run; `None` if nothing is known of the model before it.
+
+    `weight_bytes` is the size of the result's weight files, `None` if it has no files.
+    """
+    rows = [*_sizes(report, weight_bytes), *_losses(report), *_loops(report)]
     if not rows:
         return None
     return Figure(_caption(report), rows)
@@ -66,8 +69,8 @@ def _caption(report: PruningReport) -> str:
     )
 
 
-def _sizes(report: PruningReport) -> Iterator[Bars]:
-    """Give the rows on the size of the model.
+def _sizes(report: PruningReport, weight_bytes: int | None) -> Iterator[Bars]:
+    """Give the rows on the size of the model. `weight_bytes` is the size of the result's weight files, if it has any.
 
     `report.origin` is `None` if the model that the run was given is the one that the user began with. Otherwise only
     the number of parameters of that model is known, and perhaps not even that.
@@ -84,9 +87,8 @@ def _sizes(report: PruningReport) -> Iterator[Bars]:
         if active:
             name = "Parameters that a token uses"
             yield _bars(name, active["before"], active["after"], count)
-        weights = report.weight_bytes
-        if weights is not None:
-            yield _bars("Weight files", weights["before"], weights["after"], size_text)
+        if report.weight_bytes_before and weight_bytes:
+            yield _bars("Weight files", report.weight_bytes_before, weight_bytes, size_text)
 
 
 def _losses(report: PruningReport) -> Iterator[Bars]:

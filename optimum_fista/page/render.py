@@ -63,11 +63,12 @@ def read_pruned_report(folder: Path) -> PruningReport:
     raise ValueError(f"{file!r} names no pruned operator: pass another folder.")
 
 
-def render_page(report: PruningReport) -> str:
+def render_page(report: PruningReport, weight_bytes: int | None = None) -> str:
     """Return the HTML of the page; everything that comes from files is escaped.
 
     Args:
         report: As `read_pruned_report` returns it.
+        weight_bytes: The size of the weight files that the report is about; `None` if there are none.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -91,7 +92,7 @@ def render_page(report: PruningReport) -> str:
         report=report,
         totals=report.totals,
         title=title(report),
-        figure=figure_of(report),
+        figure=figure_of(report, weight_bytes),
         expert_maps=expert_maps(report),
         headlines=list(headlines(report)),
         steps=step_rows(report),

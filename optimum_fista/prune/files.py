@@ -15,7 +15,7 @@ for each decoder layer, and `complete`. Terms:
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +48,7 @@ from optimum_fista.records import LayerRecord
 from optimum_fista.report import PruningReport
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.model_folder import names_in, write_index
-from optimum_fista.source.stored_tensor import weight_files
+from optimum_fista.source.stored_tensor import bytes_of_weight_files
 
 T = TypeVar("T")
 
@@ -331,10 +331,7 @@ class FileSink(Sink):
         shards = {folder / layer.shard for layer in layers.values() if layer.shard}
         _delete_all_but(folder, shards)
         shards.add(folder / self._shards.write_rest(plan.source.tensors_to_copy))
-        report.weight_bytes = {
-            "before": _bytes_of(weight_files(self._source.folder)),
-            "after": _bytes_of(shards),
-        }
+        report.weight_bytes_before = bytes_of_weight_files(self._source.folder)
         # The file of each tensor, by the name of the tensor.
         weight_map = {name: shard.name for shard in shards for name in names_in(shard)}
         totals = {"total_parameters": report.model["num_parameters"]}
@@ -412,11 +409,6 @@ def _with_states(
             f"continues with the batches of the last run, {max(sizes)} sequences at most"
         )
     return Calibration(batches, states)
-
-
-def _bytes_of(files: Iterable[Path]) -> int:
-    """Add up the sizes of files, in bytes."""
-    return sum(file.stat().st_size for file in files)
 
 
 def _delete_all_but(folder: Path, shards: set[Path]) -> None:

@@ -172,6 +172,11 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def bytes_of_weight_files(source: Path) -> int:
+    """Add up the sizes of the weight files in a model folder (`weight_files`)."""
+    return sum(file.stat().st_size for file in weight_files(source))
+
+
 def weight_files(source: Path) -> set[Path]:
     """Return the paths of the weight files in a model folder that Transformers loads; empty if there are none.
 

@@ -16,7 +16,7 @@ def of_experts(**changes):
     """A run that removed experts, with texts."""
     made = mixture_report(mixture("model.layers.0.mlp.experts", (0, 1, 3), (20, 60, 80, 0)))
     made.model["active_parameters"] = {"before": 300, "after": 300}
-    made.weight_bytes = {"before": 2048, "after": 1536}
+    made.weight_bytes_before = 2048
     texts = [measured_text("sea.txt", 1.0, 1.25), measured_text("sky.txt", 0.5, 0.51, at_most=1.01)]
     return dataclasses.replace(made, texts=texts, **changes)
 
@@ -28,7 +28,7 @@ def row_of(made, name):
 
 
 def test_the_figure_of_removed_experts_says_what_went_and_what_that_cost():
-    figure = figure_of(of_experts())
+    figure = figure_of(of_experts(), weight_bytes=1536)
 
     assert figure.caption == "Removed: 1 of 4 experts of every decoder layer (25.00%)"
     assert [(row.name, row.before, row.after, row.change) for row in figure.rows] == [
@@ -123,7 +123,7 @@ def test_a_loss_that_is_not_finite_has_the_whole_width():
 
 
 def test_the_figure_is_the_first_on_the_page():
-    page = render_page(of_experts(warnings=["careful"]))
+    page = render_page(of_experts(warnings=["careful"]), weight_bytes=1536)
 
     assert page.index('<figure class="bars">') < page.index("careful")
     assert page.index('<figure class="bars">') == page.index("<figure")
