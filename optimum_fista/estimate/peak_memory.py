@@ -28,6 +28,7 @@ from optimum_fista.model.held_out import LOGITS_TOGETHER
 from optimum_fista.model.precision import WEIGHTS_WIDENED_TOGETHER
 from optimum_fista.model.predictor import POSITIONS_ON_CPU, positions_per_chunk
 from optimum_fista.solve.linalg import SCALE_ON_DEVICES, matrices_in_stack, rows_in_block
+from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.text.self_sampling import num_batches, num_texts
 
@@ -316,28 +317,36 @@ def _groups_solved_together(
 def _solving(run: RunSizes, rows: list[int], columns: int, together: int = 1) -> dict[str, float]:
     """Count the bytes, by part, of solving for operators that share `columns` inputs.
 
-    `rows` are their numbers of outputs, and so many such groups are solved `together`. A method's `memory_factors` say
-    how many matrices it holds that are as large as the Gram matrix, as all weights, and as a block of rows for which it
-    solves at a time.
+    `rows` are their numbers of outputs, and so many such groups are solved `together`: all of them have their Gram
+    matrices and weights in memory. A method's `memory_factors` say how many matrices it holds that are as large as the
+    Gram matrix, as all weights, and as a block of rows for which it solves at a time.
     """
-    gram = _FLOAT32 * columns**2 * together
-    matrix = _FLOAT32 * sum(rows) * columns * together
+    gram = _FLOAT32 * columns**2
+    matrix = _FLOAT32 * sum(rows) * columns
     scale = 1 if run.on_cpu else SCALE_ON_DEVICES  # a device other than the CPU takes larger blocks
-    block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale) * together
-    factors = method_class(run.config.method).memory_factors
+    block = _FLOAT32 * columns * rows_in_block(max(rows), columns, scale)
+    method = method_class(run.config.method)
+    factors = method.memory_factors
     if factors is None:  # not measured
         factors = largest_memory_factors()
-    solver = (
+    solver = max(
+        1.5 * gram,
         factors.gram_matrices * gram
         + factors.weight_matrices * matrix
-        + factors.row_blocks * min(block, matrix)
+        + factors.row_blocks * min(block, matrix),
     )
-    # The matrices of several groups are copied to stacks.
-    copies = 2 if together > 1 else 1
+
+    makes_stacks = method.prune_groups is not PruningMethod.prune_groups
+    if together > 1 and makes_stacks:
+        # The solver holds the matrices of all groups, which it copies to stacks.
+        copies = 2
+        solver *= together
+    else:
+        copies = 1
     return {
-        "Gram matrix": copies * gram,
-        "weights and targets": copies * 2 * matrix,
-        "solver": max(1.5 * gram, solver),
+        "Gram matrix": copies * gram * together,
+        "weights and targets": copies * 2 * matrix * together,
+        "solver": solver,
     }
 
 
