@@ -18,7 +18,8 @@ stretch of text that the windows of the dense model cover, whatever the tokenize
 runs the rows that it names: **it runs code that the models write** (see there).
 
 If HumanEval of `dense` was measured, every row gets the loss of the dense model's answers to every fourth
-problem, in nats a token (`humaneval.loss_of_answers`): how far the row is from writing what MODEL writes.
+problem, in nats a token (`humaneval.loss_of_answers`): how far the row is from writing what MODEL writes. With `chat`
+after its seed, a row is calibrated on conversations by half: the other problems, with the dense model's answers.
 
 The same call resumes: a folder that exists is not pruned again, an interrupted run of `prune` goes on, and a row in
 `--output` is not measured again. The third command shows rows that were measured before.
@@ -41,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier import bits_per_byte
-from humaneval import answers_in, loss_of_answers, problems_of
+from humaneval import QUESTION, answers_in, loss_of_answers, problems_of
 from shared import open_record, parse_arguments, save, sparsity_of
 
 from optimum_fista.config import RECIPES
@@ -57,6 +58,7 @@ from optimum_fista.text.windows import evaluation_windows
 DENSE = "dense"
 MEASURED = ("web", "wikitext2", "python")
 CALIBRATION = "mixed-calibration.txt"
+EVERY = 4  # the loss of answers is measured on every fourth problem of HumanEval
 TASKS = Path(__file__).resolve().parent / "tasks"
 # Tasks of TASKS, each with the metric that the table shows.
 ZERO_SHOT = {"arc_easy_lines": "acc_norm", "lambada_lines": "acc"}
@@ -64,28 +66,33 @@ Row = dict[str, Any]
 
 
 def key_of(words: str) -> Row:
-    """Pattern, method, seed and tokens of training of a row, from "PATTERN METHOD SEED recover=TOKENS".
+    """What a row is, from "PATTERN METHOD SEED chat recover=TOKENS", of which the last three may be left out.
 
     Raises:
         SystemExit: If there are too few or too many words.
     """
     pattern, *others = words.split()
-    recovered = 0
+    key: Row = {"pattern": pattern, "seed": 0, "chat": False, "recovered": 0}
     if others and others[-1].startswith("recover="):
-        recovered = int(others.pop().removeprefix("recover="))
+        key["recovered"] = int(others.pop().removeprefix("recover="))
     if pattern == DENSE:
-        return {"pattern": "-", "method": DENSE, "seed": 0, "recovered": recovered}
+        return key | {"pattern": "-", "method": DENSE}
+    if others and others[-1] == "chat":
+        key["chat"] = True
+        others.pop()
     if len(others) not in (1, 2):
         raise SystemExit(
-            f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed, and maybe recover=TOKENS after it."
+            f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed, and maybe chat and recover=TOKENS "
+            "after them."
         )
-    seed = int(others[1]) if len(others) == 2 else 0
-    return {"pattern": pattern, "method": others[0], "seed": seed, "recovered": recovered}
+    if len(others) == 2:
+        key["seed"] = int(others[1])
+    return key | {"method": others[0]}
 
 
 def is_row_of(row: Row, key: Row) -> bool:
-    """Whether a row was measured for a key. Rows of earlier versions have no `recovered`."""
-    return key.items() <= ({"recovered": 0} | row).items()
+    """Whether a row was measured for a key. Rows of earlier versions have no `recovered` and no `chat`."""
+    return key.items() <= ({"recovered": 0, "chat": False} | row).items()
 
 
 def folder_of(arguments: Namespace, key: Row) -> Path:
@@ -95,6 +102,8 @@ def folder_of(arguments: Namespace, key: Row) -> Path:
         method = key["method"].replace(":", "-").replace("=", "-")
         pattern = key["pattern"].replace(":", "-").replace("/", "-")
         name += f"-{pattern}-{method}-{key['seed']}"
+        if key["chat"]:
+            name += "-chat"
     elif not key["recovered"]:
         return Path(arguments.model)
     if key["recovered"]:
@@ -148,10 +157,38 @@ def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
     folder = folder_of(arguments, key | {"recovered": 0})
     words = ["prune", arguments.model, "--output", str(folder), *prune_options(key)]
     words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
+    if key["chat"]:
+        words += ["--calibration", str(conversations_file(arguments))]
     words += ["--num-samples", str(arguments.num_samples)]
     words += ["--sequence-length", str(arguments.sequence_length)]
     words += ["--device", "cpu", "--dtype", "bfloat16"]
     return run(words, folder)
+
+
+def conversations_file(arguments: Namespace) -> Path:
+    """Write the conversations that a row is calibrated on into `--work`, and return the file.
+
+    They are the problems of HumanEval without those of which the loss is measured, with the dense model's answers.
+
+    Raises:
+        SystemExit: If the dense model has not answered yet.
+    """
+    answers = answers_in(Path(arguments.work), arguments.model)
+    if answers is None:
+        raise SystemExit("--rows ... chat: pass --humaneval dense first, which gives the answers.")
+    tokenizer = require_tokenizer(arguments.model)
+    conversations = []
+    for number, problem in enumerate(problems_of(arguments.problems, Path(arguments.work))):
+        if number % EVERY == 0:
+            continue
+        question = {"role": "user", "content": QUESTION.format(prompt=problem["prompt"])}
+        prompt = tokenizer.apply_chat_template(
+            [question], tokenize=False, add_generation_prompt=True
+        )
+        conversations.append(f"{prompt}{answers[problem['task_id']]}{tokenizer.eos_token}\n")
+    file = Path(arguments.work) / "conversations.txt"
+    file.write_text("\n\n".join(conversations))
+    return file
 
 
 def recover(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
@@ -280,7 +317,7 @@ def measure_answer_loss(arguments: Namespace, key: Row, row: Row) -> None:
     answers = answers_in(Path(arguments.work), arguments.model)
     if answers is None or "answer_loss" in row or not row["perplexity"]:
         return
-    problems = problems_of(arguments.problems, Path(arguments.work))[::4]
+    problems = problems_of(arguments.problems, Path(arguments.work))[::EVERY]
     if not all(problem["task_id"] in answers for problem in problems):
         return
     model, tokenizer = load_model(str(folder_of(arguments, key)), dtype="bfloat16", device="cpu")
@@ -331,16 +368,35 @@ def cell(values: Sequence[float | None], form: str) -> str:
     return f"{mean} ± {form.format(statistics.stdev(numbers))}"
 
 
+def passed_share(row: Row) -> float | None:
+    """The share of HumanEval's problems that a row solves, in percent; `None` if it is calibrated on some of them."""
+    return None if row.get("chat") else float(row["humaneval"]["pass_at_1"])
+
+
+def passed_of_fourth(row: Row) -> float:
+    """The share that a row solves of every fourth problem, in percent: of those that no row is calibrated on."""
+    numbers = range(0, row["humaneval"]["problems"], EVERY)
+    failed = row["humaneval"]["failed"]
+    return 100 * sum(f"HumanEval/{number}" not in failed for number in numbers) / len(numbers)
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    """A line for each pattern, method and training: means over its seeds."""
+    """A line for each pattern, method, calibration and training: means over its seeds."""
     header = ["pattern", "method", "trained on tokens", *MEASURED]
     header += [f"{name}, bits per byte" for name in MEASURED]
     header += ["held-out loss before the training", "and after it"]
-    header += ["HumanEval, %", "loss of dense answers", "ARC-Easy, %", "LAMBADA, %"]
+    header += [
+        "HumanEval, %",
+        "of every fourth problem",
+        "loss of dense answers",
+        "ARC-Easy, %",
+        "LAMBADA, %",
+    ]
     header += ["parameters, M", "processor minutes"]
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        group_key = (row["pattern"], row["method"], row.get("recovered", 0))
+        method = f"{row['method']}, chat" if row.get("chat") else row["method"]
+        group_key = (row["pattern"], method, row.get("recovered", 0))
         groups.setdefault(group_key, []).append(row)
 
     lines = []
@@ -354,9 +410,11 @@ def table(rows: Sequence[Row]) -> list[str]:
         line.append(cell(losses, "{:.4f}"))
         losses = [row.get("recovery", {}).get("held_out_loss") for row in group]
         line.append(cell(losses, "{:.4f}"))
-        passed = [row["humaneval"]["pass_at_1"] for row in group if "humaneval" in row]
+        passed = [passed_share(row) for row in group if "humaneval" in row]
         seconds = [row["took"].get("processor_seconds") for row in group]
         minutes = [value / 60 for value in seconds if value is not None]
+        line.append(cell(passed, "{:.1f}"))
+        passed = [passed_of_fourth(row) for row in group if "humaneval" in row]
         line.append(cell(passed, "{:.1f}"))
         line.append(cell([row.get("answer_loss") for row in group], "{:.4f}"))
         for task, metric in ZERO_SHOT.items():

