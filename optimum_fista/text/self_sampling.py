@@ -176,8 +176,8 @@ class _Finished:
         """Return the batches of texts that an earlier call has finished, and set the generators to where it was.
 
         `batches` are the beginnings of all texts, int64 [texts, 1 or 2] each. A result is [texts, tokens]. A file
-        (`self._file`) that is missing, damaged or of other beginnings counts as none. The global generators are set:
-        that of the CPU, and that of `self._device`.
+        (`self._file`) that is missing, damaged, of other beginnings or of another kind of device counts as none. The
+        global generators are set: that of the CPU, and that of `self._device`.
         """
         if self._file is None:
             return []
@@ -190,6 +190,10 @@ class _Finished:
         for text, beginnings in zip(texts, batches, strict=False):
             if not text[:, : beginnings.shape[1]].equal(beginnings):
                 return []
+        # Each kind of device has a state of its own size; that of the CPU, whose state is the other one, is empty.
+        if kept["generator of device"].shape != self._state_of_device().shape:
+            return []
+
         torch.default_generator.set_state(kept["generator"])
         if self._device.type != "cpu":
             torch.get_device_module(self._device).set_rng_state(
@@ -197,17 +201,20 @@ class _Finished:
             )
         return texts
 
+    def _state_of_device(self) -> Tensor:
+        """Return the state of the generator of `self._device`, uint8; an empty one if that is the CPU."""
+        if self._device.type == "cpu":
+            return torch.empty(0, dtype=torch.uint8)
+        state: Tensor = torch.get_device_module(self._device).get_rng_state(self._device)
+        return state
+
     def write(self, texts: Sequence[Tensor]) -> None:
         """Write the finished batches, int64 [texts, tokens] each, and the state of the generators to `self._file`."""
         if self._file is None:
             return
         tensors = {f"texts.{number}": text.contiguous() for number, text in enumerate(texts)}
         tensors["generator"] = torch.default_generator.get_state()
-        tensors["generator of device"] = torch.empty(0, dtype=torch.uint8)
-        if self._device.type != "cpu":
-            tensors["generator of device"] = torch.get_device_module(self._device).get_rng_state(
-                self._device
-            )
+        tensors["generator of device"] = self._state_of_device()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._file, tensors)
 

@@ -189,10 +189,11 @@ def recover(
 
         stored = None  # the teacher is loaded for the training
         if plan.options.teacher_logits is not None:
+            trained_on = windows[plan.options.held_out :]
             stored = stored_teacher(
                 plan,
-                settings | {"text": fingerprint["windows"]},
-                windows[plan.options.held_out :],
+                settings | {"text": _digest_of_sequences(trained_on)},
+                trained_on,
                 ranks,
                 progress=progress,
             )
@@ -296,6 +297,13 @@ def _settings_of_predictions(plan: RecoveryPlan, teachers_files: SourceFiles) ->
         "top_k": plan.options.top_k,
         "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
     }
+
+
+def _digest_of_sequences(sequences: Tensor) -> str:
+    """Return the SHA-256 of token ids, int64 [sequences, length] on the CPU, and of their shape."""
+    digest = hashlib.sha256(json.dumps(list(sequences.shape)).encode())
+    digest.update(sequences.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digest_of_kept_tokens(plan: RecoveryPlan) -> str | None:

@@ -47,7 +47,7 @@ _LEAST_LOG = torch.finfo(torch.float16).min
 _WORDS_OF_SETTINGS = {
     "model": "another teacher",
     "kept_tokens": "a student with other tokens",
-    "text": "another text, tokenizer, seed or length of sequences",
+    "text": "another text, tokenizer, seed or length of sequences, or other held-out ones",
 }
 logger = logging.getLogger(__name__)
 

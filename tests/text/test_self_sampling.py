@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -239,6 +241,22 @@ def test_a_kept_text_of_other_settings_or_that_is_damaged_is_not_used(
         file.write_bytes(file.read_bytes()[:-5])
 
     assert sample(model, tokenizer, kept_file=file).equal(expected)
+
+
+def test_a_text_that_was_begun_on_the_cpu_is_not_continued_on_an_accelerator(
+    model, tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
+    file = tmp_path / "text.safetensors"
+    texts = sample(model, tokenizer, kept_file=file).view(24, 6)
+    beginnings = texts[:, :2].tensor_split(3)  # of three batches
+    assert len(self_sampling._Finished(file, torch.device("cpu")).read(beginnings)) == 3
+    accelerator = SimpleNamespace(get_rng_state=lambda _: torch.zeros(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch, "get_device_module", lambda _: accelerator)
+
+    kept = self_sampling._Finished(file, torch.device("cuda"))
+
+    assert kept.read(beginnings) == []
 
 
 def test_the_text_of_a_model_by_name_resumes_and_leaves_one_file(

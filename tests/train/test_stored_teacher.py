@@ -1,5 +1,6 @@
 """The teacher's predictions are stored once; the training from them is that with the teacher in memory."""
 
+import json
 import shutil
 
 import pytest
@@ -277,3 +278,21 @@ def test_the_command_has_a_flag_and_a_dry_run_writes_nothing(
     assert "the 5 most likely tokens, stored in stored" in shown
     assert "seconds a step, beside the time to store predictions that are missing" in shown
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "other_shape",
+    [
+        {"held_out": 8, "tokens": 576},  # four of the sequences to train on are held out instead
+        {"held_out": 8, "sequence_length": 8},  # the same tokens, in sequences of half the length
+    ],
+)
+def test_other_sequences_of_the_same_tokens_are_another_text(run, tmp_path, other_shape):
+    documents = (
+        tmp_path / "sea.jsonl"
+    )  # of several documents, which are cut into consecutive windows
+    documents.write_text(2 * f"{json.dumps({'text': TEXT})}\n")
+    run("one", calibration=str(documents))
+
+    with pytest.raises(ValueError, match="another text"):
+        run("two", calibration=str(documents), **other_shape)
