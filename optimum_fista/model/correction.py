@@ -10,7 +10,8 @@ network as pruned so far. A group is a list of operators that share their inputs
 rows of tensors here, [tokens, in]; a *record* (`_DenseRecord`) is what is kept of a group's pass in the dense network.
 
 For each decoder layer, `LayerTargets` is made while the layer is dense. Then `problems` is called for one group after
-another, each after all groups before it were pruned, and `leave` at the end.
+another, and `leave` at the end. Each group that the inputs of a group depend on is pruned before it; groups of
+different experts do not depend on each other, and are solved together (`groups.solved_together`).
 """
 
 from __future__ import annotations
@@ -275,7 +276,7 @@ class LayerTargets:
         return outputs
 
     def problems(self, index: int) -> GroupProblems:
-        """The problems of the group number `index`, which is still dense; all groups before it are pruned and written.
+        """The problems of the group number `index`, which is still dense; groups that it depends on are pruned.
 
         This is called once for each group: its record in `self._records` is used up. If the group has other inputs than
         in the dense network, the layer runs. Outputs of finished parts may be kept then for later groups, and

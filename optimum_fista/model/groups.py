@@ -345,7 +345,7 @@ class FinishedParts:
     operator, as attention does, then even the first time only that operator runs, on the inputs that it was pruned on.
     Parts that return anything else besides one tensor run again.
 
-    `groups` are in the order in which they are pruned, and `ends` are those of `LayerTrace`.
+    `groups` and `ends` are those of `LayerTrace`, groups in its order.
     """
 
     def __init__(
@@ -356,8 +356,8 @@ class FinishedParts:
     ) -> None:
         """Find after which group each part is finished; nothing runs, and nothing is kept yet.
 
-        `activations` is the decoder layer. `groups` are in the order in which they are pruned, and `ends` are those of
-        its `LayerTrace`: by the name of an operator, the part that returns its output unchanged.
+        `activations` is the decoder layer. `groups` are in the order of its `LayerTrace`, and `ends` are those
+        of its `LayerTrace`: by the name of an operator, the part that returns its output unchanged.
         """
         self._activations = activations
         # what finished parts return, by part, as soon as it is kept

@@ -134,7 +134,8 @@ class PruningMethod(ABC):
         """Prune groups of operators, each with inputs of its own, such as the experts of a mixture, one after another.
 
         The groups do not depend on each other. A subclass overrides this method if groups whose operators have equal
-        shapes can be solved together, as `obs_admm` does. Returns the pruned operators of each group; the tensors of
+        shapes can be solved together, as `obs_admm` does. So a subclass of `ObsAdmm` that overrides `prune` or
+        `prune_sharing` must override this method as well. Returns the pruned operators of each group; the tensors of
         the problems stay as they are.
         """
         return [self.prune_sharing(group.problems, group.patterns) for group in groups]
