@@ -169,6 +169,8 @@ def plan_recovery(
         # Neither of the models may be overwritten. If the output is refused, files that a killed process left beside it
         # are removed.
         require_output(output, overwrite, source=name)
+    if checked.teacher_logits is not None:
+        _require_apart(Path(checked.teacher_logits), (output, Path(source), Path(teacher_name)))
     teacher_writes_text = calibration == "self"
     if not teacher_writes_text:
         require_source(calibration)
@@ -471,6 +473,20 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
         num_trained=sizes.trained(train) - zeros,
         num_bytes=needed,
     )
+
+
+def _require_apart(teacher_logits: Path, folders: Sequence[Path]) -> None:
+    """Refuse a folder for the teacher's predictions that is one of the `folders`, or in one; ValueError.
+
+    These are the output, which may hold no other files at the end, and the models, which may not change meanwhile.
+    """
+    real = Path(os.path.realpath(teacher_logits))
+    for folder in folders:
+        if real.is_relative_to(os.path.realpath(folder)):
+            raise ValueError(
+                f"teacher_logits={str(teacher_logits)!r} lies in {str(folder)!r}, the output or a model: pass a folder "
+                "outside of it (--teacher-logits)."
+            )
 
 
 def _needed_bytes(
