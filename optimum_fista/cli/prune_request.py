@@ -293,22 +293,38 @@ def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None
     """
     sources = list(calibrated)
     for source in measured:
-        if any(_are_one_text(source, other) for other in sources):
+        if any(_are_one_text(source, calibrated=other) for other in sources):
             raise ValueError(
                 f"--measure or --protect: {source!r} is among the calibration text, so it is not held out: pass "
                 "another text."
             )
 
 
-def _are_one_text(source: str, other: str) -> bool:
-    """Tell whether two sources are the same text: one file, or both `pydoc`.
+def _are_one_text(source: str, *, calibrated: str) -> bool:
+    """Tell whether a source to measure on is the text of a source to calibrate on: one file, or both `pydoc`.
 
-    Paths may differ, but files with equal content are two texts. A data set of the Hub is the same text only if its
-    split is named ("OWNER/NAME:SPLIT"): otherwise other rows of it are measured than those of the calibration.
+    Paths may differ, but files with equal content are two texts. A data set of the Hub is the same text only if the
+    split to measure on is named ("OWNER/NAME:SPLIT"): otherwise other rows are measured than those of the calibration.
     """
-    if source == other and (source == "pydoc" or ":" in source):
+    from optimum_fista.text.hub_texts import name_of_set
+
+    if source == calibrated == "pydoc":
         return True
-    return Path(source).is_file() and Path(other).is_file() and os.path.samefile(source, other)
+
+    measured_set = name_of_set(source)
+    calibrated_set = name_of_set(calibrated)
+    if measured_set is not None and calibrated_set is not None:
+        if measured_set[:2] != calibrated_set[:2]:  # repository and configuration
+            return False
+        if measured_set.split is None:
+            return False
+        if calibrated_set.split is None:
+            # The calibration takes a split whose name begins so.
+            return measured_set.split.startswith("train")
+        return measured_set.split == calibrated_set.split
+
+    are_files = Path(source).is_file() and Path(calibrated).is_file()
+    return are_files and os.path.samefile(source, calibrated)
 
 
 def pattern_of_run(model: str, config: FistaPruningConfig) -> str:

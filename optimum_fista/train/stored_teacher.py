@@ -107,10 +107,11 @@ def require_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     stored = read_record(folder / SETTINGS_FILE)
     if stored is None:
-        if any(folder.glob(_SHARDS)):
+        # The file may be the user's own, of which nothing is overwritten.
+        if any(folder.glob(_SHARDS)) or (folder / SETTINGS_FILE).exists():
             raise ValueError(
-                f"teacher_logits={str(folder)!r} has predictions, but its {SETTINGS_FILE} is missing or damaged, so "
-                "nobody knows of what: delete the folder, or pass another one (--teacher-logits)."
+                f"teacher_logits={str(folder)!r}: its {SETTINGS_FILE} is missing or damaged, so nobody knows what "
+                "the folder has predictions of: delete the folder, or pass another one (--teacher-logits)."
             )
         return
 

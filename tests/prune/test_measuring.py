@@ -349,6 +349,26 @@ def test_pydoc_is_refused_as_calibration_and_measured_text_at_once():
 
 
 @pytest.mark.parametrize(
+    ("measured", "calibrated", "is_refused"),
+    [
+        ("owner/name:test", "owner/name:test", True),
+        ("owner/name:test:text", "owner/name:test", True),
+        ("owner/name:train", "owner/name", True),
+        ("owner/name:train_sft", "owner/name", True),
+        ("owner/name:test", "owner/name", False),
+        ("owner/name", "owner/name", False),  # other rows are measured
+        ("owner/other:train", "owner/name", False),
+    ],
+)
+def test_a_split_that_is_calibrated_on_is_not_measured(measured, calibrated, is_refused):
+    if is_refused:
+        with pytest.raises(ValueError, match="is among the calibration text"):
+            require_held_out([measured], [calibrated])
+    else:
+        require_held_out([measured], [calibrated])
+
+
+@pytest.mark.parametrize(
     ("error", "reason"),
     [
         (KeyboardInterrupt, "stopped by Ctrl-C"),

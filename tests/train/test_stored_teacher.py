@@ -236,6 +236,17 @@ def test_predictions_of_which_nobody_knows_the_settings_are_refused(filled, run)
         run("out", tokens=64)
 
 
+def test_a_file_of_the_user_with_the_name_of_the_settings_is_not_overwritten(run, tmp_path):
+    file = tmp_path / "teacher" / stored_teacher.SETTINGS_FILE
+    file.parent.mkdir()
+    file.write_text('{"name": "Ada"}')
+
+    with pytest.raises(ValueError, match=r"teacher\.json is missing or damaged"):
+        run("out", tokens=64)
+
+    assert file.read_text() == '{"name": "Ada"}'
+
+
 def test_a_folder_that_another_run_is_filling_is_refused(run, tmp_path):
     folder = tmp_path / "teacher"
     folder.mkdir()
