@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.atomic import require_writable
     from optimum_fista.folder.output import write_about
     from optimum_fista.page.render import read_pruned_report, render_page
-    from optimum_fista.source.stored_tensor import bytes_of_weight_files
+    from optimum_fista.source.model_folder import bytes_of_weight_files
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
     # Before the page is made.

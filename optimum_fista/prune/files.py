@@ -47,8 +47,7 @@ from optimum_fista.prune.source_files import SourceFiles
 from optimum_fista.records import LayerRecord
 from optimum_fista.report import PruningReport
 from optimum_fista.source.files import copy_source
-from optimum_fista.source.model_folder import names_in, write_index
-from optimum_fista.source.stored_tensor import bytes_of_weight_files
+from optimum_fista.source.model_folder import bytes_of_weight_files, names_in, write_index
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, RepoFile, snapshot_download, try_to_load_from_cache
 
 from optimum_fista.source.links import leads_out
-from optimum_fista.source.stored_tensor import weight_files
+from optimum_fista.source.model_folder import weight_files
 
 _TEMPLATES = "additional_chat_templates"
 _WRITTEN = {"config.json", "README.md", "fista"}  # by the run

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,27 @@ def read_tensors(files: dict[str, Path], names: list[str]) -> Iterator[tuple[str
     for name in names:
         with safe_open(files[name], "pt") as file:
             yield name, file.get_tensor(name)
+
+
+def bytes_of_weight_files(source: Path) -> int:
+    """Add up the sizes of the weight files in a model folder (`weight_files`)."""
+    return sum(file.stat().st_size for file in weight_files(source))
+
+
+def weight_files(source: Path) -> set[Path]:
+    """Return the paths of the weight files in a model folder that Transformers loads; empty if there are none.
+
+    Safetensors come before `pytorch_model.bin`. In a packed folder, the files are called "packed...".
+    """
+    for stem in ("model", "packed"):
+        # If there are no files of this name, others are looked for.
+        with suppress(FileNotFoundError):
+            return set(checkpoint_files(source, stem).values())
+
+    binary = source / "pytorch_model.bin"
+    if binary.exists():
+        return {binary}
+    index = source / "pytorch_model.bin.index.json"
+    if index.exists():
+        return {source / name for name in read_json(index)["weight_map"].values()}
+    return set()

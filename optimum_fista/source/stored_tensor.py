@@ -13,7 +13,6 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from optimum_fista.atomic import digest_of, write_file
 from optimum_fista.model.digests import bytes_of_values
-from optimum_fista.source.model_folder import checkpoint_files, read_json
+from optimum_fista.source.model_folder import weight_files
 
 PLAIN_FLOATS = {"F64", "F32", "F16", "BF16"}
 """Dtypes whose values are weights as they stand; others are quantized, or integers."""
@@ -170,30 +169,6 @@ def read_stored(source: Path) -> dict[str, StoredTensor]:
                 )
             tensors[name] = tensor
     return tensors
-
-
-def bytes_of_weight_files(source: Path) -> int:
-    """Add up the sizes of the weight files in a model folder (`weight_files`)."""
-    return sum(file.stat().st_size for file in weight_files(source))
-
-
-def weight_files(source: Path) -> set[Path]:
-    """Return the paths of the weight files in a model folder that Transformers loads; empty if there are none.
-
-    Safetensors come before `pytorch_model.bin`. In a packed folder, the files are called "packed...".
-    """
-    for stem in ("model", "packed"):
-        # If there are no files of this name, others are looked for.
-        with suppress(FileNotFoundError):
-            return set(checkpoint_files(source, stem).values())
-
-    binary = source / "pytorch_model.bin"
-    if binary.exists():
-        return {binary}
-    index = source / "pytorch_model.bin.index.json"
-    if index.exists():
-        return {source / name for name in read_json(index)["weight_map"].values()}
-    return set()
 
 
 def write_stored(path: Path, tensors: Mapping[str, StoredTensor]) -> str:
