@@ -1,6 +1,7 @@
 """Every test runs on one thread and with the same instructions, so that results hardly depend on the machine."""
 
 import gc
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -45,6 +46,12 @@ def no_gradients():
 
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def benchmark():
+    """`benchmark(name)` imports a script of benchmarks/."""
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

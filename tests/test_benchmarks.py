@@ -1,6 +1,5 @@
 """The scripts of benchmarks/ do what they say, on tiny models."""
 
-import importlib
 import json
 import math
 import sys
@@ -14,12 +13,6 @@ from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
-
-
-@pytest.fixture
-def benchmark():
-    """`benchmark(name)` imports a script of benchmarks/."""
-    return importlib.import_module
 
 
 def test_a_training_text_has_no_window_that_is_measured_on(benchmark, tmp_path):

@@ -156,6 +156,19 @@ def test_batches_are_as_large_as_an_accelerator_needs_and_its_memory_allows(
     assert estimate.batch_size == expected
 
 
+def pruned_and_estimated(config, source, output):
+    """Prune a folder on the tiny tokens, and estimate the bytes of this run on the disk, by part."""
+    ids = tiny_tokens()
+    FistaPruner(config, progress=False).prune(source, ids.split(4), output_dir=output)
+    return estimated(
+        config,
+        str(source),
+        num_samples=len(ids),
+        sequence_length=ids.shape[1],
+        measures_perplexity=False,
+    ).disk_bytes
+
+
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
     source = tmp_path / "source"
@@ -170,17 +183,8 @@ def test_disk_is_what_a_run_writes(tmp_path, monkeypatch, pattern):
         sizes.append(sum(path.stat().st_size for path in folder.rglob("*.safetensors")))
 
     monkeypatch.setattr(Journal, "keep_layer", watched)
-    config = FistaPruningConfig(pattern=pattern)
-    ids = tiny_tokens()
 
-    FistaPruner(config, progress=False).prune(source, ids.split(4), output_dir=output)
-    disk_bytes = estimated(
-        config,
-        str(source),
-        num_samples=len(ids),
-        sequence_length=ids.shape[1],
-        measures_perplexity=False,
-    ).disk_bytes
+    disk_bytes = pruned_and_estimated(FistaPruningConfig(pattern=pattern), source, output)
 
     written = 0
     for path in output.glob("model*.safetensors"):
@@ -205,17 +209,10 @@ def test_hidden_states_on_disk_are_those_that_a_run_keeps_to_resume(
             sizes.append(sum(tensor.nbytes for tensor in load_file(path).values()))
 
     monkeypatch.setattr(Journal, "keep_layer", watched)
-    config = FistaPruningConfig(error_correction=error_correction)
-    ids = tiny_tokens()
 
-    FistaPruner(config, progress=False).prune(source, ids.split(4), output_dir=output)
-    disk_bytes = estimated(
-        config,
-        str(source),
-        num_samples=len(ids),
-        sequence_length=ids.shape[1],
-        measures_perplexity=False,
-    ).disk_bytes
+    disk_bytes = pruned_and_estimated(
+        FistaPruningConfig(error_correction=error_correction), source, output
+    )
 
     assert disk_bytes["hidden states of two layers"] == 2 * max(sizes)
     assert bool(max(sizes)) == (error_correction != "intra")

@@ -18,12 +18,6 @@ from optimum_fista.text.windows import calibration_windows, evaluation_windows
 KINDS = ("split", "copied")
 
 
-@pytest.fixture
-def benchmark():
-    """`benchmark(name)` imports a script of benchmarks/."""
-    return importlib.import_module
-
-
 def tiny_mixture(kind):
     """A mixture of six experts a layer, three for a token, whose experts differ."""
     start = importlib.import_module("mixture_start")

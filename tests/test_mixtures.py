@@ -1,6 +1,5 @@
 """The mixtures of benchmarks/mixtures.py begin as the dense model, are trained, and resume."""
 
-import importlib
 import json
 import math
 import sys
@@ -12,12 +11,6 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_
 from transformers import AutoModelForCausalLM
 
 SPLIT = {"experts": 4, "expert_channels": 8, "seed": 0}  # of 48 channels, 16 are shared
-
-
-@pytest.fixture
-def benchmark():
-    """`benchmark(name)` imports a script of benchmarks/."""
-    return importlib.import_module
 
 
 @pytest.fixture

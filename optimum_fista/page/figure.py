@@ -159,17 +159,18 @@ def _bars(
 ) -> Bars:
     """Make a row of two numbers; `text_of` writes one of them."""
     longest = max(before, after)
-    is_finite = math.isfinite(longest) and longest > 0
+    # Both are tested, because the larger of a number and NaN may be either.
+    is_comparable = math.isfinite(before) and math.isfinite(after) and longest > 0
     change = ""
-    if is_finite and before > 0:
+    if is_comparable and before > 0:
         change = f"{after / before - 1:+.1%}"
     return Bars(
         name=name,
         before=text_of(before),
         after=text_of(after),
         change=change,
-        # A number that is not finite has the whole width.
-        width_before=100 * before / longest if is_finite else 100.0,
-        width_after=100 * after / longest if is_finite else 100.0,
+        # If a number is not finite, both bars have the whole width.
+        width_before=100 * before / longest if is_comparable else 100.0,
+        width_after=100 * after / longest if is_comparable else 100.0,
         is_alert=is_alert,
     )

@@ -64,8 +64,21 @@ def test_experts_that_get_zeros_for_other_tokens_are_counted_by_the_rest():
 def test_tokens_of_weight_0_reach_no_expert():
     model = tiny_model("mixtral")
     mixture = mixture_of(find_decoder_layers(model).modules[0])
-    chosen = torch.tensor([[0, 1], [1, 2], [1, 3]])
-    weights = torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]])
+    # Experts of each token, and their weights.
+    chosen = torch.tensor(
+        [
+            [0, 1],
+            [1, 2],
+            [1, 3],
+        ]
+    )
+    weights = torch.tensor(
+        [
+            [0.5, 0.5],
+            [1.0, 0.0],
+            [0.0, 1.0],
+        ]
+    )
 
     assigned = mixture.assigned(torch.randn(3, 32), chosen, weights)
 

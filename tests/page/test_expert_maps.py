@@ -103,7 +103,15 @@ def test_a_run_that_removed_no_experts_has_no_maps():
     assert expert_maps(report()) is None
 
 
-@pytest.mark.parametrize(("num_experts", "together"), [(8, 1), (64, 1), (128, 2), (512, 8)])
+@pytest.mark.parametrize(
+    ("num_experts", "together"),
+    [
+        (8, 1),
+        (64, 1),
+        (128, 2),
+        (512, 8),
+    ],
+)
 def test_maps_of_many_layers_with_many_experts_stay_small(num_experts, together):
     generator = torch.Generator().manual_seed(0)
 

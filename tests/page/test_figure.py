@@ -114,12 +114,13 @@ def test_after_several_runs_the_figure_begins_at_the_first_model():
     ]
 
 
-def test_a_loss_that_is_not_finite_has_the_whole_width():
-    texts = [measured_text("sea.txt", 1.0, math.inf)]
+@pytest.mark.parametrize(("loss", "shown"), [(math.inf, "inf"), (math.nan, "nan")])
+def test_a_loss_that_is_not_finite_has_the_whole_width(loss, shown):
+    texts = [measured_text("sea.txt", 1.0, loss)]
 
     row = row_of(dataclasses.replace(of_experts(), texts=texts), "Bits per byte of sea.txt")
 
-    assert (row.width_after, row.after, row.change) == (100, "inf", "")
+    assert (row.width_after, row.after, row.change) == (100, shown, "")
 
 
 def test_the_figure_is_the_first_on_the_page():

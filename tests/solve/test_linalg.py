@@ -94,7 +94,9 @@ def test_only_matrices_of_a_stack_that_need_it_get_more_damping(damping):
 
 
 def test_a_stack_with_a_matrix_that_is_not_positive_semidefinite_is_refused():
-    grams = torch.stack([torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, -200.0]])])
+    definite = torch.eye(2)
+    indefinite = torch.diag(torch.tensor([1.0, -200.0]))
+    grams = torch.stack([definite, indefinite])
 
     with pytest.raises(torch.linalg.LinAlgError, match="damping up to 100"):
         damped_choleskys(grams.clone, 0.01)

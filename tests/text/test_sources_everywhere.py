@@ -249,7 +249,8 @@ def test_configuration_split_and_column_are_given_or_found(name, call, documents
     ],
 )
 def test_what_is_not_there_is_said_with_what_to_pass(name, split, message, hub):
-    hub.sets["tester/set"] = {"train": [{"a": "x", "b": "y"}], "more": [{"a": "x", "b": "y"}]}
+    rows = [{"a": "x", "b": "y"}]
+    hub.sets["tester/set"] = {"train": rows, "more": rows}
 
     with pytest.raises(ValueError, match=message):
         load_text(name, split)

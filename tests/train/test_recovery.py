@@ -15,6 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from hub_standin import hub_fixture, run_with_hub  # noqa: F401
 from quantized_models import fp8_llama, gguf_llama
+from quick_recovery import QUICK
 from safetensors.torch import load_file, save_file
 from tiny_llama import TEXT, VOCABULARY, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
@@ -44,18 +45,6 @@ from optimum_fista.train.distillation import (
 OPERATOR_WEIGHTS = 15360  # of all operators of `tiny_llama`
 NORM_WEIGHTS = 160  # of its five norms of 32 weights
 CLEAR_FALL = 0.02  # of a loss: far more than rounding changes
-QUICK = {
-    "tokens": 640,
-    "sequence_length": 16,
-    "batch_size": 1,
-    "accumulate": 2,
-    "held_out": 4,
-    "relative_step": 0.1,
-    "device": "cpu",
-    "compute_dtype": "float32",
-    "progress": False,
-}
-"""Options of a recovery of 20 steps."""
 
 
 @pytest.fixture(scope="session")

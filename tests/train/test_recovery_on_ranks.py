@@ -3,6 +3,7 @@
 import signal
 
 import pytest
+import quick_recovery
 import torch
 from launched import exit_codes, launch, recover_together, train_and_recover
 from safetensors.torch import load_file
@@ -13,17 +14,7 @@ from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.train import stored_teacher
 
-QUICK = {
-    "tokens": 128,
-    "sequence_length": 16,
-    "batch_size": 1,
-    "accumulate": 2,
-    "held_out": 3,
-    "relative_step": 0.1,
-    "device": "cpu",
-    "compute_dtype": "float32",
-    "progress": False,
-}
+QUICK = quick_recovery.QUICK | {"tokens": 128, "held_out": 3}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import quick_recovery
 import torch
 from filelock import FileLock
 from tiny_llama import TEXT, VOCABULARY, save_tiny_folder, tiny_llama
@@ -15,19 +16,7 @@ from optimum_fista.model import predictor
 from optimum_fista.text import calibration_tokens
 from optimum_fista.train import recovery, recovery_plan, stored_teacher
 
-QUICK = {
-    "tokens": 640,
-    "sequence_length": 16,
-    "batch_size": 1,
-    "accumulate": 2,
-    "held_out": 4,
-    "relative_step": 0.1,
-    "train": "all",
-    "device": "cpu",
-    "compute_dtype": "float32",
-    "progress": False,
-}
-"""Options of a recovery of 20 steps on 40 sequences."""
+QUICK = quick_recovery.QUICK | {"train": "all"}
 SHARDS = 10
 
 
