@@ -1,5 +1,6 @@
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.estimate.estimate import Estimate
-from optimum_fista.estimate.peak_memory import LIBRARIES
+from optimum_fista.estimate.peak_memory import LIBRARIES, _solving
 from optimum_fista.folder.output import unfinished_folder
 from optimum_fista.prune.journal import Journal
 
@@ -268,3 +269,19 @@ def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():
 
     mixed = tiny_model("qwen3_moe", mlp_only_layers=[0], num_hidden_layers=3).config
     assert sum(estimated(FistaPruningConfig(method="wanda"), mixed).seconds.values()) > 0
+
+
+@pytest.mark.parametrize(("method", "solver_groups"), [("obs_admm", 4), ("wanda", 1)])
+def test_groups_that_are_solved_together_are_counted_by_what_the_method_holds(
+    method, solver_groups
+):
+    run = SimpleNamespace(on_cpu=True, config=FistaPruningConfig(method=method))
+
+    alone = _solving(run, [64, 64], 256)
+    together = _solving(run, [64, 64], 256, together=4)
+
+    assert together["solver"] == solver_groups * alone["solver"]
+    # Methods that make stacks hold each matrix twice.
+    copies = 2 if method == "obs_admm" else 1
+    assert together["Gram matrix"] == 4 * copies * alone["Gram matrix"]
+    assert together["weights and targets"] == 4 * copies * alone["weights and targets"]
