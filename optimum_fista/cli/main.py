@@ -23,6 +23,7 @@ from optimum_fista.cli import (
     demo,
     doctor,
     evaluate,
+    gguf,
     pack,
     page,
     prune,
@@ -41,6 +42,7 @@ _COMMANDS: dict[str, Any] = {  # modules, by the name of their subcommand
     "chat": chat,
     "pack": pack,
     "unpack": unpack,
+    "gguf": gguf,
     "demo": demo,
     "doctor": doctor,
 }

