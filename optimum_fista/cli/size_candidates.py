@@ -243,7 +243,8 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
     per_channel = num_in_channels / num_channels  # in all decoder layers together
 
     # The number of channels that stay is a multiple of `step`, and `mlps.at_least` or more.
-    step = PartShare.usual_step("channels", num_channels)
+    multiples = PartShare.multiples_of_channels("channels", num_channels)
+    step = multiples[-1] if multiples else 1
     least = math.ceil(mlps.at_least / step) * step
     most_kept = (num_channels - 1) // step * step  # a run has to remove some
     # So many channels stay if just enough go that `most` parameters are left.
@@ -257,5 +258,7 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
             f"--target-size {target_share:g}: {possible_share:g} of the parameters are left if {least} of "
             f"{num_channels} channels stay in every decoder layer: pass at least that."
         )
+    if multiples:
+        num_kept = PartShare.fewer_channels(num_kept, num_channels)
     remaining = num_parameters - (num_channels - num_kept) * per_channel
     return PartShare.keeping("channels", num_kept, num_channels), round(remaining)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.parts import Kind
 from optimum_fista.solve.patterns import PartShare, WholeParts
+from optimum_fista.solve.patterns.whole_parts import QUANTIZERS_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class RemovedParts:
         """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`.
 
         There `self.number` is 3, `self.kept` is 2, and `self.share` is what was asked for: 0.34 of the heads. If the
-        user asked for a divisor of the number of experts that stay, that number is named, too.
+        user asked for a divisor of the number of experts that stay, that number is named, too. If the number of
+        channels is a multiple of 128 now, the text says whether that is so of those that stay.
         """
         if self.share.kind == "layers":
             kind = "decoder layers"
@@ -39,6 +41,10 @@ class RemovedParts:
         asked = f"; asked for: {100 * self.share.share:g}%" if self.is_rounded else ""
         if self.share.divisible_by is not None:
             asked += f"; {self.kept} stay, a multiple of {self.share.divisible_by}"
+        multiples = PartShare.multiples_of_channels(self.share.kind, self.number)
+        if multiples and multiples[0] == QUANTIZERS_MULTIPLE:
+            is_multiple = self.kept % QUANTIZERS_MULTIPLE == 0
+            asked += f"; {self.kept} stay, {'a' if is_multiple else 'no'} multiple of {QUANTIZERS_MULTIPLE}"
         removed = self.number - self.kept
         return f"{removed} of {self.number} {kind}{place} ({removed / self.number:.2%}{asked})"
 

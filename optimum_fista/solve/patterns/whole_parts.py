@@ -19,6 +19,8 @@ _LARGEST_ROUNDING = 0.1
 _MOST_SHARES_LISTED = 8  # in an error
 # Kernels of matrix products are fast for sizes that are multiples of it.
 _FAST_MULTIPLE = 64
+# Quantizers that round weights in groups of 128 inputs, such as W4A16 of llm-compressor, refuse other sizes.
+QUANTIZERS_MULTIPLE = 128
 
 _SHARE = r"((?:\d+\.?\d*|\.\d+)(?:e-\d+)?)"  # what `float` reads
 _PART = re.compile(rf"(channels|expert_channels|heads|experts|layers):{_SHARE}(?:/(\d+))?")
@@ -29,8 +31,8 @@ class PartShare:
     """Share of the parts of one kind that is removed, in (0, 1).
 
     The channels of an expert ("expert_channels") are counted as those of an MLP are. The number that stays is a
-    multiple of `multiple_of`. `None`: of 64 if the number of channels is a multiple of 64 now; for experts, equally
-    many of every group that the router chooses first.
+    multiple of `multiple_of`. `None`: of 128 or 64 if the number of channels is one now; for experts, equally many of
+    every group that the router chooses first.
 
     `divisible_by` is the user's option `keep_divisible`, for experts only. It is a multiple, too, but the number is
     rounded to it however far that is from the share.
@@ -48,8 +50,7 @@ class PartShare:
         router chooses groups of experts first (`num_router_groups` of them, otherwise 1), equally many experts of each
         stay.
 
-        The number that stays is a multiple of `self.step`. The step is `self.multiple_of` if the user gave one. If not,
-        it is 64 for more than 64 channels in a multiple of 64, and otherwise `num_router_groups`.
+        The number that stays is a multiple of `self.step`.
 
         Raises:
             ValueError: If the nearest multiple of the step is too small, or all parts, or if the number that goes would
@@ -137,19 +138,46 @@ class PartShare:
         return cls(kind, exact, multiple_of)
 
     def step(self, number: int, num_router_groups: int = 1) -> int:
-        """The divisor of the number of parts that stay, of `number` now; arguments as in `num_kept`."""
+        """The divisor of the number of parts that stay, of `number` now; arguments as in `num_kept`.
+
+        It is `self.multiple_of` if the user gave one. If not, it is `num_router_groups` for parts that are no channels.
+        A number of channels that is a multiple of 128 or 64 stays one: it is a multiple of 128 if one is near enough to
+        the share, otherwise of 64.
+        """
         if self.multiple_of is not None:
             return math.lcm(self.multiple_of, num_router_groups)
-        return self.usual_step(self.kind, number, num_router_groups)
+        multiples = self.multiples_of_channels(self.kind, number)
+        for multiple in multiples:
+            kept = self._nearest(number, multiple)
+            if 0 < kept < number and not self._is_far_from(kept, number):
+                return multiple
+        return multiples[-1] if multiples else num_router_groups
 
     @staticmethod
-    def usual_step(kind: PartKind, number: int, num_router_groups: int = 1) -> int:
-        """The divisor of the number of parts that stay, if the user gives none; arguments as in `num_kept`."""
-        # A size for which kernels are fast stays one.
-        are_channels = kind in ("channels", "expert_channels")
-        is_fast_now = are_channels and number % _FAST_MULTIPLE == 0
-        can_stay_fast = is_fast_now and number > _FAST_MULTIPLE
-        return _FAST_MULTIPLE if can_stay_fast else num_router_groups
+    def multiples_of_channels(kind: PartKind, number: int) -> list[int]:
+        """List the sizes of which a number of channels should stay a multiple, the best one first.
+
+        They are 128 and 64, if the `number` of parts is a larger multiple of them now. Other kinds than channels have
+        none.
+        """
+        if kind not in ("channels", "expert_channels"):
+            return []
+        return [
+            multiple
+            for multiple in (QUANTIZERS_MULTIPLE, _FAST_MULTIPLE)
+            if number % multiple == 0 and number > multiple
+        ]
+
+    @classmethod
+    def fewer_channels(cls, kept: int, number: int) -> int:
+        """Return the number of channels to keep of `number` if at most `kept`, a multiple of 64, may stay.
+
+        It is the next smaller multiple of 128 if that is near enough, and if `number` is such a multiple.
+        """
+        multiple = cls.multiples_of_channels("channels", number)[0]
+        fewer = kept // multiple * multiple
+        is_far = cls("channels", 1 - kept / number)._is_far_from(fewer, number)
+        return kept if fewer == 0 or is_far else fewer
 
     def _nearest(self, number: int, step: int) -> int:
         """The multiple of `step` that is nearest to what would stay of `number`: possibly none or all."""
@@ -170,15 +198,24 @@ class PartShare:
         parts it removes, for an error.
         """
         wanted = (1 - self.share) * number
-        by_distance = sorted(possible, key=lambda kept: abs(kept - wanted))
-        nearest = by_distance[:_MOST_SHARES_LISTED]
-        shares = []
-        for kept in sorted(nearest, reverse=True):
+        nearest = dict[int, float]()  # shares, by the number of parts that they leave
+        are_more = False
+        for kept in sorted(possible, key=lambda kept: abs(kept - wanted)):
             # The share with as few digits as are needed to keep this number of parts.
-            share = self.keeping(self.kind, kept, number, self.multiple_of).share
-            shares.append(f"{share:g} ({number - kept} of {number})")
-        more = ", ..." if len(nearest) < len(possible) else ""
-        return ", ".join(shares) + more
+            share = self.keeping(self.kind, kept, number, self.multiple_of)
+            if share._nearest(number, share.step(number)) != kept:
+                # A multiple of 64 channels, so near to one of 128 that each share leaves that one.
+                continue
+            if len(nearest) == _MOST_SHARES_LISTED:
+                are_more = True
+                break
+            nearest[kept] = share.share
+
+        texts = []
+        for kept in sorted(nearest, reverse=True):
+            texts.append(f"{nearest[kept]:g} ({number - kept} of {number})")
+        more = ", ..." if are_more else ""
+        return ", ".join(texts) + more
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,15 @@ def test_parse_is_the_inverse_of_text(text):
     ("kind", "share", "multiple", "number", "kept"),
     [
         ("channels", 0.25, None, 1536, 1152),
-        ("channels", 0.24, None, 1536, 1152),  # to a multiple of 64
+        ("channels", 0.24, None, 1536, 1152),  # to a multiple of 128
+        ("channels", 0.25, None, 4864, 3584),  # 3648 is no multiple of 128
+        ("channels", 0.3, None, 1536, 1088),  # a multiple of 128 would be a tenth away, so of 64
+        ("channels", 0.25, None, 256, 192),
+        ("channels", 0.25, 64, 4864, 3648),
         ("channels", 0.24, 1, 1536, 1167),
         ("channels", 0.25, None, 48, 36),  # 48 is no multiple of 64
         ("channels", 0.5, 32, 192, 96),
-        ("expert_channels", 0.24, None, 768, 576),  # to a multiple of 64
+        ("expert_channels", 0.24, None, 768, 576),  # to a multiple of 64, because 128 is too far
         ("expert_channels", 0.24, 16, 768, 576),
         ("expert_channels", 0.24, 8, 768, 584),
         ("heads", 0.34, None, 3, 2),
@@ -114,6 +118,35 @@ def test_the_shares_that_a_refusal_offers_are_accepted_and_remove_what_it_says(
     for share, removed in possible:
         kept = PartShare(kind, float(share), multiple).num_kept(number)
         assert number - kept == int(removed)
+
+
+def test_a_refusal_offers_no_multiple_of_64_that_every_share_rounds_to_one_of_128():
+    with pytest.raises(ValueError, match="would stay") as raised:
+        PartShare("channels", 0.999).num_kept(1536)
+
+    removed = [int(number) for number in re.findall(r"\((\d+) of", str(raised.value))]
+
+    assert 1408 in removed
+    assert 1344 not in removed  # 1280 and 1408 are multiples of 128
+
+
+@pytest.mark.parametrize(
+    ("kept", "number", "expected"),
+    [
+        (1088, 1536, 1088),  # 64 of the 448 channels that go are more than a tenth
+        (832, 1536, 768),
+        (768, 1536, 768),
+        (64, 1536, 64),
+        (128, 192, 128),  # 192 is no multiple of 128
+    ],
+)
+def test_a_largest_number_of_channels_becomes_the_multiple_of_128_below_it_if_that_is_near(
+    kept, number, expected
+):
+    assert PartShare.fewer_channels(kept, number) == expected
+
+    share = PartShare.keeping("channels", expected, number)
+    assert share.num_kept(number) == expected
 
 
 def test_experts_and_their_channels_are_refused_in_one_run():
