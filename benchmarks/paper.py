@@ -1,0 +1,437 @@
+"""What the reviewers of FISTAPruner asked, answered by rows: the measurements and tables of docs/paper.md.
+
+    python benchmarks/paper.py MODEL --calibration TEXT --other TEXT --texts TEXT1,TEXT2 --output runs/reviewers.json
+    python benchmarks/paper.py MODEL ... --questions sgd,start     # some of them
+    python benchmarks/paper.py benchmarks/results/reviewers.json   # measures nothing: the tables
+    # and this writes them into the page, and draws its picture:
+    python benchmarks/paper.py benchmarks/results/reviewers.json --page docs/paper.md --plot docs/paper.png
+
+A *question* is a part of the page. It has rows in `--output`, in other files of benchmarks/results, or in both. A
+*unit* is a piece of work whose rows are written when they are measured, such as all warm starts of one operator. The
+same command resumes: units that `--output` has are not measured again. Layer problems are made by `paper_layers.py`,
+the training of a decoder layer by `paper_blocks.py`, whole models by `compare.py`, and tables by `paper_tables.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import compare
+import paper_blocks
+import paper_layers
+import torch
+from paper_tables import QUESTIONS, Results, plot, tables_in
+from shared import open_record, parse_arguments, parse_config, save
+from torch import Tensor
+
+from optimum_fista import FistaPruner, recover
+from optimum_fista.estimate.estimate import Estimate
+from optimum_fista.evaluate.perplexity import evaluate_perplexity
+from optimum_fista.model.choice import find_operators
+from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.source.loading import load_model, require_tokenizer
+
+Row = dict[str, Any]
+Key = dict[str, Any]
+"""What tells a unit from others: its part, and for example its operator and pattern."""
+
+PATTERNS = ("0.5", "2:4")
+_PAPER = "paper:max_trials=4"
+"""FISTAPruner with at most four trials of the penalty, which take a fifth of the time of the published search."""
+WHOLE_MODELS: dict[str, list[tuple[str, str]]] = {
+    "correction": [
+        (f"{_PAPER}{correction}", pattern)
+        for pattern in ("0.5", "2:4", "0.7", "0.6", "0.3")
+        for correction in ("", ":error_correction=none", ":error_correction=full")
+    ],
+    "parts": [
+        (method, pattern)
+        for pattern in PATTERNS
+        for method in (
+            "default",
+            "default:error_correction=none",
+            "default:allocation=uniform",
+            "default:refit_iterations=0",
+            _PAPER,
+            f"{_PAPER}:error_correction=none",
+            "paper:max_trials=1",
+            f"{_PAPER}:refit_iterations=20",
+            f"{_PAPER}:warm_start=sparsegpt",
+        )
+        if not (pattern == "2:4" and "allocation" in method)  # zeros can't move in n:m patterns
+    ],
+}
+"""Methods and patterns of whole models, by question."""
+QUANTIZED = [("dense", "-"), ("default", "0.5"), ("default", "2:4")]
+RETRAINED = [("wanda", "0.5"), ("sparsegpt", "0.5"), (_PAPER, "0.5"), ("default", "0.5")]
+ESTIMATED = ("default", "paper")
+
+
+class Session:
+    """What the units of one call share: the arguments, and models and layer problems, made when first needed."""
+
+    def __init__(self, arguments: Namespace) -> None:
+        """Keep the arguments; nothing is loaded yet."""
+        self.arguments = arguments
+
+    @cached_property
+    def operators(self) -> dict[tuple[int, str], paper_layers.Operator]:
+        """Layer problems by decoder layer and kind, such as (3, "q_proj")."""
+        wants_counts = "samples" in self.arguments.questions
+        counts = self.arguments.sample_counts if wants_counts else []
+        with torch.no_grad():
+            operators = paper_layers.operators_of(self.arguments, counts=counts)
+        by_kind = {}
+        for operator in operators:
+            words = operator.name.removesuffix(".weight").split(".")
+            layer = next(int(word) for word in words if word.isdigit())
+            by_kind[layer, words[-1]] = operator
+        return by_kind
+
+    @cached_property
+    def case(self) -> Namespace:
+        """The arguments of `compare.measure` for whole models."""
+        usual = {
+            "methods": ["default"],
+            "seeds": [0],
+            "held_out": 0,
+            "bos": "auto",
+            "device": "cpu",
+            "dtype": "float32",
+            "device_map": None,
+            "storage_device": None,
+            "calibration_length": None,
+        }
+        return Namespace(**vars(self.arguments) | usual)
+
+    @cached_property
+    def windows(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Token ids to calibrate on, and those to measure on by name, each [windows, length]."""
+        tokenizer = require_tokenizer(self.arguments.model)
+        calibration, texts, _ = compare.draw(self.case, tokenizer, self.arguments.seed)
+        return calibration, texts
+
+
+Unit = tuple[Key, Callable[[Session], Iterable[Row]]]
+
+
+def units(question: str, arguments: Namespace) -> Iterator[Unit]:
+    """Yield the units of a question: what tells them apart, and the function that measures their rows."""
+    operators = [(layer, kind) for layer in arguments.layers for kind in arguments.operators]
+    if question in WHOLE_MODELS:
+        for method, pattern in [compare.DENSE, *WHOLE_MODELS[question]]:
+            yield (
+                {"part": "models", "method": method, "pattern": pattern},
+                whole_model(method, pattern),
+            )
+    if question == "sgd":
+        for layer, kind in operators:
+            yield of_operator("descents", layer, kind, None, paper_layers.descents)
+        for layer in arguments.layers:
+            yield {"part": "blocks", "layer": layer}, block(layer)
+    if question == "search":
+        for pattern in PATTERNS:
+            for layer, kind in operators:
+                yield of_operator(
+                    "searches",
+                    layer,
+                    kind,
+                    pattern,
+                    lambda operator, pattern: paper_layers.searches(
+                        operator, pattern, arguments.seeds
+                    ),
+                )
+    of_patterns = {
+        "start": ("starts", paper_layers.starts),
+        "samples": ("samples", paper_layers.sample_counts),
+        "competitors": ("swaps", paper_layers.swaps),
+    }
+    if question in of_patterns:
+        part, measure = of_patterns[question]
+        for pattern in PATTERNS:
+            for layer, kind in operators:
+                yield of_operator(part, layer, kind, pattern, measure)
+    if question == "competitors":
+        for method, pattern in RETRAINED:
+            yield (
+                {"part": "retrained", "method": method, "pattern": pattern},
+                retrained(method, pattern),
+            )
+    if question == "quantize":
+        for method, pattern in QUANTIZED:
+            yield (
+                {"part": "quantized", "method": method, "pattern": pattern},
+                quantized(method, pattern),
+            )
+    if question == "size":
+        for method in ESTIMATED:
+            yield {"part": "estimates", "method": method}, estimated(method)
+
+
+def of_operator(
+    part: str, layer: int, kind: str, pattern: str | None, measure: Callable[..., Iterable[Row]]
+) -> Unit:
+    """Make a unit of one operator; `measure` gets it and the pattern, unless that is `None`."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure."""
+        operator = session.operators[layer, kind]
+        with torch.no_grad():
+            if pattern is None:
+                return list(measure(operator))
+            return list(measure(operator, pattern))
+
+    key: Key = {"part": part, "layer": layer, "kind": kind}
+    if pattern is not None:
+        key["pattern"] = pattern
+    return key, run
+
+
+def whole_model(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that prunes and measures a whole model."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure by `compare.py`."""
+        row, _ = compare.measure(session.case, method, pattern, session.arguments.seed)
+        if row["error"] is not None:
+            raise SystemExit(f"{method}, {pattern}: {row['error']}")
+        return [{name: row[name] for name in ("perplexity", "totals", "seconds")}]
+
+    return run
+
+
+def block(layer: int) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that trains a decoder layer by SGD."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure on the calibration windows, and on windows of the first text."""
+        model, _ = load_model(session.arguments.model, dtype="float32", device="cpu")
+        paper_blocks.cut_after(model, layer)
+        calibration, texts = session.windows
+        other = next(iter(texts.values()))[: session.arguments.num_fresh]
+        return list(paper_blocks.measure_layer(model, layer, calibration, other))
+
+    return run
+
+
+def pruned_model(session: Session, method: str, pattern: str, folder: Path | None = None) -> Any:
+    """Prune the model in memory and return it, or from its files to `folder`, if that is not there yet."""
+    calibration, _ = session.windows
+    batches = list(calibration.split(session.arguments.batch_size))
+    if folder is not None:
+        if not folder.exists():
+            pruner = FistaPruner(parse_config(method, pattern))
+            pruner.prune(session.arguments.model, batches, output_dir=folder)
+        return None
+    model, _ = load_model(session.arguments.model, dtype="float32", device="cpu")
+    if (method, pattern) != compare.DENSE:
+        FistaPruner(parse_config(method, pattern)).prune(model, batches)
+    return model
+
+
+def perplexities(session: Session, model: Any) -> dict[str, float]:
+    """Measure a model on the texts."""
+    _, texts = session.windows
+    return {
+        name: evaluate_perplexity(
+            model, windows, batch_size=session.arguments.batch_size
+        ).perplexity
+        for name, windows in texts.items()
+    }
+
+
+def quantized(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that prunes a model and rounds it to fewer bits."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure at 32, 8 and 4 bits, of the same weights."""
+        model = pruned_model(session, method, pattern)
+        rows = [{"bits": 32, "perplexity": perplexities(session, model)}]
+        for name, layer in find_decoder_layers(model):
+            for operator in find_operators(name, layer).values():
+                operator.module.exact = operator.module.weight.detach().clone()
+        for bits in (8, 4):
+            for name, layer in find_decoder_layers(model):
+                for operator in find_operators(name, layer).values():
+                    weight = round_to_bits(operator.module.exact, bits)
+                    operator.module.weight.data.copy_(weight)
+            rows.append({"bits": bits, "perplexity": perplexities(session, model)})
+        return rows
+
+    return run
+
+
+def round_to_bits(weight: Tensor, bits: int) -> Tensor:
+    """Round a matrix [out, in] to integers of so many bits, with a scale for each 32 inputs of a row.
+
+    The largest of a group is exact, and zeros stay zero.
+    """
+    largest_integer = 2 ** (bits - 1) - 1
+    group = math.gcd(32, weight.shape[1])
+    groups = weight.unflatten(1, (-1, group))  # [out, groups, group]
+    scale = groups.abs().amax(-1, keepdim=True) / largest_integer
+    integers = (groups / scale.clamp_min(1e-30)).round()
+    return (integers * scale).flatten(1)
+
+
+def retrained(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that prunes a model and trains its norms (PERP), or all kept weights, for equal tokens."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure before and after; models lie in `--work`."""
+        arguments = session.arguments
+        words = f"{method}-{pattern}".replace(":", "-").replace("=", "-")
+        folder = arguments.work / words
+        pruned_model(session, method, pattern, folder)
+        rows = []
+        for train in (None, "norms", "all"):
+            measured = folder
+            minutes = 0.0
+            if train is not None:
+                measured = folder.with_name(f"{words}-{train}")
+                began = time.process_time()
+                recover(
+                    folder,
+                    arguments.model,
+                    measured,
+                    calibration=arguments.calibration,
+                    tokens=arguments.tokens,
+                    train=train,
+                    device="cpu",
+                    seed=arguments.seed,
+                    overwrite=True,
+                )
+                minutes = (time.process_time() - began) / 60
+            model, _ = load_model(str(measured), dtype="float32", device="cpu")
+            row = {"trained": train or "nothing", "core_minutes": minutes}
+            rows.append(row | {"perplexity": perplexities(session, model)})
+        return rows
+
+    return run
+
+
+def estimated(method: str) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that estimates LLaMA-3-70B: arithmetic, from its published sizes."""
+
+    def run(_: Session) -> Iterable[Row]:
+        """Estimate for 128 sequences of 2048 tokens; nothing is measured, and no device is needed."""
+        from estimate import MODELS
+        from transformers import AutoConfig
+
+        settings = dict(MODELS["Llama-3-70B"])
+        model_type = settings.pop("model_type")
+        config = AutoConfig.for_model(model_type, max_position_embeddings=8192, **settings)
+        estimate = Estimate(
+            config,
+            parse_config(method, "0.5"),
+            num_samples=128,
+            sequence_length=2048,
+            batch_size=1,
+            device="cuda",
+            storage_device="cpu",
+        )
+        yield {
+            "model": "Llama-3-70B",
+            "weight_bytes": estimate.weight_bytes,
+            "peak_bytes": {place: sum(parts.values()) for place, parts in estimate.memory.items()},
+            "disk_bytes": sum(estimate.disk_bytes.values()),
+        }
+
+    return run
+
+
+def measure(arguments: Namespace) -> dict[str, Any]:
+    """Measure the units that `arguments.output` lacks, and write the rows of each; returns the record."""
+    record = open_record(arguments, "questions", "work", "page", "results")
+    rows: list[Row] = record["rows"]
+    session = Session(arguments)
+    for question in arguments.questions:
+        for key, run in units(question, arguments):
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            print(question, *key.values(), flush=True)
+            began = time.process_time()
+            measured = [key | row for row in run(session)]
+            rows += measured
+            save(arguments, record)
+            print(f"  {time.process_time() - began:.0f} s of the processor", flush=True)
+    return record
+
+
+_HELP = {
+    "model": "model folder, or the JSON file of an earlier call",
+    "questions": f"some of {', '.join(QUESTIONS)}",
+    "other": "text that is not the calibration text, for the errors of single operators",
+    "layers": "decoder layers of which single operators are measured",
+    "operators": "ends of the names of these operators",
+    "sample_counts": "calibration sequences in the question samples",
+    "num_fresh": "windows for the errors on fresh and other text",
+    "seeds": "of the searches that draw",
+    "seed": "by which calibration windows are drawn",
+    "tokens": "tokens to train on in the question competitors",
+    "work": "folder of models in the question competitors",
+    "page": "page to write the tables into",
+    "plot": "picture of the errors by operator and pattern",
+    "results": "folder with the rows of other benchmarks",
+}
+
+
+def arguments_given() -> Namespace:
+    """Read the command line; SystemExit if a question is not known."""
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        helps=_HELP,
+        questions=list(QUESTIONS),
+        calibration="c4",
+        texts=["wikitext2"],
+        other="wikitext2",
+        layers=[3, 9],
+        operators=["q_proj", "o_proj", "gate_proj"],
+        sample_counts=[4, 16, 64],
+        num_samples=16,
+        num_fresh=8,
+        sequence_length=512,
+        max_windows=16,
+        batch_size=4,
+        seeds=[0, 1, 2],
+        seed=0,
+        tokens=16384,
+        work=Path("runs/reviewers"),
+        page=Path,
+        plot=Path,
+        results=Path(__file__).parent / "results",
+        output=Path("runs/reviewers.json"),
+    )
+    for question in arguments.questions:
+        if question not in QUESTIONS:
+            known = ", ".join(QUESTIONS)
+            raise SystemExit(f"--questions: {question!r} is unknown; pass some of {known}.")
+    return arguments
+
+
+def main() -> None:
+    """Measure what the output lacks, or read the rows of an earlier call; print the tables, and write them."""
+    arguments = arguments_given()
+    file = Path(arguments.model)
+    is_record = file.is_file() and file.suffix == ".json"
+    record = json.loads(file.read_text()) if is_record else measure(arguments)
+    results = Results(record["rows"], arguments.results)
+    for name in arguments.questions:
+        print("\n".join([f"\n{name}\n", *QUESTIONS[name].table(results)]))
+    if arguments.page:
+        text = arguments.page.read_text()
+        arguments.page.write_text(tables_in(text, results))
+    if arguments.plot:
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
