@@ -127,28 +127,21 @@ def units(question: str, arguments: Namespace) -> Iterator[Unit]:
     operators = [(layer, kind) for layer in arguments.layers for kind in arguments.operators]
     if question in WHOLE_MODELS:
         for method, pattern in [compare.DENSE, *WHOLE_MODELS[question]]:
-            yield (
-                {"part": "models", "method": method, "pattern": pattern},
-                whole_model(method, pattern),
-            )
+            key: Key = {"part": "models", "method": method, "pattern": pattern}
+            yield key, whole_model(method, pattern)
     if question == "sgd":
-        for layer, kind in operators:
-            yield of_operator("descents", layer, kind, None, paper_layers.descents)
+        for penalty in paper_layers.PENALTIES:
+            for layer, kind in operators:
+                yield of_operator("descents", layer, kind, paper_layers.descents, penalty=penalty)
         for layer in arguments.layers:
             yield {"part": "blocks", "layer": layer}, block(layer)
-    if question == "search":
-        for pattern in PATTERNS:
-            for layer, kind in operators:
-                yield of_operator(
-                    "searches",
-                    layer,
-                    kind,
-                    pattern,
-                    lambda operator, pattern: paper_layers.searches(
-                        operator, pattern, arguments.seeds
-                    ),
-                )
-    of_patterns = {
+
+    def search(operator: paper_layers.Operator, pattern: str) -> Iterator[Row]:
+        """Compare searches with the seeds of the command line."""
+        return paper_layers.searches(operator, pattern, arguments.seeds)
+
+    of_patterns: dict[str, tuple[str, Callable[..., Iterable[Row]]]] = {
+        "search": ("searches", search),
         "start": ("starts", paper_layers.starts),
         "samples": ("samples", paper_layers.sample_counts),
         "competitors": ("swaps", paper_layers.swaps),
@@ -157,41 +150,32 @@ def units(question: str, arguments: Namespace) -> Iterator[Unit]:
         part, measure = of_patterns[question]
         for pattern in PATTERNS:
             for layer, kind in operators:
-                yield of_operator(part, layer, kind, pattern, measure)
+                yield of_operator(part, layer, kind, measure, pattern=pattern)
     if question == "competitors":
         for method, pattern in RETRAINED:
-            yield (
-                {"part": "retrained", "method": method, "pattern": pattern},
-                retrained(method, pattern),
-            )
+            key = {"part": "retrained", "method": method, "pattern": pattern}
+            yield key, retrained(method, pattern)
     if question == "quantize":
         for method, pattern in QUANTIZED:
-            yield (
-                {"part": "quantized", "method": method, "pattern": pattern},
-                quantized(method, pattern),
-            )
+            key = {"part": "quantized", "method": method, "pattern": pattern}
+            yield key, quantized(method, pattern)
     if question == "size":
         for method in ESTIMATED:
             yield {"part": "estimates", "method": method}, estimated(method)
 
 
 def of_operator(
-    part: str, layer: int, kind: str, pattern: str | None, measure: Callable[..., Iterable[Row]]
+    part: str, layer: int, kind: str, measure: Callable[..., Iterable[Row]], **setting: str
 ) -> Unit:
-    """Make a unit of one operator; `measure` gets it and the pattern, unless that is `None`."""
+    """Make a unit of one operator; `measure` gets it and the setting, such as `pattern="2:4"`."""
 
     def run(session: Session) -> Iterable[Row]:
         """Measure."""
         operator = session.operators[layer, kind]
         with torch.no_grad():
-            if pattern is None:
-                return list(measure(operator))
-            return list(measure(operator, pattern))
+            return list(measure(operator, **setting))
 
-    key: Key = {"part": part, "layer": layer, "kind": kind}
-    if pattern is not None:
-        key["pattern"] = pattern
-    return key, run
+    return {"part": part, "layer": layer, "kind": kind} | setting, run
 
 
 def whole_model(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
@@ -359,9 +343,10 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             print(question, *key.values(), flush=True)
             began = time.process_time()
             measured = [key | row for row in run(session)]
+            measured[0]["unit_seconds"] = time.process_time() - began
             rows += measured
             save(arguments, record)
-            print(f"  {time.process_time() - began:.0f} s of the processor", flush=True)
+            print(f"  {measured[0]['unit_seconds']:.0f} s of the processor", flush=True)
     return record
 
 

@@ -192,20 +192,26 @@ DESCENTS: dict[str, Descent] = {
 }
 
 
-def descents(operator: Operator) -> Iterator[Row]:
+PENALTIES = ("found", "first trial")
+"""Where the penalty of a LASSO is from: found by FISTAPruner's search in four trials, or that of its first trial."""
+
+
+def descents(operator: Operator, penalty: str) -> Iterator[Row]:
     """Compare FISTA with `DESCENTS` on one LASSO, from Wanda's weights at 50%.
 
-    The penalty is the one that FISTAPruner's search finds in four trials, or a tiny one if no trial is better than
-    Wanda's weights. In rows, `fall` is how much of the objective at the start is gone. `calibration` and the other
-    errors are of the iterate after rounding to 50%, without a refit.
+    `penalty` is one of `PENALTIES`. If the search finds no penalty that is better than Wanda's weights, the penalty is
+    tiny. In rows, `fall` is how much of the objective at the start is gone. `calibration` and the other errors are of
+    the iterate after rounding to 50%, without a refit.
     """
     problem = operator.problem
     pattern = pattern_of("0.5")
     wanda = create_method("wanda").prune(problem, pattern_of("0.5", "row"))
     start = wanda.weight
     largest = float(problem.target.abs().max())
-    found = Fista(max_trials=4).search_penalty(problem, pattern, wanda)
-    l1_penalty = found.l1_penalty or 1e-6 * largest
+    l1_penalty = 1e-3 * largest  # the middle of the interval of the search
+    if penalty == "found":
+        found = Fista(max_trials=4).search_penalty(problem, pattern, wanda)
+        l1_penalty = found.l1_penalty or 1e-6 * largest
 
     def objective(weight: Tensor) -> float:
         """Return the objective of the LASSO."""
@@ -218,7 +224,7 @@ def descents(operator: Operator) -> Iterator[Row]:
             fall = -math.inf
         rounded = weight * pattern.mask(weight)
         row = {"way": way, "steps": steps, "rate": rate, "fall": fall}
-        return row | {"penalty": l1_penalty / largest} | operator.errors(rounded)
+        return row | {"relative_penalty": l1_penalty / largest} | operator.errors(rounded)
 
     yield row_of("Wanda, no step", 0, start, None)
     for steps in CHECKPOINTS:

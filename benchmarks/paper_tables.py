@@ -127,17 +127,22 @@ def descents(results: Results) -> list[str]:
     """Make the table of FISTA and gradient descent on the same LASSO."""
     rows = results.part("descents")
     lines = []
-    for way in unique(row["way"] for row in rows):
-        cells: dict[str, list[str]] = {"fall": [], "calibration": [], "other": []}
-        for steps in (20, 80):
-            group = [row for row in rows if row["way"] == way and row["steps"] in (0, steps)]
-            cells["fall"].append(percent(statistics.fmean(row["fall"] for row in group), 1))
-            for text in ("calibration", "other"):
-                cells[text].append(percent(mean_error(group, text)))
-        lines.append([way, *cells["fall"], *cells["calibration"], *cells["other"]])
-    headings = ["method", "objective falls by, %: 20 steps", "80 steps"]
-    headings += ["rounded, calibration: 20 steps", "80 steps", "rounded, WikiText-2: 20 steps"]
-    return markdown_lines([*headings, "80 steps"], lines)
+    for penalty in unique(row["penalty"] for row in rows):
+        for way in unique(row["way"] for row in rows):
+            cells: dict[str, list[str]] = {"fall": [], "calibration": [], "other": []}
+            for steps in (20, 80):
+                group = [
+                    row
+                    for row in rows
+                    if (row["penalty"], row["way"]) == (penalty, way) and row["steps"] in (0, steps)
+                ]
+                cells["fall"].append(percent(statistics.fmean(row["fall"] for row in group), 1))
+                for text in ("calibration", "other"):
+                    cells[text].append(percent(mean_error(group, text)))
+            fall, calibration, other = ("/".join(cell) for cell in cells.values())
+            lines.append([penalty, way, fall, calibration, other])
+    headings = ["penalty", "method", "objective falls by, %", "error, rounded", "WikiText-2"]
+    return markdown_lines(headings, lines)
 
 
 def blocks(results: Results) -> list[str]:
@@ -671,6 +676,31 @@ def two_of_four_facts(results: Results) -> dict[str, str]:
     return facts
 
 
+# --- how long it takes ----------------------------------------------------------------------------------------------
+
+_PARTS_OF_QUESTIONS = {
+    "correction and parts": ("models",),
+    "sgd": ("descents", "blocks"),
+    "search": ("searches",),
+    "start": ("starts",),
+    "competitors": ("swaps", "retrained"),
+    "samples": ("samples",),
+    "quantize": ("quantized",),
+}
+
+
+def minutes(results: Results) -> list[str]:
+    """Make the table of the time that rows took, in minutes of the processor."""
+    lines = []
+    for question, parts in _PARTS_OF_QUESTIONS.items():
+        for part in parts:
+            units = [row for row in results.part(part) if "unit_seconds" in row]
+            if units:
+                total = sum(row["unit_seconds"] for row in units) / 60
+                lines.append([question, part, len(units), f"{total:.1f}"])
+    return markdown_lines(["question", "part", "units in the rows", "minutes"], lines)
+
+
 # --- the page -------------------------------------------------------------------------------------------------------
 
 
@@ -718,6 +748,7 @@ def tables_in(page: str, results: Results) -> str:
     tables = {
         name: make for question in QUESTIONS.values() for name, make in question.tables.items()
     }
+    tables["minutes"] = minutes
 
     def table(match: re.Match[str]) -> str:
         """Make the table that a comment names."""

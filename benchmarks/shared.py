@@ -154,7 +154,7 @@ def settings_of(arguments: Namespace, *without: str) -> dict[str, str]:
     for name, value in vars(arguments).items():
         if name in (*without, "output", "plot"):
             continue
-        if name in ("model", "calibration") and value:
+        if name in ("model", "calibration", "other") and value:
             settings[name] = Path(value).name
         elif name == "texts":
             settings[name] = ",".join(Path(source).name for source in value)

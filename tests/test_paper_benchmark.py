@@ -88,11 +88,26 @@ def test_stochastic_descents_take_each_sequence_with_the_weight_of_all(layers):
 def test_fista_falls_further_than_the_proximal_gradient(layers):
     operator, _ = operator_of()
 
-    falls = {(row["way"], row["steps"]): row["fall"] for row in layers.descents(operator)}
+    rows = list(layers.descents(operator, "first trial"))
 
+    falls = {(row["way"], row["steps"]): row["fall"] for row in rows}
     assert falls["FISTA", 80] >= falls["FISTA", 20]
     assert falls["FISTA", 80] > falls["proximal gradient", 80] > 0
     assert falls["Wanda, no step", 0] == 0
+    assert all(row["relative_penalty"] == pytest.approx(1e-3) for row in rows)
+
+
+def test_the_penalty_that_is_found_is_that_of_the_search(layers):
+    operator, _ = operator_of()
+    wanda = layers.create_method("wanda").prune(operator.problem, layers.pattern_of("0.5", "row"))
+    found = layers.Fista(max_trials=4).search_penalty(
+        operator.problem, layers.pattern_of("0.5"), wanda
+    )
+
+    row, *_ = layers.descents(operator, "found")
+
+    largest = float(operator.problem.target.abs().max())
+    assert row["relative_penalty"] == found.l1_penalty / largest
 
 
 def test_a_chain_counts_steps_and_its_error_never_rises(layers):
