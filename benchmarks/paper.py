@@ -2,6 +2,7 @@
 
     python benchmarks/paper.py MODEL --calibration TEXT --other TEXT --texts TEXT1,TEXT2 --output runs/reviewers.json
     python benchmarks/paper.py MODEL ... --questions sgd,start     # some of them
+    python benchmarks/paper.py MODEL ... --questions sgd --only descents    # a part of one of them
     python benchmarks/paper.py benchmarks/results/reviewers.json   # measures nothing: the tables
     # and this writes them into the page, and draws its picture:
     python benchmarks/paper.py benchmarks/results/reviewers.json --page docs/paper.md --plot docs/paper.png
@@ -333,11 +334,13 @@ def estimated(method: str) -> Callable[[Session], Iterable[Row]]:
 
 def measure(arguments: Namespace) -> dict[str, Any]:
     """Measure the units that `arguments.output` lacks, and write the rows of each; returns the record."""
-    record = open_record(arguments, "questions", "work", "page", "results")
+    record = open_record(arguments, "questions", "only", "work", "page", "results")
     rows: list[Row] = record["rows"]
     session = Session(arguments)
     for question in arguments.questions:
         for key, run in units(question, arguments):
+            if arguments.only and key["part"] not in arguments.only:
+                continue
             if any(key.items() <= row.items() for row in rows):
                 continue
             print(question, *key.values(), flush=True)
@@ -353,6 +356,7 @@ def measure(arguments: Namespace) -> dict[str, Any]:
 _HELP = {
     "model": "model folder, or the JSON file of an earlier call",
     "questions": f"some of {', '.join(QUESTIONS)}",
+    "only": "parts to measure, such as swaps or blocks; all parts of the questions if none is given",
     "other": "text that is not the calibration text, for the errors of single operators",
     "layers": "decoder layers of which single operators are measured",
     "operators": "ends of the names of these operators",
@@ -375,6 +379,7 @@ def arguments_given() -> Namespace:
         "model",
         helps=_HELP,
         questions=list(QUESTIONS),
+        only=[],
         calibration="c4",
         texts=["wikitext2"],
         other="wikitext2",

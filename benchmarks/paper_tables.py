@@ -236,6 +236,53 @@ def starts(results: Results) -> list[str]:
     return markdown_lines(headings, lines)
 
 
+_EARLIER_STARTS = {
+    "dense": 'fista:warm_start="dense"',
+    "magnitude": 'fista:warm_start="magnitude"',
+    "wanda": 'fista:warm_start="wanda"',
+    "sparsegpt": "fista",
+}
+
+
+def earlier_starts(results: Results) -> list[str]:
+    """Make the table of warm starts that earlier versions measured, on operators and on whole models."""
+    whole = {"wanda": "paper", "sparsegpt": "paper:warm_start=sparsegpt"}
+    lines = []
+    for start, method in _EARLIER_STARTS.items():
+        group = results.of_file("solver_ablations.json", method=method)
+        errors = [percent(mean_error(group, text)) for text in ("calibration", "other")]
+        timed = results.of_file("solvers.json", method=start, pattern="0.5")
+        seconds = f"{sum(row['cpu_seconds'] for row in timed):.1f}" if timed else ""
+        cell = ""
+        if start in whole:
+            (row,) = results.of_file("perplexity.json", method=whole[start], pattern="0.5")
+            cell = "/".join(f"{row['perplexity'][text]:.2f}" for text in (*_TEXTS, "held-out"))
+        lines.append([start, seconds, *errors, cell])
+    headings = ["start", "seconds, start", "error after a refit", "WikiText-2"]
+    return markdown_lines([*headings, "whole model as published"], lines)
+
+
+def start_facts(results: Results) -> dict[str, str]:
+    """Compute by how much the error and the perplexity are lower from SparseGPT, in percent."""
+    errors = {
+        start: mean_error(results.of_file("solver_ablations.json", method=method), "calibration")
+        for start, method in _EARLIER_STARTS.items()
+    }
+    facts = {
+        f"error from SparseGPT against {start}": percent(1 - errors["sparsegpt"] / error, 0)
+        for start, error in errors.items()
+        if start != "sparsegpt"
+    }
+    (wanda,) = results.of_file("perplexity.json", method="paper", pattern="0.5")
+    (ours,) = results.of_file("perplexity.json", method="paper:warm_start=sparsegpt", pattern="0.5")
+    facts["perplexity from SparseGPT against Wanda"] = percent(1 - ratio(ours, wanda), 0)
+    seconds = sum(
+        row["cpu_seconds"] for row in results.of_file("solvers.json", method="fista", pattern="0.5")
+    )
+    facts["seconds of FISTA, all in all"] = f"{seconds:.1f}"
+    return facts
+
+
 # --- every part -----------------------------------------------------------------------------------------------------
 
 _PARTS_OF_SOLVERS = {
@@ -569,6 +616,36 @@ def quantized(results: Results) -> list[str]:
     return markdown_lines(["zeros", "as it is", "8 bits", "4 bits"], lines)
 
 
+_REMOVED = ("dense", "channels:0.1", "channels:0.2", "channels:0.3", "layers:0.2")
+
+
+def bits_per_byte(results: Results, variant: str, form: str) -> float:
+    """Return the mean bits per byte of a model of `frontier.py` that was not trained."""
+    (row,) = results.of_file("frontier.json", variant=variant, tokens=0, format=form)
+    return row["mean"]
+
+
+def quantized_parts(results: Results) -> list[str]:
+    """Make the table of models without whole parts in 8 and 4 bits, which llama.cpp reads."""
+    lines = []
+    for variant in _REMOVED:
+        eight = bits_per_byte(results, variant, "8")
+        four = bits_per_byte(results, variant, "IQ4_NL")
+        name = variant if variant == "dense" else f"`{variant}`"
+        lines.append([name, f"{eight:.3f}", f"{four:.3f}", f"{four - eight:.3f}"])
+    return markdown_lines(["removed", "8 bits", "4 bits", "4 bits lose"], lines)
+
+
+def quantize_facts(results: Results) -> dict[str, str]:
+    """Give bits per byte and megabytes of the dense model with 16 and 4 bits, and of 50% zeros with 16 bits."""
+    facts = {}
+    for variant, form in (("dense", "16"), ("dense", "IQ4_NL"), ("0.5", "packed")):
+        (row,) = results.of_file("frontier.json", variant=variant, tokens=0, format=form)
+        facts[f"{variant}, {form}: bits per byte"] = f"{row['mean']:.3f}"
+        facts[f"{variant}, {form}: MB"] = f"{row['bytes'] / 1e6:.0f}"
+    return facts
+
+
 # --- numbers in sentences -------------------------------------------------------------------------------------------
 
 
@@ -727,7 +804,7 @@ QUESTIONS: dict[str, Question] = {
     ),
     "sgd": Question({"descents": descents, "blocks": blocks}),
     "search": Question({"searches": searches, "earlier-searches": earlier_searches}, search_facts),
-    "start": Question({"starts": starts}),
+    "start": Question({"earlier-starts": earlier_starts, "starts": starts}, start_facts),
     "parts": Question({"parts-of-solvers": parts_of_solvers, "parts-of-models": parts_of_models}),
     "competitors": Question(
         {"dsnot": dsnot, "swaps": swaps, "trained-parts": trained_parts, "retrained": retrained},
@@ -738,7 +815,9 @@ QUESTIONS: dict[str, Question] = {
     "families": Question({"families": families, "newer-models": newer_models}, families_facts),
     "size": Question({"size": size}, size_facts),
     "two-of-four": Question({"two-of-four": two_of_four}, two_of_four_facts),
-    "quantize": Question({"quantized": quantized}),
+    "quantize": Question(
+        {"quantized-parts": quantized_parts, "quantized": quantized}, quantize_facts
+    ),
 }
 _TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
