@@ -28,15 +28,18 @@ import compare
 import paper_blocks
 import paper_layers
 import torch
+from estimate import MODELS
 from paper_tables import QUESTIONS, Results, plot, tables_in
 from shared import open_record, parse_arguments, parse_config, save
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
 
 from optimum_fista import FistaPruner, recover
 from optimum_fista.estimate.estimate import Estimate
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.model.operators import LinearOperator
 from optimum_fista.source.loading import load_model, require_tokenizer
 
 Row = dict[str, Any]
@@ -206,22 +209,21 @@ def block(layer: int) -> Callable[[Session], Iterable[Row]]:
     return run
 
 
-def pruned_model(session: Session, method: str, pattern: str, folder: Path | None = None) -> Any:
-    """Prune the model in memory and return it, or from its files to `folder`, if that is not there yet."""
+def batches_of(session: Session) -> list[Tensor]:
+    """Return the calibration windows in batches."""
     calibration, _ = session.windows
-    batches = list(calibration.split(session.arguments.batch_size))
-    if folder is not None:
-        if not folder.exists():
-            pruner = FistaPruner(parse_config(method, pattern))
-            pruner.prune(session.arguments.model, batches, output_dir=folder)
-        return None
+    return list(calibration.split(session.arguments.batch_size))
+
+
+def pruned_model(session: Session, method: str, pattern: str) -> PreTrainedModel:
+    """Load the model and prune it in memory, unless it shall be dense."""
     model, _ = load_model(session.arguments.model, dtype="float32", device="cpu")
     if (method, pattern) != compare.DENSE:
-        FistaPruner(parse_config(method, pattern)).prune(model, batches)
+        FistaPruner(parse_config(method, pattern)).prune(model, batches_of(session))
     return model
 
 
-def perplexities(session: Session, model: Any) -> dict[str, float]:
+def perplexities(session: Session, model: PreTrainedModel) -> dict[str, float]:
     """Measure a model on the texts."""
     _, texts = session.windows
     return {
@@ -239,14 +241,13 @@ def quantized(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
         """Measure at 32, 8 and 4 bits, of the same weights."""
         model = pruned_model(session, method, pattern)
         rows = [{"bits": 32, "perplexity": perplexities(session, model)}]
+        operators: dict[str, LinearOperator] = {}
         for name, layer in find_decoder_layers(model):
-            for operator in find_operators(name, layer).values():
-                operator.module.exact = operator.module.weight.detach().clone()
+            operators |= find_operators(name, layer)
+        exact = {name: one.module.weight.detach().clone() for name, one in operators.items()}
         for bits in (8, 4):
-            for name, layer in find_decoder_layers(model):
-                for operator in find_operators(name, layer).values():
-                    weight = round_to_bits(operator.module.exact, bits)
-                    operator.module.weight.data.copy_(weight)
+            for name, operator in operators.items():
+                operator.module.weight.data.copy_(round_to_bits(exact[name], bits))
             rows.append({"bits": bits, "perplexity": perplexities(session, model)})
         return rows
 
@@ -274,7 +275,9 @@ def retrained(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
         arguments = session.arguments
         words = f"{method}-{pattern}".replace(":", "-").replace("=", "-")
         folder = arguments.work / words
-        pruned_model(session, method, pattern, folder)
+        if not folder.exists():
+            pruner = FistaPruner(parse_config(method, pattern))
+            pruner.prune(arguments.model, batches_of(session), output_dir=folder)
         rows = []
         for train in (None, "norms", "all"):
             measured = folder
@@ -307,9 +310,6 @@ def estimated(method: str) -> Callable[[Session], Iterable[Row]]:
 
     def run(_: Session) -> Iterable[Row]:
         """Estimate for 128 sequences of 2048 tokens; nothing is measured, and no device is needed."""
-        from estimate import MODELS
-        from transformers import AutoConfig
-
         settings = dict(MODELS["Llama-3-70B"])
         model_type = settings.pop("model_type")
         config = AutoConfig.for_model(model_type, max_position_embeddings=8192, **settings)
