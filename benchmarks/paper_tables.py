@@ -356,7 +356,7 @@ def swaps(results: Results) -> list[str]:
     for pattern in unique(row["pattern"] for row in rows):
         for way in unique(row["way"] for row in rows):
             group = [row for row in rows if row["way"] == way and row["pattern"] == pattern]
-            swapped = percent(statistics.fmean(row["swapped"] for row in group), 1)
+            swapped = percent(statistics.fmean(row["swapped"] for row in group), 3)
             errors = [percent(mean_error(group, text)) for text in ("calibration", "other")]
             lines.append([_zeros(pattern), way, swapped, *errors])
     headings = ["zeros", "method", "swapped, %", "calibration", "WikiText-2"]
