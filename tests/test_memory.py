@@ -1,5 +1,7 @@
+import gc
 import threading
 import time
+import weakref
 
 import psutil
 import pytest
@@ -10,6 +12,7 @@ from optimum_fista import memory
 from optimum_fista.memory import (
     available_bytes,
     is_out_of_memory,
+    old_objects_skipped,
     release_memory,
     total_bytes,
     watched_memory,
@@ -150,3 +153,56 @@ def test_every_layer_that_is_pruned_has_its_peak(llama, tokens):
 
     assert first.memory.resident_bytes > 1 << 20
     assert last.memory is None
+
+
+class _Cycle:
+    """An object that refers to itself, so that only the garbage collector frees it."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def _nothing_frozen():
+    """Take back what conftest.py has frozen, for the time of a test."""
+    gc.unfreeze()
+    yield
+    gc.freeze()
+
+
+@pytest.mark.usefixtures("_nothing_frozen")
+def test_searches_skip_objects_that_are_older_than_the_context():
+    model = torch.nn.Linear(512, 1024)  # 2 MiB
+    old = _Cycle()
+    reference_to_old = weakref.ref(old)
+
+    with old_objects_skipped(model):
+        reference_to_new = weakref.ref(_Cycle())
+        del old
+        release_memory(collect=True)
+
+        assert reference_to_new() is None
+        assert reference_to_old() is not None
+
+    release_memory(collect=True)
+    assert reference_to_old() is None
+    assert gc.get_freeze_count() == 0
+
+
+def test_objects_that_the_caller_has_frozen_stay_frozen():
+    before = gc.get_freeze_count()  # those of conftest.py
+
+    with old_objects_skipped(torch.nn.Linear(512, 1024)):
+        pass
+
+    assert gc.get_freeze_count() == before > 0
+
+
+def test_nothing_is_searched_for_a_tiny_model(monkeypatch):
+    searches = []
+    monkeypatch.setattr(gc, "collect", lambda: searches.append(True))
+
+    with old_objects_skipped(torch.nn.Linear(4, 4)):
+        release_memory(torch.nn.Linear(4, 4))
+
+    assert not searches

@@ -32,7 +32,7 @@ from itertools import chain
 import torch
 from torch import nn
 
-from optimum_fista.memory import release_memory, watched_memory
+from optimum_fista.memory import old_objects_skipped, release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
 from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.experts import ExpertOperator, split_experts
@@ -93,7 +93,10 @@ def prune_layers(
     # Operators that no decoder layer is asked for: by name, with the reason why they stay dense.
     report.left_dense = dict(plan.removal.left_dense)
 
-    with _with_progress(plan, num_done) as callbacks:
+    with (
+        _with_progress(plan, num_done) as callbacks,
+        old_objects_skipped(plan.layers.model),
+    ):
         # In forward passes of a layer: one for the layer itself, and those of its pruning.
         costs = {index: 1 + cost for index, cost in enumerate(plan.costs) if index in todo}
         for callback in callbacks:
