@@ -20,6 +20,7 @@ from optimum_fista.bars import tqdm
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator, split_experts
+from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import products_as
 from optimum_fista.model.sensitivity import DenseLoss, Sensitivity, measure_sensitivities
@@ -158,9 +159,10 @@ def _shares_of_zeros(
     """
     config = plan.config
     average = config.sparsity or 0.0
-    costs: dict[str, float] = {}
+    costs_on_device: dict[str, torch.Tensor] = {}
     sizes: dict[str, int] = {}
     output_weights: dict[str, torch.Tensor] = {}
+    device = execution_device(plan.layers.model.get_input_embeddings())
     bar = tqdm(
         pools.items(),
         desc="Sharing zeros",
@@ -171,7 +173,9 @@ def _shares_of_zeros(
     for key, names in bar:
         # Each saliency is [out, in]; a generator, because together they are as large as the model.
         saliencies = (sensitivities[name].saliency(operators[name].read()) for name in names)
-        costs[key] = sum(removal_cost(saliency, average) for saliency in saliencies)
+        no_cost = torch.zeros((), dtype=torch.float64, device=device)
+        costs_of_names = (removal_cost(saliency, average).to(device) for saliency in saliencies)
+        costs_on_device[key] = sum(costs_of_names, start=no_cost)
         sizes[key] = sum(math.prod(operators[name].shape) for name in names)
         if config.scope == "matrix":  # rows of a matrix share their zeros
             for name in names:
@@ -179,6 +183,10 @@ def _shares_of_zeros(
                 if sensitivities[name].num_tokens >= _LEAST_TOKENS:
                     output_weights[name] = sensitivities[name].outputs
 
+    costs: dict[str, float] = {}
+    if costs_on_device:  # one transfer for all pools
+        values = torch.stack(list(costs_on_device.values())).tolist()
+        costs = dict(zip(costs_on_device, values, strict=True))
     sparsities: dict[str, float] = {}
     sparsities_of_pools = allocate(costs, sizes, average) if costs else {}
     for key, sparsity in sparsities_of_pools.items():

@@ -16,7 +16,7 @@ some experts at once, and that calls `solve_groups`, which writes nothing. Terms
 - `Calibration`: the batches, with the hidden states that enter the next decoder layer (`HiddenStates`: of the dense
   network, of the pruned one, or both).
 - `GroupProblems`: for each operator of a group its `LayerProblem` (Gram matrix, weights, targets), on tokens to fit to
-  and on held-out ones. `PrunedOperator`: the weights, mask and error that a method returns.
+  and on held-out ones. `PrunedOperator`: the weights and mask that a method returns.
 - `Sink`: overwrites weights in the model (`write`), takes that back (`undo`), or makes it final (`store`, `commit`).
 - `HeldOut`: held-out sequences on their way through the dense and the pruned layers, to measure perplexities.
 - `LayerRecord`: what the report says of a decoder layer, with a report for each operator.
@@ -30,7 +30,7 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_fista.memory import old_objects_skipped, release_memory, watched_memory
 from optimum_fista.model.correction import GroupProblems, LayerTargets
@@ -51,10 +51,15 @@ from optimum_fista.records import LayerRecord, LayerReport, MixtureReport, Opera
 from optimum_fista.removal.prediction_experts import choose_prediction_experts
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import prune_weighted
-from optimum_fista.solve.method import ProblemGroup, PrunedOperator
+from optimum_fista.solve.method import (
+    ProblemGroup,
+    PrunedOperator,
+    errors_unread,
+    reported_error,
+)
 from optimum_fista.solve.methods.magnitude import Magnitude
 from optimum_fista.solve.pattern import SparsityPattern
-from optimum_fista.solve.problem import LayerProblem
+from optimum_fista.solve.problem import LayerProblem, fit_errors
 from optimum_fista.solve.refit import refit_columns
 
 
@@ -428,7 +433,8 @@ def prune_groups(
     """
     release_memory()  # the solver needs the memory that capturing left in the allocator
     started = time.perf_counter()
-    solutions = solve_groups(plan, groups)
+    with errors_unread():  # they are measured below
+        solutions = solve_groups(plan, groups)
     # Results were read, so the device has finished its kernels.
     seconds = time.perf_counter() - started
     for problems, solution in zip(groups, solutions, strict=True):
@@ -439,13 +445,35 @@ def prune_groups(
     reports: list[list[OperatorReport]] = []
     for problems, solution in zip(groups, solutions, strict=True):
         reports.append([])
+        # Of the weights as written, so this is the only time that errors are measured. The host waits once for all.
+        sums = [
+            problem.error_and_energy(_written(operator, pruned))
+            for problem, operator, pruned in zip(
+                problems.fitted, problems.operators, solution.operators, strict=True
+            )
+        ]
+        errors = fit_errors(sums)
         # The held-out problems are made here, one by one.
         for number, held_out in enumerate(problems.held_out):
             report = _operator_report(
-                problems, solution, number, held_out=held_out, solve_seconds=solve_seconds
+                problems,
+                solution,
+                number,
+                fit_error=errors[number],
+                held_out=held_out,
+                solve_seconds=solve_seconds,
             )
             reports[-1].append(report)
     return reports
+
+
+def _written(operator: LinearOperator, pruned: PrunedOperator) -> Tensor:
+    """Return the weights of an operator as they are in the model by now, float32 or better, [out, in].
+
+    They are those of its result `pruned`, unless they were rounded to the dtype of the model.
+    """
+    is_exact = operator.parameter.dtype == pruned.weight.dtype
+    return pruned.weight if is_exact else operator.read()
 
 
 @dataclass(frozen=True)
@@ -462,14 +490,15 @@ def _operator_report(
     solution: GroupSolution,
     number: int,
     *,
+    fit_error: float,
     held_out: LayerProblem | None,
     solve_seconds: float,
 ) -> OperatorReport:
     """Report the operator with this number in its group, whose solution is written to the model already.
 
-    `problems` has the operators of the group and their problems, and `solution` their new weights and masks. `held_out`
-    is the problem of this operator on the held-out tokens; `None` if there are none. `solve_seconds` is its share of
-    the group's time.
+    `problems` has the operators of the group and their problems, and `solution` their new weights and masks.
+    `fit_error` is the error of the written weights on the tokens to fit to. `held_out` is the problem of this operator
+    on the held-out tokens; `None` if there are none. `solve_seconds` is its share of the group's time.
 
     No weight is changed. An operator with a residual correction (`problems.last`, alone in its group) runs for its
     output error; `problems.last` keeps the errors and, if they are needed, the hidden states after the layer.
@@ -478,11 +507,7 @@ def _operator_report(
     problem = problems.fitted[number]
     pruned = solution.operators[number]
     pattern = solution.patterns[number]
-    # Whether the weight is written as it was solved. Otherwise it was rounded to the dtype of the model, and its errors
-    # are those of the rounded weight.
-    is_exact = operator.parameter.dtype == problem.weight.dtype
-    written = pruned.weight if is_exact else operator.read()
-    fit_error = pruned.fit_error if is_exact else problem.fit_error(written)
+    written = _written(operator, pruned)
     # `_require_solved` has counted the mask: it has as many weights as the pattern.
     num_kept = pattern.num_kept(operator.shape)
     operator_report = OperatorReport(
@@ -556,10 +581,13 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
             for number in weighted
         ],
     )
-    for number, operators in zip(weighted, results, strict=True):
+    counts_of_groups = _kept_by_groups(results)
+    for number, operators, counts in zip(weighted, results, counts_of_groups, strict=True):
         patterns = [
-            replace(pattern, sparsity=pruned.sparsity)
-            for pattern, pruned in zip(problem_groups[number].patterns, operators, strict=True)
+            replace(pattern, sparsity=1 - num_kept / pruned.mask.numel())
+            for pattern, pruned, num_kept in zip(
+                problem_groups[number].patterns, operators, counts, strict=True
+            )
         ]
         solutions[number] = GroupSolution(operators, patterns, plan.method.name)
 
@@ -574,6 +602,13 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
             # A product with a mask leaves -0.0 in place of negative weights.
             pruned.weight.masked_fill_(~pruned.mask, 0.0)
     return [solutions[number] for number in range(len(groups))]
+
+
+def _kept_by_groups(results: Sequence[Sequence[PrunedOperator]]) -> list[list[int]]:
+    """Count the weights that each mask keeps, by group and by operator; the host waits for a device only once."""
+    sums = [pruned.mask.sum() for operators in results for pruned in operators]
+    counts = iter(torch.stack(sums).tolist() if sums else [])
+    return [[next(counts) for _ in operators] for operators in results]
 
 
 def _is_under_calibrated(problems: GroupProblems) -> bool:
@@ -614,7 +649,7 @@ def _refitted(problem: LayerProblem) -> PrunedOperator:
     return PrunedOperator(
         weight=weight,
         mask=mask,
-        fit_error=problem.fit_error(weight),
+        fit_error=reported_error(problem, weight),
         iterations=1,
         converged=not message,
         message=message,
@@ -627,13 +662,18 @@ def _require_solved(group: Group, solution: GroupSolution) -> None:
     `solution` is of the operators of `group`, in its order; it has what their masks must be. Changes nothing.
     """
     results = solution.operators
-    # Whether all weights of each result are finite: one transfer from the device for all of them.
-    are_finite = torch.stack([torch.isfinite(result.weight).all() for result in results]).tolist()
-    for operator, pattern, result, is_finite in zip(
-        group, solution.patterns, results, are_finite, strict=True
+    # Of each result, how many weights it keeps, and whether all are finite: one transfer from the device for all.
+    numbers = torch.stack(
+        [
+            torch.stack([result.mask.sum(), torch.isfinite(result.weight).all()])
+            for result in results
+        ]
+    ).tolist()
+    for operator, pattern, result, (num_kept, is_finite) in zip(
+        group, solution.patterns, results, numbers, strict=True
     ):
         # Says in words how the mask breaks the pattern; `None` if it does not.
-        fault = pattern.violation(result.mask)
+        fault = pattern.violation(result.mask, num_kept)
         if fault is None and not is_finite:
             fault = "weights hold NaN or Inf"
         if fault is not None:

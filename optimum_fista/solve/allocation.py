@@ -13,7 +13,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import ProblemGroup, PrunedOperator, PruningMethod
+from optimum_fista.solve.method import (
+    ProblemGroup,
+    PrunedOperator,
+    PruningMethod,
+    errors_unread,
+    reported_error,
+)
 from optimum_fista.solve.problem import LayerProblem
 from optimum_fista.solve.selection import kth_smallest_magnitude
 
@@ -30,10 +36,11 @@ _LEAST_SCALE = 0.3
 _HALVINGS = 60  # of an interval of floating-point numbers: more change nothing
 
 
-def removal_cost(saliency: Tensor, sparsity: float) -> float:
+def removal_cost(saliency: Tensor, sparsity: float) -> Tensor:
     """Increase of the loss: sum of the smallest saliencies [out, in], a share `sparsity` of all, `0 < sparsity < 1`.
 
-    The saliency of a weight is the increase of the loss if the weight alone is removed.
+    The saliency of a weight is the increase of the loss if the weight alone is removed. The result is a float64 scalar
+    on the device of `saliency`, so that the host need not wait for each operator.
     """
     num_zeros = round(sparsity * saliency.numel())
     # How many saliencies are summed up: at least one, so that no cost is zero by rounding, and at most all.
@@ -44,9 +51,7 @@ def removal_cost(saliency: Tensor, sparsity: float) -> float:
     # Several saliencies may equal the threshold. Only some of these are added, so that `count` are in the sum.
     below = saliency < threshold
     cost_below = (saliency * below).sum(dtype=torch.float64)
-    sums = torch.stack([cost_below, below.sum().double(), threshold.double()])
-    cost, num_below, largest = sums.tolist()  # one transfer
-    return cost + (count - num_below) * largest
+    return cost_below + (count - below.sum()) * threshold.double()
 
 
 def allocate(
@@ -157,9 +162,10 @@ def prune_weighted(
         for group, weights in zip(groups, output_weights, strict=True)
     ]
     try:
-        results = method.prune_groups(
-            [ProblemGroup([operators.problem], [operators.pattern]) for operators in joined]
-        )
+        with errors_unread():  # those of the joined problems are weighted
+            results = method.prune_groups(
+                [ProblemGroup([operators.problem], [operators.pattern]) for operators in joined]
+            )
     finally:  # the matrices of the groups' problems are views of the joined ones
         for operators in joined:
             operators.undo_scales()
@@ -218,7 +224,7 @@ class _JoinedOperators:
         weights = pruned.weight.div_(self._scales).split(self._rows)
         masks = pruned.mask.split(self._rows)
         return [
-            replace(pruned, weight=weight, mask=mask, fit_error=problem.fit_error(weight))
+            replace(pruned, weight=weight, mask=mask, fit_error=reported_error(problem, weight))
             for problem, weight, mask in zip(self._problems, weights, masks, strict=True)
         ]
 

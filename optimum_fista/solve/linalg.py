@@ -189,10 +189,13 @@ def damped_inverse(gram: Tensor, rho: float) -> Tensor:
     """Compute `(G + rho I)^-1` by Cholesky, for rho > 0.
 
     `gram` is `G` [in, in], symmetric positive semidefinite and contiguous, or a stack of such matrices. It is
-    overwritten: the inverse takes its memory. Raises LinAlgError if a factorisation fails.
+    overwritten: the inverse takes its memory. If a factorisation fails on a CPU, it raises LinAlgError. On another
+    device the host would have to wait to know that: there the inverse is NaN, and so are the weights made with it.
     """
     diagonals(gram).add_(rho)
     factor, failed = cholesky_in_place(gram)
+    if gram.device.type != "cpu":
+        return inverse_in_place(factor).masked_fill_(failed[..., None, None], math.nan)
     if bool(failed.any()):
         raise torch.linalg.LinAlgError(
             f"a Gram matrix of {gram.shape[-1]} inputs plus {rho:g} is not positive definite"

@@ -6,8 +6,11 @@ process. It takes a `LayerProblem` (the matrices of one linear operator) and a `
 known by their names (`register`, `create_method`).
 """
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -26,7 +29,8 @@ class PrunedOperator:
     Attributes:
         weight: Pruned weights [out, in], zero where the mask is False.
         mask: Boolean mask [out, in], True = kept.
-        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, with the target outputs `Y`.
+        fit_error: `|| W* X* - Y ||_F / || Y ||_F` on the calibration tokens, with the target outputs `Y`; NaN if it was
+            not measured (`errors_unread`).
         iterations: Iterations over all trials and stages.
         l1_penalty: Penalty of the solution kept, if the method has one.
         converged: False when an iteration limit or a numerical failure ended the method.
@@ -45,6 +49,32 @@ class PrunedOperator:
     def sparsity(self) -> float:
         """Fraction of weights whose mask is False."""
         return 1 - int(self.mask.sum()) / self.mask.numel()
+
+
+# Whether somebody reads the errors that methods report.
+_ERRORS_ARE_READ: ContextVar[bool] = ContextVar("whether errors of methods are read", default=True)
+
+
+@contextmanager
+def errors_unread() -> Iterator[None]:
+    """Inside, methods need not measure the errors of their results: `PrunedOperator.fit_error` may be NaN.
+
+    An error takes a product as large as an iteration of a solver. A run measures it once, of the weights as they are
+    written. Sets the context variable `_ERRORS_ARE_READ`, and sets it back at the end.
+    """
+    token = _ERRORS_ARE_READ.set(False)
+    try:
+        yield
+    finally:
+        _ERRORS_ARE_READ.reset(token)
+
+
+def reported_error(problem: LayerProblem, weight: Tensor) -> float:
+    """Measure the error of a result, for `PrunedOperator.fit_error`; NaN if nobody reads it (`errors_unread`).
+
+    `weight` [out, in] are the pruned weights of the operator of `problem`. Changes nothing.
+    """
+    return problem.fit_error(weight) if _ERRORS_ARE_READ.get() else math.nan
 
 
 class ProblemGroup(NamedTuple):

@@ -192,10 +192,15 @@ class SparsityPattern(ABC):
             squares = squares.sum(0, keepdim=True, dtype=torch.float64)
         return squares.unflatten(1, (-1, self.width)).sum(-1)  # [rows, in] -> [rows, groups]
 
-    def violation(self, mask: Tensor) -> str | None:
-        """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it."""
+    def violation(self, mask: Tensor, num_kept: int | None = None) -> str | None:
+        """Say how `mask` [out, in] (True = kept) breaks the pattern; `None` if it keeps it.
+
+        `num_kept` is the number of weights that the mask keeps; `None`: they are counted, for which the host waits for
+        a device.
+        """
         rows, columns = mask.shape
-        num_kept = int(mask.sum())
+        if num_kept is None:
+            num_kept = int(mask.sum())
         expected = self.num_kept(mask.shape)
         if num_kept != expected:
             return f"keeps {num_kept} weights, but {self} of {tuple(mask.shape)} keeps exactly {expected}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -286,9 +287,15 @@ class LayerProblem:
 
     def fit_error(self, weight: Tensor) -> float:
         """Return the error `|| W* X* - Y ||_F / || Y ||_F` of weights `W*` [out, in], with 0/0 = 0."""
-        sums = torch.stack([self._squared_error(weight), self.output_energies.sum()])
-        error, energy = sums.tolist()  # one transfer
-        return relative_norm(max(error, 0.0), energy)
+        (error,) = fit_errors([self.error_and_energy(weight)])
+        return error
+
+    def error_and_energy(self, weight: Tensor) -> Tensor:
+        """Return `|| W* X* - Y ||_F^2` and `|| Y ||_F^2`, [2] on the device, for `fit_errors`; the host does not wait.
+
+        `weight` are the weights `W*` [out, in].
+        """
+        return torch.stack([self._squared_error(weight), self.output_energies.sum()])
 
     def output_error(self, weight: Tensor) -> float | None:
         """Return the error against the dense network's outputs, `|| W* X* - W X ||_F / || W X ||_F`.
@@ -343,6 +350,13 @@ class LayerProblem:
     def seminorm(self, difference: Tensor) -> float:
         """Return `|| D X* ||_F` of a difference `D` of weights [out, in]."""
         return math.sqrt(max(inner(difference @ self.gram, difference), 0.0))
+
+
+def fit_errors(sums: Sequence[Tensor]) -> list[float]:
+    """Return the `LayerProblem.fit_error` of several results, from the `error_and_energy` of each: one transfer."""
+    return [
+        relative_norm(max(error, 0.0), energy) for error, energy in torch.stack(list(sums)).tolist()
+    ]
 
 
 def inner_by_rows(left: Tensor, right: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from killed import interrupted_after
 from launched import exit_codes, launch
 from media_models import media_batch, media_model
 from rotate import rotate_model
+from simulated_device.backend import counted
 from simulated_device.places import dispatched, placed, prune_on_device, pruned_at, require_the_same
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import VOCAB_SIZE, tiny_model
@@ -267,3 +268,22 @@ def test_packed_models_run_on_devices(family, tmp_path):
         expected = model(ids).logits
 
     torch.testing.assert_close(logits.cpu(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_host_hardly_waits_for_the_device_in_a_decoder_layer():
+    config = FistaPruningConfig(sparsity=0.5)
+    batches = tiny_tokens(16, 48).split(4)
+
+    waits = {}
+    for num_layers in (2, 4):
+        model = tiny_llama(num_hidden_layers=num_layers).to("simulated:1")
+        with counted() as counts:
+            FistaPruner(config, progress=False).prune(model, batches)
+        waits[num_layers] = counts.waits
+
+    # Of each layer, all nine tensors are hashed, and of each operator the old weight is kept and the mask is packed:
+    # these have to reach the host. All other waits are for numbers.
+    num_operators = 2 * 7
+    num_tensors_copied = 2 * 9 + 2 * num_operators
+    num_waits = waits[4].total() - waits[2].total() - num_tensors_copied
+    assert num_waits <= 4 * num_operators, waits

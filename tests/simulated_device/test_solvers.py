@@ -32,9 +32,9 @@ WAITS = {  # an operator of any size and pattern: two for its error, one for the
     "wanda": 2,
     "flap": 3,
     "sparsegpt": 5,
-    "admm": 5,
+    "admm": 4,
     "dsnot": 5,
-    "obs_admm": 9,
+    "obs_admm": 6,
     "alps": 8,
     "fista": 15,
 }

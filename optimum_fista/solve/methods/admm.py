@@ -20,7 +20,13 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import damped_inverse, mean_damping, row_blocks, stacked
-from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    PrunedOperator,
+    PruningMethod,
+    register,
+    reported_error,
+)
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -170,6 +176,6 @@ class Admm(PruningMethod):
         return PrunedOperator(
             weight=weight,
             mask=final_mask,
-            fit_error=problem.fit_error(weight),
+            fit_error=reported_error(problem, weight),
             iterations=self.max_iterations,
         )

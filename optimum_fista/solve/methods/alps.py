@@ -18,7 +18,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    PrunedOperator,
+    PruningMethod,
+    register,
+    reported_error,
+)
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -94,7 +100,7 @@ class Alps(PruningMethod):
         return PrunedOperator(
             weight=weight,
             mask=support,
-            fit_error=problem.fit_error(weight),
+            fit_error=reported_error(problem, weight),
             iterations=iteration + int(steps),
             converged=settled,
             message=message,

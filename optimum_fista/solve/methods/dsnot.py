@@ -25,6 +25,7 @@ from optimum_fista.solve.method import (
     PrunedOperator,
     PruningMethod,
     register,
+    reported_error,
 )
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -87,7 +88,7 @@ class Dsnot(PruningMethod):
 
         mask = mask_of_groups.repeat_interleave(pattern.width, dim=1)
         weight = problem.weight * mask
-        return PrunedOperator(weight, mask, problem.fit_error(weight), iterations=cycles)
+        return PrunedOperator(weight, mask, reported_error(problem, weight), iterations=cycles)
 
     def _swap(
         self,

@@ -22,6 +22,7 @@ from optimum_fista.solve.method import (
     PrunedOperator,
     PruningMethod,
     register,
+    reported_error,
 )
 from optimum_fista.solve.methods.sparsegpt import SparseGPT
 from optimum_fista.solve.methods.wanda import Wanda
@@ -119,7 +120,7 @@ class Fista(PruningMethod):
         return PrunedOperator(
             weight=weight,
             mask=best.mask,
-            fit_error=problem.fit_error(weight),
+            fit_error=reported_error(problem, weight),
             iterations=best.iterations + int(steps),
             l1_penalty=best.l1_penalty,
             converged=best.converged and rounded.converged,

@@ -22,6 +22,7 @@ from optimum_fista.solve.method import (
     PrunedOperator,
     PruningMethod,
     register,
+    reported_error,
 )
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -58,4 +59,4 @@ class Flap(PruningMethod):
         share = mean / variance * statistics.live  # mu_j / v_j, zero for nearly dead inputs
         total = 1 + mask.to(mean.dtype) @ (share * mean)  # 1 + sum_k mu_k^2 / v_k, by rows
         weight.addcmul_((missing / total)[:, None] * mask, share)  # W + D
-        return PrunedOperator(weight, mask, problem.fit_error(weight))
+        return PrunedOperator(weight, mask, reported_error(problem, weight))

@@ -14,6 +14,7 @@ from optimum_fista.solve.method import (
     PrunedOperator,
     PruningMethod,
     register,
+    reported_error,
 )
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -34,4 +35,4 @@ class Magnitude(PruningMethod):
         # The pattern keeps the largest absolute values.
         mask = pattern.mask(problem.weight)
         weight = problem.weight * mask
-        return PrunedOperator(weight, mask, problem.fit_error(weight))
+        return PrunedOperator(weight, mask, reported_error(problem, weight))

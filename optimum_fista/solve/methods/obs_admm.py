@@ -64,6 +64,7 @@ from optimum_fista.solve.method import (
     PrunedOperator,
     PruningMethod,
     register,
+    reported_error,
 )
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
@@ -260,7 +261,7 @@ class ObsAdmm(PruningMethod):
             operator = PrunedOperator(
                 weight=weights[number],
                 mask=state.mask[number],
-                fit_error=problem.fit_error(weights[number]),
+                fit_error=reported_error(problem, weights[number]),
                 iterations=iterations[number],
                 converged=not message,
                 message=message,

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from optimum_fista.solve.linalg import damped_cholesky, inverse_in_place
-from optimum_fista.solve.method import MemoryFactors, PrunedOperator, PruningMethod, register
+from optimum_fista.solve.method import (
+    MemoryFactors,
+    PrunedOperator,
+    PruningMethod,
+    register,
+    reported_error,
+)
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
@@ -75,7 +81,7 @@ class SparseGPT(PruningMethod):
         return PrunedOperator(
             weight=weight,
             mask=mask,
-            fit_error=problem.fit_error(weight),
+            fit_error=reported_error(problem, weight),
             converged=not message,
             message=message,
         )
