@@ -2,7 +2,8 @@
 
 A run chooses this once (`choose_products`), and is inside `products_as` from then on, which keeps the choice in a
 context variable. Code that multiplies activations is inside `quick_products`, and prepares its matrices by
-`as_multiplied` and `in_few_sizes`. All other code, such as the solvers and the proofs, computes in float32.
+`as_multiplied` and `in_few_sizes`. All other code, such as the solvers and the proofs, computes in float32. Only the
+iterations of the default method round some products, if the run multiplies in bfloat16 (`products_rounded_to`).
 """
 
 import platform
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from optimum_fista import internals
+from optimum_fista.solve.linalg import products_rounded_to
 
 Products = Literal["float32", "tf32", "bfloat16", "widened"]
 """How matrices are multiplied; sums are always float32. All but "widened" leave 16-bit matrices as they are.
@@ -97,11 +99,16 @@ def products_as(products: Products) -> Iterator[None]:
     """Inside, matrices in a `quick_products` context are multiplied in the way `products`.
 
     "widened" multiplies copies in float32. It is active at once, for all products of 16-bit matrices on the CPU inside,
-    also without `quick_products`. Sets the context variable `_PRODUCTS`, and sets it back at the end.
+    also without `quick_products`. With "bfloat16", methods may round matrices to bfloat16 where their result hardly
+    depends on it (`products_rounded_to`). Sets the context variable `_PRODUCTS`, and sets it back at the end.
     """
     token = _PRODUCTS.set(products)
+    rounded_dtype = torch.bfloat16 if products == "bfloat16" else None
     try:
-        with _Widened() if products == "widened" else nullcontext():
+        with (
+            products_rounded_to(rounded_dtype),
+            _Widened() if products == "widened" else nullcontext(),
+        ):
             yield
     finally:
         _PRODUCTS.reset(token)

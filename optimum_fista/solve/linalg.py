@@ -6,6 +6,9 @@ to be repeated makes a new copy each time. torch's own functions would need two 
 positive number to the diagonal, so that a matrix that is singular, or nearly so, can be factorised. If more was needed
 than the caller asked for, a message says so; nobody replaces the result by that of another algorithm.
 
+*Rounded products* are those of a run that multiplies in bfloat16: a method may round the matrices of a product to this
+dtype if its result does not depend on the last bits, as the choice of a mask does not (`products_rounded_to`).
+
 A *stack* [matrices, rows, columns] has matrices of one shape, for which torch is called once. Many small matrices take
 longer one by one, because each call has its cost. On a CPU, every matrix gets the same bits in a stack as alone: so it
 was for all functions that are used here, with MKL and torch 2.13.
@@ -13,6 +16,8 @@ was for all functions that are used here, with MKL and torch 2.13.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -24,6 +29,9 @@ SCALE_ON_DEVICES = 128
 _ATTEMPTS = 5  # of a factorisation, each with more damping
 _VALUES_OF_STACK = 2**20  # of a stack on a CPU: 4 MiB of float32
 _STACK_ON_DEVICES = 16  # times as many elsewhere: 64 MiB
+
+# What `products_rounded_to` was given last; `None`: no product is rounded.
+_ROUNDED_TO: ContextVar[torch.dtype | None] = ContextVar("dtype of rounded products", default=None)
 
 
 def rows_in_block(rows: int, columns: int, scale: int = 1) -> int:
@@ -67,6 +75,50 @@ def stacked(matrices: Sequence[Tensor]) -> Tensor:
     if len(matrices) == 1:
         return matrices[0][None]
     return torch.stack(list(matrices))
+
+
+@contextmanager
+def products_rounded_to(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, methods may round matrices to a dtype of 16 bits before they multiply them; `None`: they may not.
+
+    It is a permission: a method rounds only where that hardly changes its result. Sets the context variable
+    `_ROUNDED_TO`, and sets it back at the end.
+    """
+    token = _ROUNDED_TO.set(dtype)
+    try:
+        yield
+    finally:
+        _ROUNDED_TO.reset(token)
+
+
+def dtype_of_rounded_products() -> torch.dtype | None:
+    """Return the dtype that `products_rounded_to` allows, or `None` if it allows none."""
+    return _ROUNDED_TO.get()
+
+
+def rounded_in_place(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round a contiguous matrix, or a stack, to a dtype of fewer bytes, in its own memory.
+
+    `matrix` is overwritten: the result takes the beginning of its memory, so the largest matrix of a solver is not
+    held twice.
+    """
+    values = matrix.view(-1)
+    rounded = values.view(dtype)[: values.numel()]
+    step = _VALUES if matrix.device.type == "cpu" else SCALE_ON_DEVICES * _VALUES
+    for start in range(0, values.numel(), step):
+        some = slice(start, start + step)
+        # A copy first: its place overlaps that of the values it is made of, never that of later ones.
+        rounded[some] = values[some].to(dtype)
+    return rounded.view(matrix.shape)
+
+
+def as_factors(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Make numbers of a boolean mask to multiply with: 1 where it is True, otherwise 0. A new tensor.
+
+    A product with the mask itself has the same result. But on a CPU, PyTorch converts bytes four times as fast as
+    booleans, and multiplies tensors of one dtype three times as fast.
+    """
+    return mask.view(torch.uint8).to(dtype)
 
 
 def diagonals(matrix: Tensor) -> Tensor:

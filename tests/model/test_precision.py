@@ -20,6 +20,7 @@ from optimum_fista.model.precision import (
     quick_products,
 )
 from optimum_fista.prune import loop
+from optimum_fista.solve.linalg import dtype_of_rounded_products
 
 precision = torch.get_float32_matmul_precision
 UNITS = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
@@ -240,3 +241,13 @@ def test_a_run_from_files_multiplies_as_one_in_memory(monkeypatch, tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     errors = [operator.fit_error for operator in pruner.result(model)[0].operators]
     assert [operator.fit_error for operator in report.operators] == errors
+
+
+def test_methods_may_round_products_only_in_a_run_in_bfloat16():
+    allowed = {}
+    for name in ("float32", "tf32", "bfloat16", "widened"):
+        with products_as(name):
+            allowed[name] = dtype_of_rounded_products()
+
+    assert allowed == {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "widened": None}
+    assert dtype_of_rounded_products() is None

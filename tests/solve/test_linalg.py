@@ -2,11 +2,14 @@ import pytest
 import torch
 from layer_problems import example
 
+from optimum_fista.solve import linalg
 from optimum_fista.solve.linalg import (
+    as_factors,
     damped_cholesky,
     damped_choleskys,
     damped_inverse,
     matrices_in_stack,
+    rounded_in_place,
     stacked,
 )
 
@@ -123,3 +126,21 @@ def test_a_stack_has_many_small_matrices_or_one_large():
     assert matrices_in_stack(256 * 256, on_cpu=True) == 16
     assert matrices_in_stack(4096 * 4096, on_cpu=True) == 1
     assert matrices_in_stack(2048 * 2048, on_cpu=False) == 4
+
+
+def test_a_matrix_is_rounded_in_its_own_memory(monkeypatch):
+    monkeypatch.setattr(linalg, "_VALUES", 100)  # several blocks, the last of which is shorter
+    matrices = torch.randn(3, 17, 13)
+    expected = matrices.bfloat16()
+
+    rounded = rounded_in_place(matrices, torch.bfloat16)
+
+    assert torch.equal(rounded, expected)
+    assert rounded.data_ptr() == matrices.data_ptr()
+
+
+def test_a_product_with_factors_is_that_with_the_mask():
+    values = torch.randn(5, 7)
+    mask = torch.rand(5, 7) > 0.5
+
+    assert torch.equal(as_factors(mask, values.dtype) * values, values * mask)

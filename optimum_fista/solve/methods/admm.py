@@ -19,7 +19,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optimum_fista.solve.linalg import damped_inverse, mean_damping, row_blocks, stacked
+from optimum_fista.solve.linalg import (
+    as_factors,
+    damped_inverse,
+    mean_damping,
+    row_blocks,
+    stacked,
+)
 from optimum_fista.solve.method import (
     MemoryFactors,
     PrunedOperator,
@@ -46,6 +52,38 @@ class SplitState:
     mask: Tensor | None = None
     # The penalty parameter that `point` was made with.
     rho: float = 1.0
+    # `F = C (G + rho I)^-1` [operators, out, in] of rounded products (`fit`), in their dtype; None: none is rounded.
+    fitted: Tensor | None = None
+
+    def fit(self, inverse: Tensor, dtype: torch.dtype) -> None:
+        """Prepare iterations with rounded products: sets `self.fitted` to `F` of the first stage, rounded to `dtype`.
+
+        The entries of `C` are far larger than those of the weights, above all for strong inputs. Rounded to 8
+        significant bits, `C` would lose the weights. So the update of `W` (`iterate`) is taken apart:
+
+            W  <-  F + (rho Z - V) (G + rho I)^-1,    F = C (G + rho I)^-1.
+
+        Now all that is rounded has the size of weights, and an error of 0.4% in these can only exchange weights that
+        are about equally good. `inverse` is `(G + rho I)^-1` of each operator, [operators, in, in], not rounded.
+        """
+        self.fitted = torch.empty_like(self.point, dtype=dtype)
+        for rows in row_blocks(self.point):
+            self.fitted[:, rows] = torch.bmm(self.target(rows), inverse)
+
+    def fit_again(self, inverse: Tensor, rho: float) -> None:
+        """Change `F` (`self.fitted`) for the next stage, with a product that is rounded, too.
+
+        With rho' for the penalty parameter `rho` of the next stage, and `self.rho` that of the last iteration,
+
+            F'  =  C (G + rho' I)^-1  =  F - (rho' - self.rho) F (G + rho' I)^-1.
+
+        The second term is small. `inverse` is `(G + rho' I)^-1` of each operator, [operators, in, in], in the dtype of
+        `F`.
+        """
+        assert self.fitted is not None
+        for rows in row_blocks(self.point):
+            change = torch.bmm(self.fitted[:, rows], inverse)
+            self.fitted[:, rows].sub_(change, alpha=rho - self.rho)
 
     def iterate(self, inverse: Tensor, rho: float, patterns: Sequence[SparsityPattern]) -> None:
         """Do one ADMM iteration; changes `point`, `mask` and `rho`.
@@ -67,11 +105,11 @@ class SplitState:
         Its entries are those of `Z` if `self.mask` is True there, and those of `V / rho` if it is False. Before the
         first iteration there is no mask, `Z` is the point, and `V` is zero.
 
-        The first update takes one block of rows at a time, for which `self.target` makes these rows of `C`. The
-        projection needs all rows.
+        The first update takes one block of rows at a time, for which `self.target` makes these rows of `C`. After `fit`
+        it is computed from `self.fitted` by a rounded product. The projection needs all rows.
 
         Args:
-            inverse: `(G + rho I)^-1` of each operator, [operators, in, in].
+            inverse: `(G + rho I)^-1` of each operator, [operators, in, in]; after `fit` in the dtype of `self.fitted`.
             rho: The penalty parameter of this iteration; it may differ from that of the last one (`self.rho`).
             patterns: Choose the masks of `Z`, one for each operator.
         """
@@ -83,16 +121,21 @@ class SplitState:
             else:
                 # V / rho of the last iteration; times `ratio` with the new rho, because V itself stays.
                 ratio = self.rho / rho
-                dual = point * ~self.mask[:, rows]
+                dual = as_factors(~self.mask[:, rows], point.dtype).mul_(point)
             has_other_rho = ratio not in (0.0, 1.0)
             if has_other_rho:
                 # Z + V / rho with the new rho; Z stays, because the dual is zero there.
                 point.add_(dual, alpha=ratio - 1)
             # C - V + rho Z, the right-hand side of the W step. First Z - V / rho: by now `point` is Z + V / rho.
             right_side = torch.sub(point, dual, alpha=2 * ratio)
-            torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
             # W + V / rho, the next `P`, in the memory of the dual.
-            dual.baddbmm_(right_side, inverse, beta=ratio)
+            if self.fitted is None:
+                torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
+                dual.baddbmm_(right_side, inverse, beta=ratio)
+            else:
+                product = torch.bmm(right_side.to(inverse.dtype), inverse)
+                dual.mul_(ratio).add_(self.fitted[:, rows]).add_(product, alpha=rho)
+                del product
             del right_side
             point.copy_(dual)
         # The old mask and the last block go before the next mask is made.

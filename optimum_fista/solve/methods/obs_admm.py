@@ -12,7 +12,8 @@ The method has four steps:
    removed in groups, the scaling makes the diagonal blocks of `G_r^-1` the identity.
 3. ADMM (as in ALPS, arXiv 2406.07831) runs in stages of fixed `rho`. A stage takes one Cholesky factorisation for
    all operators that share the inputs. In these coordinates a `rho` a little above 1 exchanges the kept weights
-   that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why).
+   that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why). In a run that multiplies
+   in bfloat16, products of the iterations are rounded to it (`SplitState.fit`).
 4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
    (`refit_columns`), with a ridge of their own unless `ridge` is given.
 
@@ -53,7 +54,9 @@ from optimum_fista.solve.linalg import (
     damped_inverse,
     diagonal_blocks,
     diagonals,
+    dtype_of_rounded_products,
     inverse_in_place,
+    rounded_in_place,
     row_blocks,
     stacked,
 )
@@ -80,7 +83,8 @@ class ObsAdmm(PruningMethod):
     The docstring of the module has the steps.
 
     Besides the problem, it needs one matrix of the operators' shape and one of the Gram matrix's, in float32, masks of
-    a byte a weight, and four blocks of rows (`solve.linalg.row_blocks`).
+    a byte a weight, and four blocks of rows (`solve.linalg.row_blocks`). Rounded products need half a matrix of the
+    operators' shape besides, and another block.
     """
 
     # `r` above; None: `1.5 * inputs / calibration tokens`, within [0.003, 0.5] (docs/solver.md). The fewer tokens an
@@ -104,7 +108,8 @@ class ObsAdmm(PruningMethod):
     defaults_of_parts: ClassVar[MethodDefaults | None] = MethodDefaults(
         error_correction=0.5, residual_correction=1.0, allocation="fisher"
     )
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.2, 3.8)
+    # With rounded products: half a weight matrix and one block of rows more than without (`SplitState.fit`).
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.7, 4.8)
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
@@ -292,14 +297,19 @@ class ObsAdmm(PruningMethod):
         """
         num_steps = max(1, self.stages - 1)  # from stage to stage; a single stage has `first_rho`
         growth = (self.last_rho / self.first_rho) ** (1 / num_steps)
+        rounded_dtype = dtype_of_rounded_products()
         for stage in range(self.stages):
             rho = self.first_rho * growth**stage
             # The factorisation overwrites the matrices that it gets, so each stage makes them again from G.
             inverse = damped_inverse(surgeon.gram_with_ridge(grams), rho)
+            if rounded_dtype is not None:
+                inverse = _begin_rounded_stage(states, inverse, rho, rounded_dtype)
             for state, patterns_of_state in zip(states, patterns, strict=True):
                 for _ in range(self.iterations):
                     state.iterate(inverse, rho, patterns_of_state)
             del inverse  # before the next one is made
+        for state in states:
+            state.fitted = None  # the refit has the targets
 
     def _refit_by_rows(
         self,
@@ -335,6 +345,25 @@ class ObsAdmm(PruningMethod):
                 steps.append(steps_of_rows)
         most: list[int] = torch.stack(steps).amax(0).tolist()  # one wait for the device
         return most
+
+
+def _begin_rounded_stage(
+    states: Sequence[SplitState], inverse: Tensor, rho: float, dtype: torch.dtype
+) -> Tensor:
+    """Prepare `states` for a stage whose products are rounded to `dtype`, and return the rounded inverse.
+
+    `inverse` is `(G + rho I)^-1` [groups, in, in], contiguous and not rounded; it is overwritten. Sets `F` of each
+    state (`SplitState.fit`).
+    """
+    is_first = states[0].fitted is None
+    if is_first:  # the only product with the targets, in full precision
+        for state in states:
+            state.fit(inverse, dtype)
+    rounded = rounded_in_place(inverse, dtype)
+    if not is_first:
+        for state in states:
+            state.fit_again(rounded, rho)
+    return rounded
 
 
 def _width_of(pattern: SparsityPattern) -> int:

@@ -9,7 +9,7 @@ from layer_problems import example
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from optimum_fista.solve.linalg import damped_inverse
+from optimum_fista.solve.linalg import damped_inverse, products_rounded_to
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.methods.obs_admm import _Surgeon
@@ -168,6 +168,13 @@ def test_obs_admm_takes_no_more_memory_than_its_working_set(pattern, rows, colum
         create_method("obs_admm").prune(problem, parse_pattern(pattern))
 
     assert memory.peak <= 4 * (matrices * rows * columns + 1.03 * columns**2)
+
+    with products_rounded_to(torch.bfloat16), torch.no_grad(), LiveMemory() as rounded:
+        create_method("obs_admm").prune(problem, parse_pattern(pattern))
+
+    # A matrix of two bytes a weight besides, and blocks of rows: here all 128 rows are one.
+    block_rows = min(rows, 4096)
+    assert rounded.peak <= memory.peak + 2 * rows * columns + 4 * block_rows * columns
     algebra = [
         name for name in memory.operations if "linalg" in name and "check_errors" not in name
     ]
@@ -232,7 +239,8 @@ def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(surgeon_of
         assert float(part.square().sum()) == pytest.approx(float(error.square().sum()), rel=1e-9)
 
 
-def test_iterations_agree_with_the_equations_written_out():
+@pytest.mark.parametrize("fits", [False, True])
+def test_iterations_agree_with_the_equations_written_out(fits):
     made = example(4, 8)
     gram = made.problem.gram
     target = made.problem.target
@@ -249,11 +257,50 @@ def test_iterations_agree_with_the_equations_written_out():
         sparse = point * mask
         dual = dual + rho * (weight - sparse)
 
-        state.iterate(damped_inverse(gram.clone()[None], rho), rho, [pattern])
+        inverse = damped_inverse(gram.clone()[None], rho)
+        if fits and state.fitted is None:
+            state.fit(inverse, torch.float64)  # a dtype in which nothing is rounded
+        elif fits:
+            state.fit_again(inverse, rho)
+        state.iterate(inverse, rho, [pattern])
 
         assert torch.equal(state.mask[0], mask)
         assert torch.allclose(state.point[0] * mask, sparse)
         assert torch.allclose(rho * state.point[0] * ~mask, dual)
+
+
+def problem_with_strong_inputs() -> LayerProblem:
+    """A corrected problem in float32: inputs are correlated, of sizes from 1 to 100, and one is far larger."""
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1000, 1, generator=generator)
+    sizes = torch.logspace(0, 2, 96)[torch.randperm(96, generator=generator)]
+    dense_inputs = (torch.randn(1000, 96, generator=generator) + 2 * common) * sizes
+    dense_inputs[:, 7] = 3000 * common[:, 0]
+    inputs = dense_inputs + 0.2 * sizes * torch.randn(1000, 96, generator=generator)
+    weight = torch.randn(64, 96, generator=generator) / sizes
+    outputs = dense_inputs @ weight.T
+    return LayerProblem(
+        weight,
+        InputStatistics(inputs.T @ inputs, 1000),
+        target=outputs.T @ inputs,
+        output_energies=outputs.double().square().sum(0),
+    )
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_rounded_products_hardly_change_a_result(pattern):
+    problem = problem_with_strong_inputs()
+    pattern = parse_pattern(pattern)
+    method = create_method("obs_admm")
+
+    exact = method.prune(problem, pattern)
+    with products_rounded_to(torch.bfloat16):
+        rounded = method.prune(problem, pattern)
+
+    assert rounded.weight.dtype == torch.float32
+    assert not torch.equal(rounded.mask, exact.mask), "nothing was rounded"
+    assert float((rounded.mask != exact.mask).float().mean()) < 0.05
+    assert rounded.fit_error == pytest.approx(exact.fit_error, rel=5e-3)
 
 
 def test_the_scaled_problem_has_the_same_minimizer():
