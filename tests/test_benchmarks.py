@@ -2,7 +2,9 @@
 
 import json
 import math
+import multiprocessing
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -204,3 +206,31 @@ def test_the_frontier_is_measured_on_whole_texts_and_resumes(
 
     points = {0: (1.0, 3.0), 1: (2.0, 3.0), 2: (4.0, 1.0), 3: (3.0, 2.0), 4: (5.0, 1.5)}
     assert script.frontier(points) == [0, 3, 2]
+
+
+def test_stages_of_a_run_add_up_to_its_time(benchmark, tmp_path):
+    stages = benchmark("stages")
+    model = save_tiny_folder(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 400)
+    arguments = Namespace(
+        model=str(model),
+        calibration=str(text),
+        pattern="0.5",
+        num_samples=8,
+        sequence_length=32,
+        dtype="float32",
+        seed=0,
+    )
+
+    with multiprocessing.get_context("spawn").Pool(1) as process:  # its functions are replaced
+        run = process.apply(stages.measure, (arguments, "default"))
+
+    assert sum(run["stages"].values()) == pytest.approx(run["processor_seconds"])
+    assert {stage for stage, seconds in run["stages"].items() if seconds > 0} == {
+        *stages.STAGES,
+        stages.REST,
+    }
+    lines = stages.table({"runs": [run]})
+    assert lines[0].startswith("| stage | default |")
+    assert len(lines) == 2 + len(stages.STAGES) + 3
