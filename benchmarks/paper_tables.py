@@ -705,13 +705,22 @@ def dsnot_facts(results: Results) -> dict[str, str]:
 
 
 def samples_facts(results: Results) -> dict[str, str]:
-    """Compute by how much the perplexity of the earlier default falls from 8 to 128 windows, in percent."""
+    """Compute by how much errors fall from 4 to 64 windows, and perplexities from 8 to 128, in percent."""
     study = results.file("ablations.json")["samples"]["rows"]
     facts = {}
     for pattern in ("0.5", "0.7"):
         rows = {row["label"]: row for row in study if row["pattern"] == pattern}
         fall = 1 - ratio(rows["128 windows"], rows["8 windows"])
-        facts[f"fall at {pattern}"] = percent(fall, 0)
+        facts[f"fall of the perplexity at {pattern}"] = percent(fall, 0)
+    rows = results.part("samples", pattern="0.5")
+    for way in unique(row["way"] for row in rows):
+        errors = {
+            count: mean_error(
+                results.part("samples", pattern="0.5", way=way, samples=count), "fresh"
+            )
+            for count in (4, 64)
+        }
+        facts[f"fall of the error, {way}"] = percent(1 - errors[64] / errors[4], 0)
     return facts
 
 
