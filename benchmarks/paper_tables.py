@@ -712,15 +712,13 @@ def samples_facts(results: Results) -> dict[str, str]:
         rows = {row["label"]: row for row in study if row["pattern"] == pattern}
         fall = 1 - ratio(rows["128 windows"], rows["8 windows"])
         facts[f"fall of the perplexity at {pattern}"] = percent(fall, 0)
-    rows = results.part("samples", pattern="0.5")
-    for way in unique(row["way"] for row in rows):
-        errors = {
-            count: mean_error(
-                results.part("samples", pattern="0.5", way=way, samples=count), "fresh"
-            )
-            for count in (4, 64)
-        }
-        facts[f"fall of the error, {way}"] = percent(1 - errors[64] / errors[4], 0)
+    few = results.part("samples", pattern="0.5", samples=4)
+    many = results.part("samples", pattern="0.5", samples=64)
+    for way in unique(row["way"] for row in many):
+        errors = [
+            mean_error([row for row in rows if row["way"] == way], "fresh") for rows in (few, many)
+        ]
+        facts[f"fall of the error, {way}"] = percent(1 - errors[1] / errors[0], 0)
     return facts
 
 
