@@ -88,6 +88,7 @@ class Client:
     kinds: tuple[str, ...] = ALL
     # Whether it writes the token that ends a text, and goes on. Some stop before it, and some never choose it.
     writes_end: bool = True
+    rounds_weights: bool = False  # then its tokens need not be those of Transformers
 
 
 CLIENTS = {
@@ -110,8 +111,12 @@ CLIENTS = {
         ("transformers[serving]",),
         writes_end=False,
     ),
-    "w4a16": Client("llm-compressor, W4A16", "llm_compressor", ("llmcompressor",), WIDE),
-    "fp8": Client("llm-compressor, FP8", "llm_compressor", ("llmcompressor",), WIDE),
+    "w4a16": Client(
+        "llm-compressor, W4A16", "llm_compressor", ("llmcompressor",), WIDE, rounds_weights=True
+    ),
+    "fp8": Client(
+        "llm-compressor, FP8", "llm_compressor", ("llmcompressor",), WIDE, rounds_weights=True
+    ),
     "peft": Client("peft, a LoRA adapter", "peft", ("peft",)),
 }
 
@@ -452,6 +457,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             kind = row["kind"] or "not installed"
             if "error" in row:
                 other.append(f"{kind}: {row['error'][:120]}")
+            elif client.rounds_weights:
+                other.append(f"{kind}: runs ({row['equal']} of {row['of']} tokens)")
             elif row["equal"] == row["of"]:
                 same.append(kind)
             else:
