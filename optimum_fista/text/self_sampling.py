@@ -2,27 +2,28 @@
 
 No other text is needed, and the model's text is like its training text. But writing the text takes time. A *sample* is
 one sequence of calibration tokens. It consists of several *texts*, each of which has a *beginning* of one or two tokens
-that is chosen here, and goes on as the model writes it. Samples are written in *batches*. After each batch, the texts
-so far may be kept in a file, with the state of the random generators, and a later call resumes there.
+that is chosen here, and goes on as the model writes it (`ModelWriter`).
+
+Texts are written in *batches*. After each batch, the texts so far may be kept in a file, with the state of the random
+generator, and a later call resumes there.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optimum_fista.atomic import write_file
 from optimum_fista.bars import tqdm
 from optimum_fista.model.hooks import evaluation_mode
 from optimum_fista.model.layers import token_limits
 from optimum_fista.model.offload import execution_device
+from optimum_fista.text.model_writer import ModelWriter
 
 # Samples that are written together; this limits the memory of keys and values.
 SAMPLED_TOGETHER = 32
@@ -48,7 +49,7 @@ def sample_text_from_model(
     seed: int,
     progress: bool = True,
     kept_file: Path | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """Let the model write calibration tokens: int64 [num_samples, sequence_length], on the CPU.
 
     A sample is four texts of a quarter of its length, one after the other; a sample of less than 8 tokens is one text.
@@ -62,8 +63,8 @@ def sample_text_from_model(
     process, and gives the same tokens; the caller names another file for other arguments, and deletes it. `None`: an
     interrupt loses all.
 
-    `seed` decides what is drawn. Afterwards the model's mode and generation config and the global random state are as
-    they were. ValueError if a number makes no sense, or the model takes no sequences of this length.
+    `seed` decides what is drawn. Afterwards the model's mode and generation config are as they were; the global random
+    state is not used. ValueError if a number makes no sense, or the model takes no sequences of this length.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
@@ -76,31 +77,31 @@ def sample_text_from_model(
         )
 
     texts_per_sample = num_texts(sequence_length)
-    with evaluation_mode(model), _own_sampling(model, seed), torch.no_grad():
-        generator = torch.Generator().manual_seed(seed)
+    # Rounded up: a sample is then a few tokens too long, and is cut below.
+    length = math.ceil(sequence_length / texts_per_sample)
+    generator = torch.Generator().manual_seed(seed)
+    with evaluation_mode(model), torch.no_grad():
         beginnings = _beginnings_of_texts(
             model, tokenizer, num_samples * texts_per_sample, generator
         )
-        # Rounded up: a sample is then a few tokens too long, and is cut below.
-        length_of_text = math.ceil(sequence_length / texts_per_sample)
-        num_new_tokens = length_of_text - beginnings.shape[1]
-        written = beginnings
-        if num_new_tokens:
-            batches = beginnings.tensor_split(num_batches(num_samples))
-            finished = _Finished(kept_file, execution_device(model.get_input_embeddings()))
-            texts = finished.read(batches)
-            with tqdm(
-                total=len(beginnings) * num_new_tokens,
-                initial=sum(len(batch) for batch in texts) * num_new_tokens,
-                desc="Self-sampling",
-                unit="token",
-                disable=not progress,
-            ) as bar:
-                for batch in batches[len(texts) :]:
-                    texts.append(_continue(model, batch, num_new_tokens, bar))
-                    finished.write(texts)
-            written = torch.cat(texts)
-    samples = written.reshape(num_samples, -1)  # [N * texts, tokens] -> [N, texts * tokens]
+        num_new_tokens = length - beginnings.shape[1]
+        batches = beginnings.tensor_split(num_batches(num_samples))
+        finished = _Finished(kept_file, generator)
+        texts = finished.read(batches)
+        with tqdm(
+            total=len(beginnings) * num_new_tokens,
+            initial=sum(len(batch) for batch in texts) * num_new_tokens,
+            desc="Self-sampling",
+            unit="token",
+            disable=not progress,
+        ) as bar:
+            writer = ModelWriter(model, generator, bar)
+            for batch in batches[len(texts) :]:
+                texts.append(writer.write(batch, num_new_tokens))
+                finished.write(texts)
+
+    # [N * texts, tokens] -> [N, texts * tokens]
+    samples = torch.cat(texts).reshape(num_samples, -1)
     return samples[:, :sequence_length]
 
 
@@ -142,42 +143,19 @@ def _beginnings_of_texts(
     return torch.cat([torch.full_like(draws, start), draws], dim=1)
 
 
-def _continue(
-    model: PreTrainedModel, beginnings: torch.Tensor, num_new_tokens: int, bar: tqdm
-) -> torch.Tensor:
-    """Let the model write `num_new_tokens` after each beginning: int64 [texts, tokens], on the CPU.
-
-    `beginnings` are the first ids of each text, int64 [texts, 1 or 2]; the result has them, too. Draws from the global
-    random generators (`_own_sampling` has seeded them), and moves the bar on.
-    """
-    ids = beginnings.to(execution_device(model.get_input_embeddings()))
-    samples: torch.Tensor = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        max_new_tokens=num_new_tokens,
-        use_cache=True,
-        streamer=_Counter(bar),
-    )
-    return samples.cpu()
-
-
 class _Finished:
-    """The batches that are finished, in a file, with the state of the random generators after them."""
+    """The batches that are finished, in a file, with the state of the random generator after them."""
 
-    def __init__(self, file: Path | None, device: torch.device) -> None:
-        """Read nothing yet. `file` is the file, `None` if nothing is kept. The model draws on `device`."""
+    def __init__(self, file: Path | None, generator: torch.Generator) -> None:
+        """Read nothing yet. `file` is the file, `None` if nothing is kept. `generator` draws all texts."""
         self._file = file
-        self._device = device
+        self._generator = generator
 
     def read(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """Return the batches of texts that an earlier call has finished, and set the generators to where it was.
+        """Return the batches of texts that an earlier call has finished, and set the generator to where it was.
 
-        `batches` are the beginnings of all texts, int64 [texts, 1 or 2] each. A result is [texts, tokens]. A file
-        (`self._file`) that is missing, damaged, of other beginnings or of another kind of device counts as none. The
-        global generators are set: that of the CPU, and that of `self._device`.
+        `batches` are the beginnings of all texts, int64 [texts, ids] each. A result is [texts, tokens]. A file
+        (`self._file`) that is missing or damaged, or has other texts, counts as none.
         """
         if self._file is None:
             return []
@@ -186,77 +164,19 @@ class _Finished:
         except (FileNotFoundError, SafetensorError):
             return []
 
-        texts = [kept[f"texts.{number}"] for number in range(len(kept) - 2)]
+        state = kept.pop("generator")
+        texts = [kept[f"texts.{number}"] for number in range(len(kept))]
         for text, beginnings in zip(texts, batches, strict=False):
             if not text[:, : beginnings.shape[1]].equal(beginnings):
                 return []
-        # Each kind of device has a state of its own size; that of the CPU, whose state is the other one, is empty.
-        if kept["generator of device"].shape != self._state_of_device().shape:
-            return []
-
-        torch.default_generator.set_state(kept["generator"])
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).set_rng_state(
-                kept["generator of device"], self._device
-            )
+        self._generator.set_state(state)
         return texts
 
-    def _state_of_device(self) -> Tensor:
-        """Return the state of the generator of `self._device`, uint8; an empty one if that is the CPU."""
-        if self._device.type == "cpu":
-            return torch.empty(0, dtype=torch.uint8)
-        state: Tensor = torch.get_device_module(self._device).get_rng_state(self._device)
-        return state
-
     def write(self, texts: Sequence[Tensor]) -> None:
-        """Write the finished batches, int64 [texts, tokens] each, and the state of the generators to `self._file`."""
+        """Write the finished batches, int64 [texts, tokens] each, and the state of the generator to `self._file`."""
         if self._file is None:
             return
         tensors = {f"texts.{number}": text.contiguous() for number, text in enumerate(texts)}
-        tensors["generator"] = torch.default_generator.get_state()
-        tensors["generator of device"] = self._state_of_device()
+        tensors["generator"] = self._generator.get_state()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         write_file(self._file, tensors)
-
-
-class _Counter(BaseStreamer):
-    """Shows how many tokens `generate` has written."""
-
-    def __init__(self, bar: tqdm) -> None:
-        """Count on `bar`, which stays open."""
-        self.bar = bar
-        self.has_prompt = False  # whether `put` was called with the prompt
-
-    def put(self, value: torch.Tensor) -> None:
-        """Count the new tokens; the first call brings the prompt."""
-        if self.has_prompt:
-            self.bar.update(value.numel())
-        self.has_prompt = True
-
-    def end(self) -> None:
-        """Nothing to do: one bar serves all batches."""
-
-
-@contextmanager
-def _own_sampling(model: PreTrainedModel, seed: int) -> Iterator[None]:
-    """Have `generate` ignore the model's EOS, penalties and lengths, and seed the generators that it draws from.
-
-    All this holds inside the context. Afterwards these generators, which are global ones, and the model's generation
-    config are as they were.
-    """
-    device = execution_device(model.get_input_embeddings())
-    samples_on_cpu = device.type == "cpu"
-    settings = model.generation_config
-    num_accelerators = 0 if samples_on_cpu else torch.accelerator.device_count()
-    model.generation_config = GenerationConfig()
-    try:
-        # Puts back the generators of these devices at the end, and in any case that of the CPU.
-        with torch.random.fork_rng(devices=range(num_accelerators), device_type=device.type):
-            if samples_on_cpu:
-                # `torch.manual_seed` would also seed the accelerators, whose generators are not put back here.
-                torch.default_generator.manual_seed(seed)
-            else:  # seeds the CPU and all accelerators, which are all put back
-                torch.manual_seed(seed)
-            yield
-    finally:
-        model.generation_config = settings

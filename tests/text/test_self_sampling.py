@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -7,6 +5,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from optimum_fista.text import self_sampling
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
+from optimum_fista.text.model_writer import ModelWriter
 from optimum_fista.text.self_sampling import sample_text_from_model
 
 VOCABULARY = 40
@@ -196,7 +195,7 @@ def test_without_progress_nothing_is_shown(model, tokenizer, capsys):
 
 def stop_after(batches, monkeypatch):
     """Have `batches` batches be written, and an interrupt in the next one."""
-    write = self_sampling._continue
+    write = ModelWriter.write
     written = []
 
     def write_or_stop(*given):
@@ -205,7 +204,7 @@ def stop_after(batches, monkeypatch):
         written.append(given)
         return write(*given)
 
-    monkeypatch.setattr(self_sampling, "_continue", write_or_stop)
+    monkeypatch.setattr(ModelWriter, "write", write_or_stop)
     return written
 
 
@@ -241,22 +240,6 @@ def test_a_kept_text_of_other_settings_or_that_is_damaged_is_not_used(
         file.write_bytes(file.read_bytes()[:-5])
 
     assert sample(model, tokenizer, kept_file=file).equal(expected)
-
-
-def test_a_text_that_was_begun_on_the_cpu_is_not_continued_on_an_accelerator(
-    model, tokenizer, monkeypatch, tmp_path
-):
-    monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
-    file = tmp_path / "text.safetensors"
-    texts = sample(model, tokenizer, kept_file=file).view(24, 6)
-    beginnings = texts[:, :2].tensor_split(3)  # of three batches
-    assert len(self_sampling._Finished(file, torch.device("cpu")).read(beginnings)) == 3
-    accelerator = SimpleNamespace(get_rng_state=lambda _: torch.zeros(16, dtype=torch.uint8))
-    monkeypatch.setattr(torch, "get_device_module", lambda _: accelerator)
-
-    kept = self_sampling._Finished(file, torch.device("cuda"))
-
-    assert kept.read(beginnings) == []
 
 
 def test_the_text_of_a_model_by_name_resumes_and_leaves_one_file(
