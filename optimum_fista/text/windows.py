@@ -17,6 +17,9 @@ from optimum_fista.text.text_source import TextSource
 
 # English has 4 to 5: a segment is longer than a window, so that its start is random.
 _CHARACTERS_PER_TOKEN = 8
+# A longer document is tokenised in segments of so many characters, or up to twice as many: a tokenizer takes about 130
+# bytes of memory for a character.
+_TOKENISED_TOGETHER = 1 << 19
 
 
 def calibration_windows(
@@ -184,6 +187,15 @@ def _ids_without_special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -
     return torch.tensor(encoded["input_ids"], dtype=torch.int64)
 
 
+def _ids_of_document(tokenizer: PreTrainedTokenizerBase, document: str) -> torch.Tensor:
+    """Return the token ids of a document of any length, int64, [tokens], without special tokens around it.
+
+    Where a long document is cut, the ids may differ from those of the document as a whole.
+    """
+    segments = _segments(document, _TOKENISED_TOGETHER)
+    return torch.cat([_ids_without_special_tokens(tokenizer, segment) for segment in segments])
+
+
 def _set_apart(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
@@ -256,7 +268,7 @@ def _windows_of_document(
         characters *= 2
         segments = _segments(document, characters)
 
-    ids = _ids_without_special_tokens(tokenizer, document)
+    ids = _ids_of_document(tokenizer, document)
     _require_tokens(text, num_tokens=len(ids), num_samples=num_samples, length=length)
     return _spread_windows(ids, num_samples=num_samples, length=length, generator=generator)
 
@@ -321,7 +333,7 @@ def _windows_of_documents(
     pieces = list[torch.Tensor]()
     num_tokens = 0
     for index in torch.randperm(len(text.documents), generator=generator).tolist():
-        ids = _ids_without_special_tokens(tokenizer, text.documents[index])
+        ids = _ids_of_document(tokenizer, text.documents[index])
         pieces += [ids, separator]
         num_tokens += len(ids) + len(separator)
         if num_tokens >= num_samples * length:

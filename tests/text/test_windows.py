@@ -29,12 +29,14 @@ def letter(i: int) -> str:
 
 
 class CountingTokenizer(PreTrainedTokenizerFast):
-    """Keeps the number of characters it tokenised."""
+    """Keeps the number of characters it tokenised, and the length of the longest text."""
 
     characters = 0
+    longest = 0
 
     def __call__(self, text, **kwargs):
         self.characters += len(text)
+        self.longest = max(self.longest, len(text))
         return super().__call__(text, **kwargs)
 
 
@@ -128,6 +130,20 @@ def test_only_what_is_needed_is_tokenised():
     calibration_windows(counting, text, 6, 50, seed=0)
 
     assert counting.characters < len(document) / 100
+
+
+@pytest.mark.parametrize("documents", [(range(WORDS),), (range(WORDS), range(WORDS))])
+def test_a_long_document_is_tokenised_piece_by_piece_into_the_same_windows(documents, monkeypatch):
+    text = source(*documents)
+    almost_all = len(documents) * WORDS // 30 - 1
+    expected = calibration_windows(tokenizer(), text, almost_all, 30, seed=0)
+    monkeypatch.setattr("optimum_fista.text.windows._TOKENISED_TOGETHER", 1000)
+    counting = tokenizer()
+
+    drawn = calibration_windows(counting, text, almost_all, 30, seed=0)
+
+    assert torch.equal(drawn, expected)
+    assert counting.longest <= 2000
 
 
 def test_documents_follow_each_other_in_random_order_with_eos_between():
