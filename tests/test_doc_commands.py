@@ -10,7 +10,7 @@ from doc_pages import PAGES, ROOT, commands
 from optimum_fista.cli.main import build_parser
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page)})
-OF_OTHERS = {"lm_eval", "source", "hf", "echo", "accelerate", "torchrun"}
+OF_OTHERS = {"lm_eval", "vllm", "source", "hf", "echo", "accelerate", "torchrun"}
 
 
 def parse_own(arguments: list[str]) -> None:
