@@ -19,7 +19,8 @@ runs the rows that it names: **it runs code that the models write** (see there).
 
 If HumanEval of `dense` was measured, every row gets the loss of the dense model's answers to every fourth
 problem, in nats a token (`humaneval.loss_of_answers`): how far the row is from writing what MODEL writes. With `chat`
-after its seed, a row is calibrated on conversations by half: the other problems, with the dense model's answers.
+after its seed, a row is calibrated on conversations by half: the other problems, with the dense model's answers. With
+`self`, it is calibrated on what MODEL writes alone (`--calibration self`).
 
 The same call resumes: a folder that exists is not pruned again, an interrupted run of `prune` goes on, and a row in
 `--output` is not measured again. The third command shows rows that were measured before.
@@ -58,6 +59,8 @@ from optimum_fista.text.windows import evaluation_windows
 DENSE = "dense"
 MEASURED = ("web", "wikitext2", "python")
 CALIBRATION = "mixed-calibration.txt"
+# What a row is calibrated on: CALIBRATION, that and conversations, or the model's own text.
+MIXED, CHAT, SELF = "mixed", "chat", "self"
 EVERY = 4  # the loss of answers is measured on every fourth problem of HumanEval
 TASKS = Path(__file__).resolve().parent / "tasks"
 # Tasks of TASKS, each with the metric that the table shows.
@@ -66,24 +69,23 @@ Row = dict[str, Any]
 
 
 def key_of(words: str) -> Row:
-    """What a row is, from "PATTERN METHOD SEED chat recover=TOKENS", of which the last three may be left out.
+    """What a row is, from "PATTERN METHOD SEED CALIBRATION recover=TOKENS"; the last three may be left out.
 
     Raises:
         SystemExit: If there are too few or too many words.
     """
     pattern, *others = words.split()
-    key: Row = {"pattern": pattern, "seed": 0, "chat": False, "recovered": 0}
+    key: Row = {"pattern": pattern, "seed": 0, "calibration": MIXED, "recovered": 0}
     if others and others[-1].startswith("recover="):
         key["recovered"] = int(others.pop().removeprefix("recover="))
     if pattern == DENSE:
         return key | {"pattern": "-", "method": DENSE}
-    if others and others[-1] == "chat":
-        key["chat"] = True
-        others.pop()
+    if others and others[-1] in (CHAT, SELF):
+        key["calibration"] = others.pop()
     if len(others) not in (1, 2):
         raise SystemExit(
-            f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed, and maybe chat and recover=TOKENS "
-            "after them."
+            f"--rows {words!r}: pass dense, or a pattern, a method and maybe a seed, and maybe chat or self, and "
+            "recover=TOKENS after them."
         )
     if len(others) == 2:
         key["seed"] = int(others[1])
@@ -91,8 +93,8 @@ def key_of(words: str) -> Row:
 
 
 def is_row_of(row: Row, key: Row) -> bool:
-    """Whether a row was measured for a key. Rows of earlier versions have no `recovered` and no `chat`."""
-    return key.items() <= ({"recovered": 0, "chat": False} | row).items()
+    """Whether a row was measured for a key. Rows of earlier versions have no `recovered` and no `calibration`."""
+    return key.items() <= ({"recovered": 0, "calibration": MIXED} | row).items()
 
 
 def folder_of(arguments: Namespace, key: Row) -> Path:
@@ -102,8 +104,8 @@ def folder_of(arguments: Namespace, key: Row) -> Path:
         method = key["method"].replace(":", "-").replace("=", "-")
         pattern = key["pattern"].replace(":", "-").replace("/", "-")
         name += f"-{pattern}-{method}-{key['seed']}"
-        if key["chat"]:
-            name += "-chat"
+        if key["calibration"] != MIXED:
+            name += f"-{key['calibration']}"
     elif not key["recovered"]:
         return Path(arguments.model)
     if key["recovered"]:
@@ -156,8 +158,11 @@ def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
     """Prune the model of a row without training it, unless that was done; returns the command and what it took."""
     folder = folder_of(arguments, key | {"recovered": 0})
     words = ["prune", arguments.model, "--output", str(folder), *prune_options(key)]
-    words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
-    if key["chat"]:
+    if key["calibration"] == SELF:
+        words += ["--calibration", SELF]
+    else:
+        words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
+    if key["calibration"] == CHAT:
         words += ["--calibration", str(conversations_file(arguments))]
     words += ["--num-samples", str(arguments.num_samples)]
     words += ["--sequence-length", str(arguments.sequence_length)]
@@ -370,7 +375,7 @@ def cell(values: Sequence[float | None], form: str) -> str:
 
 def passed_share(row: Row) -> float | None:
     """The share of HumanEval's problems that a row solves, in percent; `None` if it is calibrated on some of them."""
-    return None if row.get("chat") else float(row["humaneval"]["pass_at_1"])
+    return None if row.get("calibration") == CHAT else float(row["humaneval"]["pass_at_1"])
 
 
 def passed_of_fourth(row: Row) -> float:
@@ -395,7 +400,8 @@ def table(rows: Sequence[Row]) -> list[str]:
     header += ["parameters, M", "processor minutes"]
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
-        method = f"{row['method']}, chat" if row.get("chat") else row["method"]
+        calibration = row.get("calibration", MIXED)
+        method = row["method"] if calibration == MIXED else f"{row['method']}, {calibration}"
         group_key = (row["pattern"], method, row.get("recovered", 0))
         groups.setdefault(group_key, []).append(row)
 

@@ -126,9 +126,9 @@ def test_of_a_row_with_chat_only_problems_that_it_has_not_seen_count(benchmark):
     failed = {"HumanEval/1": "AssertionError", "HumanEval/4": "timed out"}
     humaneval = {"problems": 8, "pass_at_1": 75.0, "failed": failed}
 
-    assert script.passed_share({"humaneval": humaneval, "chat": False}) == 75
-    assert script.passed_share({"humaneval": humaneval, "chat": True}) is None
-    assert script.passed_of_fourth({"humaneval": humaneval, "chat": True}) == 50
+    assert script.passed_share({"humaneval": humaneval, "calibration": "mixed"}) == 75
+    assert script.passed_share({"humaneval": humaneval, "calibration": "chat"}) is None
+    assert script.passed_of_fourth({"humaneval": humaneval, "calibration": "chat"}) == 50
 
 
 def test_humaneval_is_added_to_a_row_of_a_version_that_did_not_know_recoveries(
