@@ -16,6 +16,7 @@ from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.prune import journal
 from optimum_fista.text import self_sampling
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
+from optimum_fista.text.model_writer import ModelWriter
 
 
 @pytest.fixture
@@ -184,7 +185,7 @@ def test_a_text_that_is_interrupted_goes_on_with_the_next_batch(
     prune, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(self_sampling, "SAMPLED_TOGETHER", 2)
-    write = self_sampling._continue
+    write = ModelWriter.write
     written = []
 
     def write_or_stop(*given):
@@ -194,7 +195,7 @@ def test_a_text_that_is_interrupted_goes_on_with_the_next_batch(
         written.append("batch")
         return write(*given)
 
-    monkeypatch.setattr(self_sampling, "_continue", write_or_stop)
+    monkeypatch.setattr(ModelWriter, "write", write_or_stop)
 
     assert prune("--calibration", "self", "--method", "wanda") == 130
     assert "after Ctrl-C the same command goes on" in capsys.readouterr().err
