@@ -186,36 +186,6 @@ def test_experts_in_the_layout_of_autofp8_are_removed_with_their_scales(tmp_path
     assert torch.isfinite(model(TOKENS).logits).all()
 
 
-@without_compressed_tensors
-@pytest.mark.parametrize("preset", ["W4A16", "NVFP4A16", "FP8_DYNAMIC"])
-def test_experts_in_formats_of_compressed_tensors_are_removed_without_a_change_of_the_others(
-    tmp_path, preset
-):
-    source = compressed_qwen3_moe(tmp_path / "source", preset)
-    before = load_file(source / "model.safetensors")
-
-    report = prune(source, tmp_path / "out", pattern="experts:0.25", expert_refit=False)
-
-    after = tensors_of(tmp_path / "out")
-    num_compared = 0
-    for mixture in report.mixtures:
-        for new, old in enumerate(mixture.groups_kept):
-            of_old = f"{mixture.name}.{old}."
-            for name in before:
-                if name.startswith(of_old):
-                    new_name = f"{mixture.name}.{new}.{name.removeprefix(of_old)}"
-                    assert after[new_name].dtype == before[name].dtype
-                    assert torch.equal(
-                        after[new_name].view(torch.uint8), before[name].view(torch.uint8)
-                    )
-                    num_compared += 1
-    # Two layers with three experts left, and the packed weight and at least a scale of each of three matrices.
-    assert num_compared >= 2 * 3 * 3 * 2
-    assert not any(".experts.3." in name for name in after)
-    settings = content(tmp_path / "out")["quantization_config"]
-    assert settings == content(source)["quantization_config"]
-
-
 @pytest.mark.parametrize("write", [fp8_deepseek, auto_fp8_qwen3_moe])
 @pytest.mark.parametrize("lazily", [True, False])
 def test_a_weight_whose_scale_is_not_read_is_refused(tmp_path, write, lazily):

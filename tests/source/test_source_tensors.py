@@ -122,9 +122,15 @@ def bytes_without_experts(before: dict[str, Tensor], mixture: MixtureReport, nam
     return raw(before[name])[list(mixture.groups_kept)]
 
 
-@pytest.mark.parametrize("write", [fp8_deepseek, mxfp4_gpt_oss])
-def test_experts_are_removed_from_a_quantized_model_that_stays_quantized(tmp_path, write):
-    source = write(tmp_path / "source")
+@pytest.mark.parametrize("form", ["fp8", "mxfp4", "W4A16", "NVFP4A16", "FP8_DYNAMIC"])
+def test_experts_are_removed_from_a_quantized_model_that_stays_quantized(tmp_path, form):
+    if form == "fp8":
+        source = fp8_deepseek(tmp_path / "source")
+    elif form == "mxfp4":
+        source = mxfp4_gpt_oss(tmp_path / "source")
+    else:  # presets of compressed-tensors
+        pytest.importorskip("compressed_tensors")
+        source = compressed_qwen3_moe(tmp_path / "source", form)
     options = {"pattern": "experts:0.25", "expert_refit": False}
 
     report = prune(source, tmp_path / "out", **options)
@@ -132,9 +138,8 @@ def test_experts_are_removed_from_a_quantized_model_that_stays_quantized(tmp_pat
 
     before = load_file(source / "model.safetensors")
     after = tensors_of(tmp_path / "out")
-    of_mixtures = (
-        set()
-    )  # names of tensors that have lost experts, or are of an expert with a new number
+    # Names of tensors that have lost experts, or are of an expert with a new number.
+    of_mixtures = set()
     for mixture in report.mixtures:
         layer = mixture.name.removesuffix("experts")  # the router is beside the experts
         names = [name for name in after if name.startswith(layer) and "shared" not in name]
@@ -148,7 +153,10 @@ def test_experts_are_removed_from_a_quantized_model_that_stays_quantized(tmp_pat
     assert settings_of(tmp_path / "out") == settings_of(source)
     assert "written as they are stored" in report.warnings[0]
     assert verify_checkpoint(tmp_path / "out", dense=source).num_equal
-    assert torch.equal(logits_of(tmp_path / "out"), logits_of(tmp_path / "dense"))
+    # Not by Transformers alone: it reads experts in NVFP4 without their second scale, and with FP8_DYNAMIC it rounds
+    # activations.
+    logits = read_model(str(tmp_path / "out"))(TOKENS).logits
+    assert torch.equal(logits, logits_of(tmp_path / "dense"))
 
 
 @pytest.mark.parametrize("write", [fp8_with_more_tokens, mxfp4_gpt_oss])
