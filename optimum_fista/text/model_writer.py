@@ -57,10 +57,19 @@ class _Draw(LogitsProcessor):
         self._generator = generator
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return `scores`, float32 [texts, vocabulary], overwritten: 0 at the token that was drawn, else -infinity."""
+        """Return `scores`, float32 [texts, vocabulary], overwritten: 0 at the token that was drawn, else -infinity.
+
+        ValueError if the model's logits are NaN.
+        """
+        sums = scores.softmax(dim=-1).cumsum(dim=-1)
+        if bool(sums[:, -1].isnan().any()):
+            raise ValueError(
+                "the model's logits are NaN or Inf, so it can't write a text: look for NaN in its weights, load it in "
+                "float32 (--dtype float32), or pass a text (--calibration)."
+            )
+
         # A token is drawn if the random number falls between the sum of the probabilities before it and the sum with
         # it. The number is above 0, so a token of probability 0 is never drawn.
-        sums = scores.softmax(dim=-1).cumsum(dim=-1)
         uniform = 1 - torch.rand(len(scores), 1, generator=self._generator)
         # Rounded sums do not end at 1 exactly.
         drawn = torch.searchsorted(sums, uniform.to(scores.device) * sums[:, -1:])

@@ -169,6 +169,16 @@ def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model
     assert not torch.equal(other[:, 2:], first[:, 2:])
 
 
+def test_a_model_whose_logits_become_nan_writes_no_text(model, tokenizer):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5:] = (
+            torch.nan
+        )  # not those of BOS, with which a text begins
+
+    with pytest.raises(ValueError, match="logits are NaN or Inf"):
+        sample(model, tokenizer)
+
+
 def test_sequences_that_are_longer_than_the_model_reads_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match="sequence_length=65: pass at most 64"):
         sample(model, tokenizer, sequence_length=65)
