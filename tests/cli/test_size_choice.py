@@ -8,7 +8,7 @@ import torch
 from killed import interrupted_after
 from rare_tokens import COMMON, RARE, bpe_tokenizer, save
 from tiny_llama import QUICK
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.cli import size_candidates, size_costs, target_size
@@ -386,3 +386,31 @@ def test_no_size_is_named_if_none_is_likely_to_keep_to_the_limits():
     costs = Costs(texts, {0: [1.0]}, {0: [1.0], 400: [2.0]})
 
     assert costs.possible_size([candidate_of(0, 400)]) is None
+
+
+@pytest.mark.parametrize(
+    ("most_channels", "channels_left"),
+    [
+        (2900, 2816),  # 2880 is the largest multiple of 64 that fits; one of 128 is near enough
+        (4000, 3968),  # no smaller multiple of 128 than 3968 is needed: it fits
+        (4090, 4032),  # 3968 would remove three times as many channels as 4032
+    ],
+)
+def test_as_many_channels_stay_as_quantizers_take(most_channels, channels_left):
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=4096,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=64,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    per_channel = 2 * 3 * 32  # two decoder layers, three matrices
+    num_parameters = model.num_parameters()
+    most = num_parameters - (4096 - most_channels) * per_channel
+
+    share, num_left = size_candidates._channels(model, most, target_share=0.5)
+
+    assert share.num_kept(4096) == channels_left
+    assert num_left == num_parameters - (4096 - channels_left) * per_channel

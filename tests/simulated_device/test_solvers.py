@@ -5,6 +5,7 @@ import torch
 from layer_problems import example
 from simulated_device.backend import counted
 
+from optimum_fista.solve.linalg import damped_inverse
 from optimum_fista.solve.methods import METHODS, create_method
 from optimum_fista.solve.patterns import Columns, Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
@@ -154,3 +155,14 @@ def test_selection_is_exact_and_never_waits(levels, dtype):
         assert torch.equal(largest_in_rows.cpu(), keep_largest_in_rows(scores, count))
         assert torch.equal(largest_in_groups.cpu(), keep_largest_in_groups(scores, 2, 4))
         assert float(smallest) == float(ascending[k - 1])
+
+
+def test_an_inverse_that_fails_is_nan_without_a_wait_for_the_device():
+    grams = torch.stack([torch.eye(4), -torch.eye(4)]).to("simulated:0")
+
+    with counted() as counts:
+        inverses = damped_inverse(grams, 0.5)
+
+    assert counts.waits.total() == 0
+    assert torch.allclose(inverses[0].cpu(), torch.eye(4) / 1.5)
+    assert inverses[1].cpu().isnan().all()
