@@ -129,14 +129,13 @@ class Recorded:
         error = 0.0
         energy = 0.0
         for (args, kwargs), output in zip(self.calls, self.outputs, strict=True):
-            error += float((_outputs(layer, args, kwargs) - output).square().sum())
+            error += float((_hidden_states_of(layer(*args, **kwargs)) - output).square().sum())
             energy += float(output.square().sum())
         return error / energy
 
 
-def _outputs(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Run a decoder layer; some families return a tuple, whose first entry are the hidden states."""
-    result = layer(*args, **kwargs)
+def _hidden_states_of(result: Any) -> Tensor:
+    """The hidden states that a decoder layer returned; in some families they are the first entry of a tuple."""
     return result if isinstance(result, Tensor) else result[0]
 
 
@@ -147,12 +146,14 @@ def record(model: PreTrainedModel, index: int, windows: Tensor) -> Recorded:
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     outputs = []
 
-    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Keep a call and its result."""
+    def keep_call(
+        _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
+        """Keep the arguments of a call, and the hidden states that it returned."""
         calls.append((args, kwargs))
-        outputs.append(result if isinstance(result, Tensor) else result[0])
+        outputs.append(_hidden_states_of(result))
 
-    handle = layer.register_forward_hook(keep, with_kwargs=True)
+    handle = layer.register_forward_hook(keep_call, with_kwargs=True)
     try:
         for window in windows.split(1):
             model(input_ids=window, use_cache=False)
@@ -233,7 +234,7 @@ class Sgd:
         number = step % len(self._recorded.calls)
         args, kwargs = self._recorded.calls[number]
         output = self._recorded.outputs[number]
-        error = (_outputs(self.layer, args, kwargs) - output).square().sum()
+        error = (_hidden_states_of(self.layer(*args, **kwargs)) - output).square().sum()
         return torch.autograd.grad(error / output.square().sum(), self._weights)
 
     def train(self, seconds: float) -> int:

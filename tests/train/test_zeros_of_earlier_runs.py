@@ -1,6 +1,7 @@
 """Training does not fill the zeros of an earlier run without a word if their masks are gone."""
 
 import pytest
+import quick_recovery
 import torch
 from saved_models import prune_and_save
 from tiny_llama import TEXT, tiny_llama, tiny_tokens
@@ -16,17 +17,7 @@ from optimum_fista import (
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.train.training import find_masks
 
-OPTIONS = {
-    "tokens": 64,
-    "sequence_length": 16,
-    "batch_size": 1,
-    "accumulate": 2,
-    "held_out": 4,
-    "relative_step": 0.1,
-    "device": "cpu",
-    "compute_dtype": "float32",
-    "progress": False,
-}
+OPTIONS = quick_recovery.QUICK | {"tokens": 64}
 OPERATOR_WEIGHTS = 15360  # of all operators of `tiny_llama`, in its two decoder layers
 REFUSAL = r"zeros that no mask covers, .*fill_zeros=True \(--fill-zeros\)"
 
