@@ -234,3 +234,21 @@ def test_stages_of_a_run_add_up_to_its_time(benchmark, tmp_path):
     lines = stages.table({"runs": [run]})
     assert lines[0].startswith("| stage | default |")
     assert len(lines) == 2 + len(stages.STAGES) + 3
+
+
+def test_a_long_text_is_read_from_both_kinds_of_files(benchmark, tmp_path, monkeypatch, capsys):
+    script = benchmark("long_text")
+    model = save_tiny_folder(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    words = [model, "--calibration", text, "--tokens", 20_000, "--sequence-length", 32]
+    words += ["--output", tmp_path / "rows.json"]
+    monkeypatch.setattr("sys.argv", ["long_text.py", *map(str, words)])
+
+    script.main()
+
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["file"] for row in rows] == [".txt", ".jsonl"]
+    assert {row["tokens"] for row in rows} == {20_000}
+    assert all(row["bytes"] > 0 for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 4
