@@ -171,9 +171,8 @@ def test_the_seed_decides_and_the_global_state_neither_matters_nor_changes(model
 
 def test_a_model_whose_logits_become_nan_writes_no_text(model, tokenizer):
     with torch.no_grad():
-        model.model.embed_tokens.weight[5:] = (
-            torch.nan
-        )  # not those of BOS, with which a text begins
+        # Not those of BOS, with which a text begins.
+        model.model.embed_tokens.weight[5:] = torch.nan
 
     with pytest.raises(ValueError, match="logits are NaN or Inf"):
         sample(model, tokenizer)
