@@ -65,8 +65,9 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
     if variant == "dense" and tokens:
         # `recover` takes pruned models only: the least that can be removed are 64 tokens, the rarest
         patterns = [f"vocab:{64 / read_config(arguments.model).vocab_size:.4f}"]
-    common = ["--calibration", arguments.calibration, "--seed", str(arguments.seed)]
-    common += ["--device", "cpu"]
+    common = ["--seed", str(arguments.seed), "--device", "cpu"]
+    for source in arguments.calibration.split(","):
+        common += ["--calibration", source]
     sizes = ["--num-samples", str(arguments.num_samples)]
     sizes += ["--sequence-length", str(arguments.sequence_length)]
 
@@ -98,16 +99,25 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
 
 
 def round_weights(model: PreTrainedModel, bits: str) -> int:
-    """Round the weights of a model in place as llama.cpp stores them; returns the bytes that they take."""
+    """Round the weights of a model in place as llama.cpp stores them; returns the bytes that they take.
+
+    Vectors and the routers of a mixture stay in float32.
+    """
     num_bytes = 0
     head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():  # tied ones once
+        is_router = name.endswith(".gate.weight")
+        if is_router or weight.ndim == 1:
+            num_bytes += 4 * weight.numel()
+            continue
         kind = kind_of(bits, weight.shape, weight is head)
         block, bytes_of_block = gguf.GGML_QUANT_SIZES[kind]
         num_bytes += weight.numel() // block * bytes_of_block
-        if weight.ndim > 1:
-            values = gguf.dequantize(rounded(name, weight.data, kind), kind)
-            weight.data.copy_(torch.from_numpy(values))
+        rows = weight.data.flatten(
+            0, -2
+        )  # of all experts, if the weight is a stack of their matrices
+        values = gguf.dequantize(rounded(name, rows, kind), kind)
+        weight.data.copy_(torch.from_numpy(values).view(weight.shape))
     return num_bytes
 
 
@@ -298,6 +308,7 @@ def main() -> None:
     """Measure the rows that the output file lacks, take times if asked for, and print the table."""
     helps = {
         "variants": "what is removed",
+        "calibration": "texts to calibrate and recover on, divided by commas",
         "tokens": "to recover on; 0: not recovered",
         "bytes": "of each text",
         "formats": "bits a weight",

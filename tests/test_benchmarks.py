@@ -9,7 +9,13 @@ from argparse import Namespace
 import pytest
 import torch
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
@@ -206,6 +212,30 @@ def test_the_frontier_is_measured_on_whole_texts_and_resumes(
 
     points = {0: (1.0, 3.0), 1: (2.0, 3.0), 2: (4.0, 1.0), 3: (3.0, 2.0), 4: (5.0, 1.5)}
     assert script.frontier(points) == [0, 3, 2]
+
+
+def test_experts_are_rounded_and_their_router_is_not(benchmark):
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    num_bytes = benchmark("frontier").round_weights(model, "8")
+
+    for name, weight in model.named_parameters():
+        is_exact = weight.ndim == 1 or name.endswith("mlp.gate.weight")
+        assert torch.equal(weight, before[name]) == is_exact, name
+    assert model.num_parameters() < num_bytes < 2 * model.num_parameters()
 
 
 def test_stages_of_a_run_add_up_to_its_time(benchmark, tmp_path):
