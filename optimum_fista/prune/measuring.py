@@ -6,6 +6,7 @@ memory, `FistaPruner` measures before and after the run, and `note_losses` adds 
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from optimum_fista.folder.output import rewrite
 from optimum_fista.folder.writing import summary
 from optimum_fista.records import LayerReport
 from optimum_fista.report import PruningReport
+from optimum_fista.run_record import words_of_pattern
+from optimum_fista.solve.patterns import WholeParts, parse_pattern
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 from optimum_fista.text.loss import (
@@ -135,6 +138,50 @@ def note_losses(
     report.layers = _with_expert_tokens(report, dense)
     for text in report.unprotected:
         report.warn(f"{text.name} lost more than was allowed: {report.words_on(text)}")
+    smaller_pattern = pattern_within_limits(report)
+    if smaller_pattern is not None:
+        report.warn(
+            f"{smaller_pattern} instead of {report.pattern} keeps to what was allowed if the loss grows evenly with "
+            "what is removed. It often grows faster than that, so more may be possible."
+        )
+
+
+def pattern_within_limits(report: PruningReport) -> str | None:
+    """Name the pattern, with a smaller share, that is likely to keep to all limits of the texts that broke them.
+
+    The loss of each text is taken to grow in proportion to the share. In the measured tables (docs/results.md, experts;
+    docs/should-you-prune.md) twice the share costs about twice the loss or more, so this is careful. Returns words such
+    as "experts:0.11"; `None` if no text broke its limit, if even 1% is too much, or if the pattern has no share of its
+    own ("2:4"), several ("heads:0.3+channels:0.1"), or removes tokens. Changes nothing.
+    """
+    # How much of the share each text allows, from 0 to 1.
+    fractions = list[float]()
+    for text in report.unprotected:
+        first = report.first_bits_per_byte(text)
+        # An earlier run may have taken a part of what is allowed.
+        allowed_rise = text.at_most * first - text.dense if text.at_most and first else 0.0
+        rise = text.pruned - text.dense
+        fractions.append(max(0.0, allowed_rise) / rise if rise > 0 else 0.0)
+    if not fractions:
+        return None
+
+    try:
+        pattern = parse_pattern(
+            report.config.get("pattern", "unstructured"), report.config.get("sparsity")
+        )
+    except ValueError:  # a pattern that removes tokens
+        return None
+    # Rounded down to whole percent.
+    share = math.floor(100 * min(fractions) * pattern.sparsity) / 100
+    if share == 0:
+        return None
+    if isinstance(pattern, WholeParts):
+        if len(pattern.shares) > 1:
+            return None
+        return str(replace(pattern.shares[0], share=share))
+    if pattern.fixed:
+        return None
+    return words_of_pattern(str(pattern), share)
 
 
 def _with_expert_tokens(report: PruningReport, dense: Sequence[TextLoss]) -> list[LayerReport]:

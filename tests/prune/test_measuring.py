@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from rare_tokens import COMMON, RARE, bpe_tokenizer, save, text_of
+from small_reports import measured_text, mixture_report
 from tiny_llama import QUICK
 from tiny_models import tiny_model
 from torch.nn.functional import cross_entropy
@@ -22,6 +23,7 @@ from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import foreign_files
 from optimum_fista.headlines import headlines
 from optimum_fista.memory import size_text
+from optimum_fista.origin import OriginReport
 from optimum_fista.prune import measuring
 from optimum_fista.text.loss import cut_stretches, tokenized_text
 from optimum_fista.text.windows import first_token
@@ -232,6 +234,46 @@ def test_a_run_that_breaks_its_promise_is_kept_and_not_called_good(dense, texts,
     assert [text.name for text in report.unprotected] == ["zoo.txt"]
     assert "not good: zoo.txt" in (output / "README.md").read_text()
     AutoModelForCausalLM.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity", "smaller"),
+    [
+        ("experts:0.25", None, "experts:0.12"),  # half of the rise is allowed: 0.125, rounded down
+        ("channels:0.25/64", None, "channels:0.12/64"),
+        ("unstructured", 0.5, "25% unstructured"),
+        ("2:4", None, None),
+        ("heads:0.25+channels:0.25", None, None),
+        ("vocab:0.25", None, None),
+        ("experts:0.01", None, None),  # less than 1% would be left
+    ],
+)
+def test_a_smaller_share_is_named_if_a_text_lost_too_much(pattern, sparsity, smaller):
+    report = mixture_report()
+    report.config = {"pattern": pattern, "sparsity": sparsity}
+    report.texts = [
+        measured_text("sea.txt", 1.0, 1.2, at_most=1.1),  # half of the rise is allowed
+        measured_text("sky.txt", 1.0, 1.4, at_most=1.3),  # three quarters of it are
+        measured_text("zoo.txt", 1.0, 1.9, at_most=2.0),
+    ]
+
+    assert measuring.pattern_within_limits(report) == smaller
+
+
+def test_no_smaller_share_is_named_if_all_texts_keep_to_their_limits():
+    report = mixture_report()
+    report.texts = [measured_text("sea.txt", 1.0, 1.2, at_most=1.2), measured_text("sky.txt", 1, 9)]
+
+    assert measuring.pattern_within_limits(report) is None
+
+
+def test_what_an_earlier_run_has_cost_counts_for_the_smaller_share():
+    report = mixture_report()
+    report.texts = [measured_text("sea.txt", 1.2, 1.6, at_most=1.4)]
+    report.origin = OriginReport(texts={"sea.txt": 1.0})
+
+    # From 1.2 to 1.4, and not to 1.6: half of the share.
+    assert measuring.pattern_within_limits(report) == "experts:0.12"
 
 
 def test_after_two_runs_the_loss_before_is_that_of_the_first_dense_model(
