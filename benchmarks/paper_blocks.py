@@ -32,7 +32,7 @@ from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.solve.proximal_gradient import soft_threshold
 
 Row = dict[str, Any]
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """Lengths of the first step that are tried, as shares of the norm of each weight matrix."""
 PENALTIES = (0.1, 0.3, 1.0)
 """Total shrinkage of the l1 penalty that is tried, as a share of the mean absolute weight of each matrix."""
