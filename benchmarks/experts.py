@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import mixtures  # noqa: F401, registers the experts implementation "channels"
 import torch
 from expert_criteria import CRITERIA, USE_GRADIENTS
-from expert_repairs import SmallerLayer, repair
+from expert_repairs import REPAIRS, SmallerLayer, repair
 from expert_view import MixtureView, output_gradients, parts_of, router_of
 from mixture_texts import DOMAINS, text_file
 from shared import open_record, parse_arguments, save
@@ -389,7 +389,7 @@ def main() -> None:
         "calibrations": f"texts to calibrate on: some of {', '.join(DOMAINS)}, all",
         "streams": "whose hidden states a layer sees: pruned, of the smaller layers before it; dense, faster",
         "criteria": f"some of {', '.join(CRITERIA)}",
-        "repairs": "none, or some of merge, router, shared, refit, joined by +",
+        "repairs": f"none, or some of {', '.join(REPAIRS)}, joined by +",
         "seeds": "of the calibration draw",
         "dtype": "of the model's weights",
     }

@@ -116,8 +116,9 @@ class PruningMethod(ABC):
     """A frozen dataclass whose fields are the method's options; the problem is an argument of the call.
 
     To add one, write `optimum_fista/solve/methods/NAME.py` with a subclass that has a `name` and the decorator
-    `register`. Give it `defaults` if its paper corrects errors, or counts zeros in each row. Give it `memory_factors`
-    once they are measured, so that `prune --dry-run` can say what it takes.
+    `register`. Give it `defaults` if its paper corrects errors, or counts zeros in each row. Give it `memory_factors`,
+    so that `prune --dry-run` can say what it takes; a method outside this package may lack them. CONTRIBUTING.md says
+    what else the package needs, and which tests of all methods run.
 
     Weights of nearly dead inputs must be removed first (`InputStatistics`). Scores proportional to the norms of the
     inputs do this. Multiply other scores by `statistics.energy_ratios`, or solve `problem.decoupled()`.

@@ -116,6 +116,9 @@ def test_results_are_those_of_the_cpu(name, pattern, corrected, dead):
     }
     # which columns are kept, two factorisations and errors
     waits_of_refit = 5 if pattern.whole_columns else 0
+    assert name in WAITS, (
+        f"{name!r} waits {counts.waits.total()} times here: add its waits to WAITS"
+    )
     assert counts.waits.total() <= WAITS[name] + waits_of_refit + waits_in_loops.get(name, 0)
 
 

@@ -145,7 +145,9 @@ def test_operators_that_share_inputs_are_pruned_as_they_are_alone(name, patterns
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_of_the_package_states_what_memory_it_takes(name):
-    assert isinstance(vars(METHODS[name]).get("memory_factors"), MemoryFactors)
+    assert isinstance(vars(METHODS[name]).get("memory_factors"), MemoryFactors), (
+        f"give {name!r} memory_factors of its own; CONTRIBUTING.md says how they are found"
+    )
 
 
 def test_the_largest_memory_factors_are_the_largest_of_all_methods_that_state_them(monkeypatch):
