@@ -29,7 +29,9 @@ import paper_blocks
 import paper_layers
 import torch
 from estimate import MODELS
-from paper_tables import QUESTIONS, Results, plot, tables_in
+from paper_competitors import plot
+from paper_rows import Results
+from paper_tables import QUESTIONS, tables_in
 from shared import open_record, parse_arguments, parse_config, save
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel

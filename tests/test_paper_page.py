@@ -22,11 +22,11 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def results():
-    import paper_tables
+    import paper_rows
 
     folder = ROOT / "benchmarks" / "results"
     record = json.loads((folder / "reviewers.json").read_text())
-    return paper_tables.Results(record["rows"], folder)
+    return paper_rows.Results(record["rows"], folder)
 
 
 def sections():
