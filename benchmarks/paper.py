@@ -132,6 +132,7 @@ def units(question: str, arguments: Namespace) -> Iterator[Unit]:
     """Yield the units of a question: what tells them apart, and the function that measures their rows."""
     operators = [(layer, kind) for layer in arguments.layers for kind in arguments.operators]
     if question in WHOLE_MODELS:
+        # Questions may share units, such as the dense model: a unit that was measured is passed over (`measure`).
         for method, pattern in [compare.DENSE, *WHOLE_MODELS[question]]:
             key: Key = {"part": "models", "method": method, "pattern": pattern}
             yield key, whole_model(method, pattern)
@@ -335,7 +336,10 @@ def estimated(method: str) -> Callable[[Session], Iterable[Row]]:
 
 
 def measure(arguments: Namespace) -> dict[str, Any]:
-    """Measure the units that `arguments.output` lacks, and write the rows of each; returns the record."""
+    """Measure the units that `arguments.output` lacks, and write the rows of each; returns the record.
+
+    A unit is there if the record has a row with all entries of its key.
+    """
     record = open_record(arguments, "questions", "only", "work", "page", "results")
     rows: list[Row] = record["rows"]
     session = Session(arguments)
@@ -348,6 +352,7 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             print(question, *key.values(), flush=True)
             began = time.process_time()
             measured = [key | row for row in run(session)]
+            # Noted once, so that the sum over all rows is the time of all units.
             measured[0]["unit_seconds"] = time.process_time() - began
             rows += measured
             save(arguments, record)

@@ -88,11 +88,12 @@ class OneLayer(PruningCallback):
         """Watch the layer with this index; `memory` is made active while it is pruned."""
         self.index = index
         self.memory = memory
-        self.seconds = 0.0
+        self.seconds = 0.0  # of the processor, once the layer is pruned
+        self._began = 0.0
 
     def _begin(self) -> None:
-        """Start the clock of the processor."""
-        self.seconds = time.process_time()
+        """Start the clock of the processor, and count memory from now on."""
+        self._began = time.process_time()
         self.memory.active = True
 
     def on_layers_begin(self, *_: Any) -> None:
@@ -105,7 +106,7 @@ class OneLayer(PruningCallback):
         if index == self.index - 1:
             self._begin()
         elif index == self.index:
-            self.seconds = time.process_time() - self.seconds
+            self.seconds = time.process_time() - self._began
             self.memory.active = False
 
 
@@ -284,32 +285,33 @@ def measure_layer(
         times = {"seconds": seconds, "peak_bytes": peak_bytes, "steps": steps}
         return {"way": way, "layer": index} | times | errors
 
-    pruned = {}
-    for way, method in {
+    methods = {
         "Wanda": "wanda",
         "SparseGPT": "sparsegpt",
         "FISTAPruner, four trials": "paper:max_trials=4",
         "default": "default",
-    }.items():
-        pruned[way] = prune_one_layer(model, index, method, windows)
-        yield row_of(way, *pruned[way])
-    wanda, _, _ = pruned["Wanda"]
-    _, seconds, _ = pruned["FISTAPruner, four trials"]
+    }
+    layers = {}
+    seconds_of_ways = {}
+    for way, method in methods.items():
+        layer, seconds, peak_bytes = prune_one_layer(model, index, method, windows)
+        layers[way] = layer
+        seconds_of_ways[way] = seconds
+        yield row_of(way, layer, seconds, peak_bytes)
+    seconds_to_train = seconds_of_ways["FISTAPruner, four trials"]
 
     def trained(rate: float, penalty: float | None) -> Row:
-        """Train once, and judge."""
-        sgd = Sgd(recorded, wanda, rate, penalty)
+        """Train once from the layer that Wanda pruned, for as long as FISTAPruner takes, and judge."""
+        sgd = Sgd(recorded, layers["Wanda"], rate, penalty)
         memory = PeakBytes()
         with memory:
             memory.active = True
-            steps = sgd.train(seconds)
+            steps = sgd.train(seconds_to_train)
         if penalty is not None:
             sgd.round()
         way = "SGD on Wanda's mask" if penalty is None else "SGD with an l1 penalty, rounded"
-        return row_of(way, sgd.layer, seconds, memory.peak, steps) | {
-            "rate": rate,
-            "penalty": penalty,
-        }
+        row = row_of(way, sgd.layer, seconds_to_train, memory.peak, steps)
+        return row | {"rate": rate, "penalty": penalty}
 
     on_mask = best([trained(rate, None) for rate in RATES])
     yield on_mask

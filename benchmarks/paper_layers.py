@@ -168,9 +168,8 @@ class Descent:
             scale = 1.0
             if self.stochastic:
                 problem = operator.sequences[step % len(operator.sequences)]
-                scale = float(
-                    len(operator.sequences)
-                )  # so that the mean is the gradient of all sequences
+                # So that the mean over the sequences is the gradient of all of them.
+                scale = float(len(operator.sequences))
             gradient = torch.addmm(problem.target, weight, problem.gram, beta=-scale, alpha=scale)
             if not self.proximal:
                 gradient.add_(weight.sign(), alpha=l1_penalty)
@@ -210,8 +209,10 @@ def descents(operator: Operator, penalty: str) -> Iterator[Row]:
     largest = float(problem.target.abs().max())
     l1_penalty = 1e-3 * largest  # the middle of the interval of the search
     if penalty == "found":
-        found = Fista(max_trials=4).search_penalty(problem, pattern, wanda)
-        l1_penalty = found.l1_penalty or 1e-6 * largest
+        searched = Fista(max_trials=4).search_penalty(problem, pattern, wanda)
+        l1_penalty = 1e-6 * largest
+        if searched.l1_penalty is not None:
+            l1_penalty = searched.l1_penalty
 
     def objective(weight: Tensor) -> float:
         """Return the objective of the LASSO."""
@@ -302,6 +303,11 @@ class Chain:
                 self.curve.append((self.steps, error))
             yield error
 
+    def whole_trial(self, exponent: float) -> None:
+        """Take all steps of a trial at the penalty `10^exponent max |C|`."""
+        for _ in self.trial(exponent):
+            pass
+
     def error_after(self, steps: int) -> float:
         """Return the lowest error that was reached within so many steps."""
         return [error for spent, error in self.curve if spent <= steps][-1]
@@ -338,14 +344,14 @@ def at_random(chain: Chain, seed: int) -> None:
     """Draw exponents evenly."""
     generator = random.Random(seed)
     while chain.steps < max(BUDGETS):
-        list(chain.trial(generator.uniform(-DECADES, 0.0)))
+        chain.whole_trial(generator.uniform(-DECADES, 0.0))
 
 
 def on_a_grid(chain: Chain, _: int) -> None:
     """Take evenly spaced exponents, from the smallest penalty on; nothing is drawn."""
     number = max(BUDGETS) // STEPS
     for place in range(number):
-        list(chain.trial(-DECADES + DECADES * (place + 0.5) / number))
+        chain.whole_trial(-DECADES + DECADES * (place + 0.5) / number)
 
 
 SEARCHES: dict[str, Callable[[Chain, int], None]] = {
@@ -375,7 +381,8 @@ def searches(operator: Operator, pattern: str, seeds: Sequence[int]) -> Iterator
     yield bisection
 
     for way, search in SEARCHES.items():
-        for seed in seeds[:1] if way == "grid" else seeds:
+        seeds_of_way = seeds[:1] if way == "grid" else seeds  # a grid draws nothing
+        for seed in seeds_of_way:
             chain = Chain(problem, sparsity_pattern, start.weight)
             search(chain, seed)
             row: Row = {"way": way, "seed": seed}
