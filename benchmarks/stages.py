@@ -21,7 +21,8 @@ import tempfile
 import time
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +77,27 @@ REST = "reading, writing, all else"
 
 
 class Stopwatch:
-    """Processor seconds by stage; each moment counts for the innermost stage that runs."""
+    """Seconds by stage; each moment counts for the innermost stage that runs.
 
-    def __init__(self) -> None:
+    Attributes:
+        seconds: By stage, or by `REST`. With a `clock` that counts something else, so much of that.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.process_time) -> None:
+        """Begin with no seconds. `clock` is read whenever a stage begins or ends; the default is processor time."""
         self.seconds: Counter[str] = Counter()
+        self._clock = clock
         self._running: list[str] = [REST]
-        self._since = time.process_time()
+        self._since = clock()
+
+    def restart(self) -> None:
+        """Forget all seconds until now."""
+        self.lap()
+        self.seconds.clear()
 
     def lap(self) -> None:
         """Add the time since the last call to the stage that runs."""
-        now = time.process_time()
+        now = self._clock()
         self.seconds[self._running[-1]] += now - self._since
         self._since = now
 
@@ -104,23 +116,47 @@ class Stopwatch:
 
         return run
 
-    def install(self) -> None:
-        """Replace the functions of all stages, in every module of the package that has them, until the process ends."""
-        for stage, names in STAGES.items():
-            for name in names:
-                module, _, path = name.partition(":")
-                owner: Any = importlib.import_module(f"optimum_fista.{module}")
-                *classes, attribute = path.split(".")
-                for class_name in classes:
-                    owner = getattr(owner, class_name)
-                function = getattr(owner, attribute)
-                timed = self.timed(stage, function)
-                setattr(owner, attribute, timed)
-                for other in [
-                    m for key, m in sys.modules.items() if key.startswith("optimum_fista")
-                ]:
-                    if getattr(other, attribute, None) is function:
-                        setattr(other, attribute, timed)
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Inside, the functions of all stages are replaced by timed ones, in every module of the package that has them.
+
+        At the end all are as before.
+        """
+        # Imports that a run makes late would count for it otherwise, and would keep the timed functions.
+        importlib.import_module("optimum_fista.prune.named")
+        replaced: list[tuple[Any, str, Any]] = []  # owner, name and original function
+        try:
+            for stage, names in STAGES.items():
+                for name in names:
+                    owner, attribute = _place_of(name)
+                    function = getattr(owner, attribute)
+                    timed = self.timed(stage, function)
+                    for holder in [owner, *_modules_with(attribute, function)]:
+                        replaced.append((holder, attribute, function))
+                        setattr(holder, attribute, timed)
+            yield
+        finally:
+            for holder, attribute, function in reversed(replaced):
+                setattr(holder, attribute, function)
+
+
+def _place_of(name: str) -> tuple[Any, str]:
+    """Import what has a function of `STAGES`, a module or a class; returns it, and the name of the function there."""
+    module, _, path = name.partition(":")
+    owner: Any = importlib.import_module(f"optimum_fista.{module}")
+    *classes, attribute = path.split(".")
+    for class_name in classes:
+        owner = getattr(owner, class_name)
+    return owner, attribute
+
+
+def _modules_with(attribute: str, function: Callable[..., Any]) -> list[Any]:
+    """Find the modules of the package in which a function has been imported under its name."""
+    return [
+        module
+        for key, module in list(sys.modules.items())
+        if key.startswith("optimum_fista") and getattr(module, attribute, None) is function
+    ]
 
 
 def measure(arguments: Namespace, method: str) -> dict[str, Any]:
@@ -133,14 +169,10 @@ def measure(arguments: Namespace, method: str) -> dict[str, Any]:
     batches: list[Any] = list(tokens[: arguments.num_samples].split(1))
     batches.append({"input_ids": tokens[arguments.num_samples :], "held_out": True})
     pruner = FistaPruner(parse_config(method, arguments.pattern, arguments.seed), progress=False)
-    # Imports that a run makes late would count for it otherwise.
-    importlib.import_module("optimum_fista.prune.named")
     stopwatch = Stopwatch()
-    stopwatch.install()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, stopwatch.installed():
         wall_started = time.perf_counter()
-        stopwatch.lap()
-        stopwatch.seconds.clear()
+        stopwatch.restart()
         pruner.prune(
             arguments.model,
             batches,

@@ -1,0 +1,371 @@
+"""How long pruning a Llama should take on a GPU, by stage: arithmetic for `gpu.py`, in which nothing is measured.
+
+`work_by_stage` counts what a run does, in the stages of `stages.py`: floating-point operations by kind, and bytes.
+`RATES` are taken from data sheets and experience with such devices, and `expected_seconds` divides by them. Stages are
+added up, as if nothing ran at the same time.
+
+Of work element by element, only that of the solver is counted, by the tensors that its code reads and writes. The
+counts of products are exact: a test compares them with those of a run. Another test counts the kernels of a selection.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from stages import REST, STAGES
+
+from optimum_fista.folder.card import markdown_lines
+
+# How much an H100 does in a second. Assumed, not measured.
+RATES = {
+    # products of matrices, FLOP
+    "float32": 50e12,
+    "tf32": 350e12,
+    "bfloat16": 600e12,
+    # Cholesky factors and inverses, FLOP
+    "factorization": 15e12,
+    # bytes that are read from the device's memory, or written to it
+    "memory": 3.35e12,
+    # kernels that the host launches one after the other
+    "launches": 2e5,
+    # bytes that the host copies to the device or back, and does not pin
+    "copies": 10e9,
+    # bytes of files, read for the first time or written
+    "disk": 3.2e9,
+    # bytes that one core hashes
+    "hashes": 1.5e9,
+}
+METHODS = ("default", "sparsegpt")
+
+_LEAF = 256  # `model.gram`: a block of so many inputs is multiplied whole
+_ADMM_STAGES = 3  # of the default method, each with one inverse
+_ADMM_ITERATIONS = 12  # of all stages
+_REFIT_STEPS = 5
+_BLOCK = 128  # columns that SparseGPT decides together
+
+# Bytes for each weight, of tensors in float32 and of masks of one byte that are read or written.
+_BYTES_OF_ITERATION = 85
+_BYTES_OF_REFIT_STEP = 80
+# SparseGPT: after each column, half of its block on average is read and written.
+_BYTES_OF_COLUMN = 8 * _BLOCK / 2
+_LAUNCHES_OF_COLUMN = 7
+
+# A selection among all weights of a matrix halves an interval 32 times. Each time it computes magnitudes, compares them
+# with a number, and counts. Then it tells ties apart.
+_HALVINGS = 32
+_BYTES_OF_SELECTION = 14 * _HALVINGS + 58
+LAUNCHES_OF_SELECTION = 539
+# A selection among four weights compares six pairs.
+_BYTES_OF_SELECTION_IN_FOURS = 50
+LAUNCHES_OF_SELECTION_IN_FOURS = 42
+
+
+class Group(NamedTuple):
+    """Operators with the same inputs: how many inputs, and the outputs of each operator."""
+
+    inputs: int
+    outputs: list[int]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all operators."""
+        return self.inputs * sum(self.outputs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The sizes of a Llama in bfloat16 whose head is a matrix of its own, and how it is pruned."""
+
+    hidden: int
+    ffn: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    num_samples: int  # sequences to fit to
+    num_held_out: int  # further sequences, on which only the perplexity is measured
+    sequence_length: int
+    batch_size: int
+    method: str  # one of METHODS
+    pattern: str  # "2:4", or any fraction of zeros
+    way: Literal["files", "memory"]  # from files to files, or a model that is loaded whole
+    sums: str = "tf32"  # how Gram matrices are multiplied, a key of RATES
+
+    @property
+    def is_default(self) -> bool:
+        """Whether the method is the default; otherwise it is SparseGPT."""
+        return self.method == "default"
+
+    @property
+    def allocates(self) -> bool:
+        """Whether operators share zeros by gradients of the loss, on one sequence."""
+        return self.is_default and self.pattern != "2:4"
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to fit to."""
+        return self.num_samples * self.sequence_length
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        """Tokens that no weight is fitted to."""
+        return self.num_held_out * self.sequence_length
+
+    @property
+    def groups(self) -> list[Group]:
+        """The groups of a decoder layer: queries with keys and values, the attention's output, gate with up, down."""
+        key_values = self.hidden // self.heads * self.key_value_heads
+        return [
+            Group(self.hidden, [self.hidden, key_values, key_values]),
+            Group(self.hidden, [self.hidden]),
+            Group(self.hidden, [self.ffn, self.ffn]),
+            Group(self.ffn, [self.hidden]),
+        ]
+
+    @property
+    def weights_of_layer(self) -> int:
+        """Weights of the operators of a decoder layer."""
+        return sum(group.weights for group in self.groups)
+
+    @property
+    def attention(self) -> int:
+        """FLOP of the attention itself for each token in a decoder layer, as if no token were masked."""
+        return 4 * self.sequence_length * self.hidden
+
+    @property
+    def head(self) -> int:
+        """FLOP of the head for each token; it has as many weights as the embedding."""
+        return 2 * self.hidden * self.vocabulary
+
+
+def work_by_stage(run: Run) -> dict[str, Counter[str]]:
+    """Count what a run does: for each stage of `STAGES` and for the rest, amounts by the keys of `RATES`.
+
+    SparseGPT has its published error correction: its operators see the pruned network alone.
+    """
+    of_layer = {
+        "Gram matrices": _gram_matrices(run),
+        "cross-Gram matrices, records of the dense network": _cross_gram_matrices(run),
+        "factorizations": _factorizations(run),
+        "iterations (ADMM), columns (SparseGPT)": _iterations(run),
+        "selection": _selections(run),
+        "refit": _refit(run),
+        "errors": _errors(run),
+    }
+    work = {stage: Counter[str]() for stage in [*STAGES, REST]}
+    for stage, amounts in of_layer.items():
+        for rate, amount in amounts.items():
+            work[stage][rate] = run.layers * amount
+    work["forward passes of decoder layers"].update(_forward_passes(run))
+    work["allocation by gradients"].update(_allocation(run))
+    # logits of the dense and of the pruned network
+    work["held-out text"]["bfloat16"] = 2 * run.num_held_out_tokens * run.head
+    work[REST].update(_rest(run))
+    return work
+
+
+def expected_seconds(run: Run) -> dict[str, float]:
+    """Divide the work of a run by `RATES`; returns the seconds of each stage."""
+    return {
+        stage: sum(amount / RATES[rate] for rate, amount in amounts.items())
+        for stage, amounts in work_by_stage(run).items()
+    }
+
+
+def _forward_passes(run: Run) -> Counter[str]:
+    """Count the forward passes through all decoder layers.
+
+    With the default, a layer runs in the dense network; then up to the attention's output, with pruned queries, keys
+    and values; then that operator; then the gate and up projections. With SparseGPT, each operator runs once, after it
+    is pruned.
+    """
+    projections, output, gate_and_up, _ = (2 * group.weights for group in run.groups)
+    one_pass = 2 * run.weights_of_layer + run.attention
+    passes = one_pass
+    if run.is_default:
+        passes += projections + run.attention + output + gate_and_up
+    # Of each layer, a pass of one batch shows which operators share their inputs. The first layer runs once more for
+    # each network, to show the form of its output.
+    tokens_of_batch = run.batch_size * run.sequence_length
+    num_passes_besides = run.layers * tokens_of_batch + tokens_of_batch + 2 * run.sequence_length
+    # Held-out text runs through both networks besides.
+    num_passes_besides += run.layers * 2 * run.num_held_out_tokens
+    return Counter(
+        {"bfloat16": run.layers * run.num_tokens * passes + num_passes_besides * one_pass}
+    )
+
+
+def _gram_matrices(run: Run) -> Counter[str]:
+    """Count the Gram matrices of one decoder layer."""
+    return Counter({run.sums: run.num_tokens * sum(_triangle(g.inputs) for g in run.groups)})
+
+
+def _triangle(size: int) -> int:
+    """Count the FLOP of a Gram matrix for one token, as `model.gram` multiplies: about half of the whole product."""
+    if size <= _LEAF:
+        return 2 * size * size
+    half = (size // 2 + 31) // 32 * 32
+    return _triangle(half) + 2 * half * (size - half) + _triangle(size - half)
+
+
+def _cross_gram_matrices(run: Run) -> Counter[str]:
+    """Count the products with the dense network's inputs, or its outputs if these are fewer, for one decoder layer.
+
+    The first group of a layer has the inputs of the dense network, and SparseGPT needs none of them.
+    """
+    flops = 0
+    if run.is_default:
+        for group in run.groups[1:]:
+            flops += 2 * group.inputs * min(group.inputs, sum(group.outputs))
+    return Counter({run.sums: run.num_tokens * flops})
+
+
+def _factorizations(run: Run) -> Counter[str]:
+    """Count Cholesky factors (n^3 / 3) and inverses for one decoder layer.
+
+    On a GPU, PyTorch inverts by solving for the identity, which takes 2 n^3 in place of 2/3 n^3. The default inverts
+    for its coordinates and in each of its stages. SparseGPT inverts for each operator, also if some share their inputs.
+    """
+    flops = 0.0
+    for group in run.groups:
+        times = 1 + _ADMM_STAGES if run.is_default else len(group.outputs)
+        flops += times * group.inputs**3 * (1 / 3 + 2)
+    return Counter({"factorization": flops})
+
+
+def _iterations(run: Run) -> Counter[str]:
+    """Count the iterations of ADMM, or the columns of SparseGPT, for one decoder layer."""
+    work = Counter[str]()
+    for group in run.groups:
+        if run.is_default:
+            work["float32"] += _ADMM_ITERATIONS * 2 * group.weights * group.inputs
+            work["memory"] += _ADMM_ITERATIONS * _BYTES_OF_ITERATION * group.weights
+            continue
+        for _ in group.outputs:
+            work["factorization"] += group.inputs**3 / 3  # the factor of the inverse
+            work["launches"] += group.inputs * _LAUNCHES_OF_COLUMN
+        # The errors of a block change all columns to its right: half of them on average, read and written, and so is
+        # the product.
+        num_blocks = group.inputs / _BLOCK
+        work["float32"] += group.weights * max(0, group.inputs - _BLOCK)
+        work["memory"] += group.weights * (_BYTES_OF_COLUMN + 16 * num_blocks / 2)
+    return work
+
+
+def _selections(run: Run) -> Counter[str]:
+    """Count the selections of the largest weights for one decoder layer.
+
+    The default selects in each iteration among all weights of a group. SparseGPT does it once, block by block.
+    """
+    in_fours = run.pattern == "2:4"
+    bytes_of_weight = _BYTES_OF_SELECTION_IN_FOURS if in_fours else _BYTES_OF_SELECTION
+    launches = LAUNCHES_OF_SELECTION_IN_FOURS if in_fours else LAUNCHES_OF_SELECTION
+    work = Counter[str]()
+    for group in run.groups:
+        if run.is_default:
+            times = _ADMM_ITERATIONS
+            num_selections = _ADMM_ITERATIONS * (len(group.outputs) if in_fours else 1)
+        else:
+            times = 1
+            columns = 4 if in_fours else _BLOCK
+            num_selections = len(group.outputs) * math.ceil(group.inputs / columns)
+        work["memory"] += times * bytes_of_weight * group.weights
+        work["launches"] += num_selections * launches
+    return work
+
+
+def _refit(run: Run) -> Counter[str]:
+    """Count the steps of conjugate gradients for one decoder layer, and one product before them."""
+    work = Counter[str]()
+    if run.is_default:
+        for group in run.groups:
+            work["float32"] += (_REFIT_STEPS + 1) * 2 * group.weights * group.inputs
+            work["memory"] += _REFIT_STEPS * _BYTES_OF_REFIT_STEP * group.weights
+    return work
+
+
+def _errors(run: Run) -> Counter[str]:
+    """Count the products that measure errors for one decoder layer.
+
+    A product builds the problem of an operator, and another one measures the error of its new weights.
+    """
+    return Counter({"float32": 2 * sum(2 * group.weights * group.inputs for group in run.groups)})
+
+
+def _allocation(run: Run) -> Counter[str]:
+    """Count the gradients of the loss on one sequence, for the whole model.
+
+    Each decoder layer runs twice forwards. Its gradients are as many products as one pass, because weights have none,
+    and two and a half times the attention, which computes its weights again.
+    """
+    work = Counter[str]()
+    if run.allocates:
+        of_layer = 3 * 2 * run.weights_of_layer + 4.5 * run.attention
+        # squares of the gradients by all outputs are summed, with a weight for each token
+        of_layer += 2 * sum(sum(group.outputs) for group in run.groups)
+        # the head forwards and backwards
+        work["bfloat16"] = run.sequence_length * (run.layers * of_layer + 2 * run.head)
+        if run.way == "files":
+            # The weights of each layer come to the device for both directions.
+            work["copies"] = 2 * 2 * run.layers * run.weights_of_layer
+    return work
+
+
+def _rest(run: Run) -> Counter[str]:
+    """Count what no stage has, for the whole model: files, copies and hashes, and the products that make targets.
+
+    A target is the product of an operator's weights and the cross-Gram matrix of its inputs.
+    """
+    work = Counter[str]()
+    if run.is_default:
+        for group in run.groups[1:]:
+            if (
+                sum(group.outputs) >= group.inputs
+            ):  # otherwise the outputs were summed, which are the target
+                work["float32"] += run.layers * 2 * group.weights * group.inputs
+
+    num_weights = run.layers * run.weights_of_layer
+    bytes_of_layers = 2 * num_weights
+    bytes_of_model = bytes_of_layers + 2 * 2 * run.hidden * run.vocabulary
+    bytes_of_masks = num_weights / 8
+    if run.way == "files":
+        # The masks wait in the journal first.
+        work["disk"] = 2 * bytes_of_model + 2 * bytes_of_masks
+        work["copies"] = 2 * bytes_of_layers  # to the device and back
+        # the file that is read, each layer, and the files that are written
+        work["hashes"] = bytes_of_model + bytes_of_layers + bytes_of_model
+    else:
+        work["disk"] = 2 * bytes_of_model + bytes_of_masks
+        # Of each layer, the dense weights are copied to the host twice: they are hashed, and kept in case of an error.
+        work["copies"] = 2 * bytes_of_model + 2 * bytes_of_layers
+        work["hashes"] = bytes_of_layers
+    return work
+
+
+def arithmetic_table(runs: list[Run]) -> list[str]:
+    """Make a table of the seconds that runs are expected to take, by stage; the first run's work stands beside them."""
+    seconds = [expected_seconds(run) for run in runs]
+    lines = []
+    for stage, amounts in work_by_stage(runs[0]).items():
+        if any(of_run[stage] for of_run in seconds):
+            cells = [f"{of_run[stage]:.1f}" for of_run in seconds]
+            lines.append([stage, _amounts_text(amounts), *cells])
+    lines.append(["all", "", *(f"{sum(of_run.values()):.0f}" for of_run in seconds)])
+    headings = [f"{run.method} {run.pattern}, {run.way}" for run in runs]
+    return markdown_lines(["stage", f"work of {headings[0]}", *headings], lines)
+
+
+def _amounts_text(amounts: Counter[str]) -> str:
+    """Write amounts by the keys of `RATES`, such as "3.8 PFLOP tf32"."""
+    words = []
+    for rate, amount in amounts.items():
+        if rate in ("float32", "tf32", "bfloat16", "factorization"):
+            words.append(f"{amount / 1e12:,.0f} TFLOP {rate}")
+        elif rate == "launches":
+            words.append(f"{amount / 1e3:,.0f} thousand {rate}")
+        else:
+            words.append(f"{amount / 1e9:,.0f} GB {rate}")
+    return ", ".join(words)
