@@ -9,7 +9,6 @@ import argparse
 import difflib
 import re
 import sys
-import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -31,6 +30,7 @@ from optimum_fista.cli import (
     unpack,
     verify,
 )
+from optimum_fista.cli.bars_in_log import BarsAsLines
 from optimum_fista.plain_text import spell_out_controls
 
 _COMMANDS: dict[str, Any] = {  # modules, by the name of their subcommand
@@ -46,9 +46,6 @@ _COMMANDS: dict[str, Any] = {  # modules, by the name of their subcommand
     "demo": demo,
     "doctor": doctor,
 }
-_SECONDS_BETWEEN_LINES = 30.0  # of bars in a log, besides the first line of each bar
-# Moves the cursor of a terminal one line up. tqdm writes it after a second bar, which stands below the first one.
-_CURSOR_UP = "\x1b[A"
 
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
@@ -160,7 +157,7 @@ def execute(arguments: argparse.Namespace) -> int:
     warnings.formatwarning = _warning_line
     stream: Any = sys.stderr
     if not stream.isatty():  # in a terminal bars stay as they are
-        stream = _BarsAsLines(stream)
+        stream = BarsAsLines(stream)
     try:
         with redirect_stderr(stream), _bars_hidden_if(arguments.quiet):
             return int(arguments.fista_run(arguments))
@@ -191,63 +188,6 @@ def _bars_hidden_if(quiet: bool) -> Iterator[None]:
 
     with hidden_bars():
         yield
-
-
-class _BarsAsLines:
-    """Passes text on to a stream that is no terminal, but of all bars together at most two lines a minute.
-
-    The first line of each bar is always passed on, so that a log shows at which stage a command is. Our bars and those
-    of libraries write "\\r", the bar, and at the end "\\n". A log keeps what a terminal erases: one run of `recover`
-    would leave 93 kB of bars.
-    """
-
-    def __init__(self, stream: Any) -> None:
-        """Pass text on to `stream`, a text file such as `sys.stderr`."""
-        self._stream = stream
-        self._last_line_at = time.monotonic()  # when a line of a bar was passed on
-        self._in_bar = False  # whether the latest text was a bar
-        # Names of bars, such as "layers done". The empty one is that of a bar without a name, which is not shown at
-        # once.
-        self._shown_names = {""}
-
-    def write(self, text: str) -> int:
-        """Pass `text` on to the stream, but if it is a bar, leave that to `_write_bar`, which leaves most of them out.
-
-        A bar is one line that begins with "\\r". Blank text after it is left out, such as the line end when the bar is
-        closed, because lines of `_write_bar` have their line end already. `self._in_bar` notes whether a bar was the
-        last that came. Returns the length of `text`, as files do.
-        """
-        line = text.replace(_CURSOR_UP, "").strip()
-        # A line end after the bar does not count: `line` has none.
-        is_single_line = "\n" not in line
-        is_bar = text.startswith("\r") and is_single_line
-        is_blank_after_bar = self._in_bar and not line
-        if is_bar:
-            self._in_bar = True
-            self._write_bar(line)
-        elif not is_blank_after_bar:
-            self._in_bar = False
-            self._stream.write(text)
-        return len(text)
-
-    def _write_bar(self, line: str) -> None:
-        """Write a line of a bar if it is the first line of this bar, or if the last line of any bar is old.
-
-        Notes the name of the bar (`_shown_names`) and the time in `self`, if the line is written. An empty line erases
-        a bar, and is not written.
-        """
-        description = re.split(r"[:|]", line)[0]
-        # "3 of 30 layers done: ..." and "4 of 30 layers done: ..." are lines of one bar.
-        name = re.sub(r"\d+", "", description)
-        is_late = time.monotonic() - self._last_line_at > _SECONDS_BETWEEN_LINES
-        is_new = name not in self._shown_names
-        if line and (is_new or is_late):
-            self._shown_names.add(name)
-            self._last_line_at = time.monotonic()
-            self._stream.write(f"{line}\n")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)  # flush, fileno, encoding, isatty: those of the stream
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import argparse
 import io
 import re
 import sys
+import time
 from contextlib import closing, suppress
 
 import pytest
@@ -100,7 +101,7 @@ def test_bars_of_any_command_become_lines_now_and_then_unless_a_terminal_shows_t
     stream = Terminal() if terminal else io.StringIO()
     now = [0.0]  # seconds
     monkeypatch.setattr(sys, "stderr", stream)
-    monkeypatch.setattr(main.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
 
     def command(_):
         for second in (1, 31, 32, 62):
