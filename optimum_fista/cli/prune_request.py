@@ -210,7 +210,12 @@ class PruneRequest:
 
         for index, source in enumerate(self.sources):
             earlier_sources = self.sources[:index]
-            is_again = any(_are_one_text(source, calibrated=earlier) for earlier in earlier_sources)
+            # Both ways round: only a source to measure on has to name its split to be the same text.
+            is_again = any(
+                _are_one_text(source, calibrated=earlier)
+                or _are_one_text(earlier, calibrated=source)
+                for earlier in earlier_sources
+            )
             if is_again or source in earlier_sources:
                 raise ValueError(f"--calibration has the text {source!r} twice: pass it once.")
         if "self" in self.sources:

@@ -37,7 +37,8 @@ def command(texts, tmp_path):
     def words(*names, flags=()):
         sources = []
         for name in names:
-            source = name if name in ("self", "c4") else str(texts / name)
+            is_file = name.endswith((".txt", ".jsonl"))
+            source = str(texts / name) if is_file else name
             sources += ["--calibration", source]
         output = ["--output", str(tmp_path / "out"), "--method", "wanda"]
         return ["prune", str(texts / "model"), *output, *SIZES, *sources, *flags]
@@ -138,6 +139,8 @@ def test_a_dry_run_names_all_texts_and_their_shares(command, texts, capsys):
     [
         (["sea.txt", "self"], [], "--calibration self with other sources"),
         (["sea.txt", "digits.txt", "sea.txt"], [], "sea.txt' twice: pass it once"),
+        (["owner/name", "owner/name:train"], [], "'owner/name:train' twice: pass it once"),
+        (["owner/name:train", "owner/name"], [], "'owner/name' twice: pass it once"),
         (["sea.txt", "images.jsonl"], [], "images.jsonl has images, and there are other sources"),
         (["sea.txt", "digits.txt"], ["--num-samples", "1"], "pass at least 2, one for each source"),
         (["sea.txt", "digits.txt"], ["--held-out", "1"], "pass at least 2, one for each source"),
