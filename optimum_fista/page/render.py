@@ -219,6 +219,7 @@ def _tables_of_operators(report: PruningReport) -> dict[str, Coloured | None]:
 
     `None` stands for a table without a number.
     """
+    # Only these are asked for the error, so `or 0.0` below is never needed; it is for the type checker.
     with_output_error = [o for o in report.operators if o.output_error is not None]
     with_held_out_error = [o for o in report.operators if o.held_out_fit_error is not None]
     return {

@@ -167,8 +167,8 @@ def prune_named(
         report = run(plan, calibration, held_out, report, sink, started)
 
         # The run is done, and `offloaded` is closed early, in all ranks before rank 0 goes on: they offload to the
-        # unfinished folder, which rank 0 tidies when it leaves the lock. The model is in its
-        # place, so a rank that fails now can do no harm.
+        # unfinished folder, which rank 0 tidies when it leaves the lock. The model is in its place, so a rank that
+        # fails now can do no harm.
         offloaded.close()
         with suppress(RankError):
             ranks.gather(None)  # only to wait for all

@@ -184,10 +184,10 @@ class SmallerMixture:
         return Refits(len(shares), num_shrunk, "; ".join(messages))
 
     def _take(self, expert: int, refit: Refit, weight_before: Tensor) -> None:
-        """Write the weights of a refit into an expert; `Y - E*` follows them.
+        """Write the weights of a refit into an expert, and update `self._residuals`, which are `Y - E*`.
 
         `self._down` has the operators of the down projections, by the number of the expert. `weight_before` [out, in]
-        is what the projection has now.
+        is what the projection has now. RuntimeError if the refit is not finite.
         """
         operator = self._down[expert]
         if not bool(torch.isfinite(refit.weight).all()):

@@ -64,7 +64,7 @@ def refit_to_all(parts: Sequence[LayerProblem]) -> Refit:
     # a fit of all weights, none of which has to be zero
     all_columns = torch.ones_like(problem.weight[0], dtype=torch.bool)
     weight, message = refit_columns(problem, all_columns)
-    return Refit(weight, 1.0, message)
+    return Refit(weight, share=1.0, message=message)
 
 
 def _moved(weight: Tensor, fitted: Tensor, share: float) -> Tensor:

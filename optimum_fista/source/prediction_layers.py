@@ -108,6 +108,8 @@ def find_prediction_layers(
         naming_of_inputs = _prefixes(names, layers_prefix)
         if naming_of_inputs is None:
             continue
+        # Inputs (two norms and the projection) are called `outer_prefix` + one of these names. The names of the
+        # tensors of its decoder layer begin with `prefix`.
         input_names, outer_prefix, prefix = naming_of_inputs
         inputs = [in_plain_floats(outer_prefix + name) for name in input_names]
         inner_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
@@ -180,8 +182,8 @@ def _prefixes(names: Sequence[str], layers_prefix: str) -> tuple[_InputNames, st
     """Find out how a module is named: what its inputs are called, and what its names begin with.
 
     `names` are those of its tensors in the files, and `layers_prefix` is what those of decoder layers begin with there.
-    Returns what all names begin with, and then what those of its decoder layer begin with. `None` if the module has
-    none of the known ways of naming, or several decoder layers in one module.
+    Returns the names of its inputs, what all names begin with, and what those of its decoder layer begin with. `None`
+    if the module has none of the known ways of naming, or several decoder layers in one module.
     """
     match = re.match(rf"{re.escape(layers_prefix)}\d+\.", names[0])
     if match is not None and layers_prefix:

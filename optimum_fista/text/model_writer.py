@@ -1,4 +1,7 @@
-"""A model that writes: it draws every next token from its own distribution, as often as it is asked."""
+"""A model that writes: it draws every next token from its own distribution.
+
+`self_sampling` makes one `ModelWriter` for all text of a model, and calls `write` for each batch of beginnings.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,27 +27,30 @@ class ModelWriter:
     """
 
     def __init__(self, model: PreTrainedModel, generator: torch.Generator, bar: tqdm) -> None:
-        """Keep what is given. `generator` moves on with every token, and `bar` too."""
-        self.model = model
-        self.generator = generator
-        self.bar = bar
+        """Keep the arguments. The state of `generator` and the number of `bar` will move on with every token."""
+        self._model = model
+        self._generator = generator
+        self._bar = bar
 
     def write(self, ids: Tensor, num_new_tokens: int) -> Tensor:
-        """Continue each row of `ids`, int64 [texts, ids]: int64 [texts, ids + new tokens], on the CPU."""
+        """Continue each row of `ids`, int64 [texts, ids]; returns int64 [texts, ids + new tokens], on the CPU.
+
+        The model's generation config is as before at the end. ValueError if the model's logits are NaN.
+        """
         if num_new_tokens == 0:
             return ids
-        ids = ids.to(execution_device(self.model.get_input_embeddings()))
-        with _default_generation(self.model):
-            written: Tensor = self.model.generate(  # type: ignore[operator]
+        ids = ids.to(execution_device(self._model.get_input_embeddings()))
+        with _default_generation(self._model):
+            written: Tensor = self._model.generate(  # type: ignore[operator]
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 # The draw leaves one token that `generate` can take. Its own draw (do_sample) makes a random number
                 # for every token of the vocabulary, which takes longer than the forward pass of a small model.
-                logits_processor=LogitsProcessorList([_Draw(self.generator)]),
+                logits_processor=LogitsProcessorList([_Draw(self._generator)]),
                 do_sample=False,
                 max_new_tokens=num_new_tokens,
                 use_cache=True,
-                streamer=_Counter(self.bar),
+                streamer=_Counter(self._bar),
             )
         return written.cpu()
 
@@ -81,14 +87,14 @@ class _Counter(BaseStreamer):
 
     def __init__(self, bar: tqdm) -> None:
         """Count on `bar`, which stays open."""
-        self.bar = bar
-        self.has_prompt = False  # whether `put` was called with the prompt
+        self._bar = bar
+        self._has_prompt = False  # whether `put` was called with the prompt
 
     def put(self, value: Tensor) -> None:
         """Count the new tokens; the first call brings the prompt."""
-        if self.has_prompt:
-            self.bar.update(value.numel())
-        self.has_prompt = True
+        if self._has_prompt:
+            self._bar.update(value.numel())
+        self._has_prompt = True
 
     def end(self) -> None:
         """Nothing to do: one bar serves all batches."""
