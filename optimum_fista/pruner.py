@@ -2,8 +2,8 @@
 
 `FistaPruner.prune` has two entries. A model given by name goes to `named.prune_named`. A loaded model is planned here:
 `plan_removal` decides what is taken from it (`Removal`), `source_tensors` finds the tensors in the files from which it
-was loaded (`SourceTensors`), `plan_run` joins both to a `Plan`, and `begin` reads the calibration text. Both entries
-call `run.run`, with a sink for the model in memory or for files.
+was loaded (`SourceTensors`), `plan_run` joins both to a `Plan`, and `read_calibration` reads the text and begins the
+report. Both entries call `run.run`, with a sink for the model in memory or for files.
 """
 
 import logging
@@ -28,7 +28,7 @@ from optimum_fista.folder.output import new_output
 from optimum_fista.folder.writing import summary, write_checkpoint
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import offload_hook
-from optimum_fista.prune.batches import begin
+from optimum_fista.prune.batches import read_calibration
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.measuring import (
     measure_folder,
@@ -276,8 +276,8 @@ class FistaPruner:
                 progress=self.progress,
                 callbacks=self.callbacks,
             )
-            calibration, held_out, report = begin(plan, calib_dataloader, source_name)
-            if in_files_dtypes:  # `begin` has noted the model's dtype
+            calibration, held_out, report = read_calibration(plan, calib_dataloader, source_name)
+            if in_files_dtypes:  # `read_calibration` has noted the model's dtype
                 report.environment["written"] = "in the dtypes of the files"
             sink = ModelSink(model)
             report = run(plan, calibration, held_out, report, sink, started)

@@ -1,10 +1,11 @@
 """Calibration batches on their way through the decoder layers, and what happens if the device runs out of memory.
 
-`begin` reads the calibration text before the run, into `CalibrationBatch`es: token ids [batch, sequence] with a mask,
-images or sounds, and a flag if they are held out. `HeldOut` runs held-out sequences to measure perplexities. The `Plan`
-says what is pruned and how; it holds the model. A `Calibration` then goes from decoder layer to decoder layer, with
-the hidden states that enter the next one. A step of the run is a function of it. So a step that runs out of memory is
-called again, with half as many sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
+`read_calibration` reads the calibration text before the run, into `CalibrationBatch`es: token ids [batch, sequence]
+with a mask, images or sounds, and a flag if they are held out. `HeldOut` runs held-out sequences to measure
+perplexities. The `Plan` says what is pruned and how; it holds the model. `record_arguments` then runs the model up to
+its first decoder layer. A `Calibration` goes from decoder layer to decoder layer, with the hidden states that enter the
+next one. A step of the run is a function of it. So a step that runs out of memory is called again, with half as many
+sequences in a batch (`retried`). Only the rounding of sums over tokens changes.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -52,7 +53,7 @@ class Calibration:
     recorded: RecordedInputs | None = None
 
 
-def begin(
+def read_calibration(
     plan: Plan, calib_dataloader: Iterable[Any], source: str | None
 ) -> tuple[Calibration, HeldOut | None, PruningReport]:
     """Read the calibration text, and begin the report of the run; the model does not run yet, and is not changed.
@@ -145,7 +146,7 @@ def _warn_of_missing_media(
 def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
     """Add a warning to the report if there are fewer tokens than inputs of an operator.
 
-    `report.calibration`, which `begin` has filled, has the number of tokens.
+    `report.calibration`, which `read_calibration` has filled, has the number of tokens.
     """
     num_tokens = report.calibration["num_tokens"]
     # Operators have the shape [out, in].
@@ -183,7 +184,7 @@ def _warn_of_empty_placeholders(
         )
 
 
-def record(plan: Plan, calibration: Calibration) -> Calibration:
+def record_arguments(plan: Plan, calibration: Calibration) -> Calibration:
     """Record the arguments of the decoder layers, unless they are recorded already.
 
     The model runs once on all batches, without its decoder layers; afterwards it is as before. Returns the calibration

@@ -43,8 +43,8 @@ def run_fingerprint(
     """Collect everything that the bytes of a run depend on: weights, configurations, arithmetic, tokens, versions.
 
     `source` has the digests of the files of the model, and `batches` are those of the calibration. `report` is the one
-    that `batches.begin` has begun: its environment, configuration and calibration count. `packed` says whether the
-    result is stored without zeros. Changes nothing. The values are plain, as JSON gives them.
+    that `batches.read_calibration` has begun: its environment, configuration and calibration count. `packed` says
+    whether the result is stored without zeros. Changes nothing. The values are plain, as JSON gives them.
     """
     shapes = [list(batch.input_ids.shape) for batch in batches]  # [sequences, tokens] each
     versions = library_versions()

@@ -41,7 +41,7 @@ from optimum_fista.model.held_out import HeldOut
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.offload import execution_device, offload_hook, onloaded
 from optimum_fista.model.operators import Group, LinearOperator, require_finite
-from optimum_fista.prune.batches import Calibration, record, retried
+from optimum_fista.prune.batches import Calibration, record_arguments, retried
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.plan import UNDER_CALIBRATED_TOKENS, Plan
 from optimum_fista.prune.progress import Progress
@@ -107,7 +107,11 @@ def prune_layers(
         for callback in callbacks:
             callback.on_layers_begin(num_layers, costs)
         calibration = retried(
-            partial(record, plan), calibration, where="the embeddings", plan=plan, report=report
+            partial(record_arguments, plan),
+            calibration,
+            where="the embeddings",
+            plan=plan,
+            report=report,
         )
         # Records the arguments of the layers, too; False: this model's losses can't be measured layer by layer.
         if held_out is not None and not held_out.begin():
@@ -314,7 +318,7 @@ def prune_layer(
     # The allocator still holds memory of the decoder layer before.
     release_memory(layer)
     # The arguments of the layers are recorded already, unless memory ran out and the batches are smaller now.
-    calibration = record(plan, calibration)
+    calibration = record_arguments(plan, calibration)
     states = calibration.states
     assert states is not None
     activations = _activations(plan, calibration, layer, index)
@@ -334,7 +338,7 @@ def prune_layer(
 def _activations(
     plan: Plan, calibration: Calibration, layer: nn.Module, index: int
 ) -> LayerActivations:
-    """Join a decoder layer with the arguments of its calls, as `record` recorded them.
+    """Join a decoder layer with the arguments of its calls, as `record_arguments` recorded them.
 
     Takes these arguments out of the calibration, so that they are freed when this layer is finished. `index` is the
     number of the layer. `plan.storage` is where activations are kept between passes (`None`: where the layer computes).

@@ -24,7 +24,7 @@ from optimum_fista.folder.output import JOURNAL, locked_output, require_output
 from optimum_fista.folder.packed_folder import require_packable
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import execution_device
-from optimum_fista.prune.batches import begin
+from optimum_fista.prune.batches import read_calibration
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.files import FileSink, Output
 from optimum_fista.prune.identity import join_run, run_fingerprint
@@ -149,7 +149,7 @@ def prune_named(
         plan = model.plan
         # The batches as the run needs them, what measures the perplexity (or `None`), and a new report.
         calibration, held_out, report = ranks.each(
-            lambda: begin(plan, calib_dataloader, calibration_source)
+            lambda: read_calibration(plan, calib_dataloader, calibration_source)
         )
         # With hashes of all files: a change of the model's files ends the run.
         source = shared_files(model.files, unfinished, ranks, plan.progress)

@@ -34,11 +34,11 @@ def run(
 
     Args:
         plan: What is pruned and how, without budgets.
-        calibration: The batches of the calibration text (`batches.begin`), without hidden states.
+        calibration: The batches of the calibration text (`batches.read_calibration`), without hidden states.
         held_out: Measures the perplexity on its way through the decoder layers, and gets the losses; `None` if it is
             not measured.
-        report: The report as `batches.begin` began it; it is completed in place. Of a run to files, the returned one is
-            another, which names the operators as the files do.
+        report: The report as `batches.read_calibration` began it; it is completed in place. Of a run to files, the
+            returned one is another, which names the operators as the files do.
         sink: Where pruned weights go.
         started: The time of `time.perf_counter` at which the user's call began.
     """

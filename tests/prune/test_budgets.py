@@ -3,13 +3,13 @@ import torch
 from pruning import plan_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig
-from optimum_fista.prune.batches import begin
+from optimum_fista.prune.batches import read_calibration
 from optimum_fista.prune.budgets import share_budgets
 
 
 def budgets_of(model, tokens, **options):
     plan = plan_of(model, FistaPruningConfig(**options))
-    calibration, _, report = begin(plan, tokens.split(4), None)
+    calibration, _, report = read_calibration(plan, tokens.split(4), None)
     return plan.all_operators, share_budgets(plan, calibration.batches, report)
 
 

@@ -6,7 +6,7 @@ from pruning import hidden_states_of, plan_of, prune, weights
 
 from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.model.hooks import evaluation_mode
-from optimum_fista.prune.batches import begin
+from optimum_fista.prune.batches import read_calibration
 from optimum_fista.prune.loop import prune_layers
 
 GROUPS = [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -45,7 +45,7 @@ def test_a_group_is_written_before_it_is_reported_and_a_layer_committed_before_c
     recorder = Recorder()
     config = FistaPruningConfig(method="wanda", error_correction=error_correction)
     plan = plan_of(llama, config, callbacks=[recorder])
-    calibration, _, report = begin(plan, tokens.split(4), None)
+    calibration, _, report = read_calibration(plan, tokens.split(4), None)
     expected = []
     for layer in ("model.layers.0", "model.layers.1"):
         for group in GROUPS:
