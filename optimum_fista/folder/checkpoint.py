@@ -164,6 +164,15 @@ def _require_token_ids(file: Path, kept: Any, num_tokens: Any) -> None:
         )
 
 
+def summary_of_latest_run(config: Any) -> dict[str, Any]:
+    """Return what the latest run has noted of itself in a model's configuration (`writing.summary`).
+
+    The dictionary is empty if no run has pruned the model. `config` is only read.
+    """
+    summary: dict[str, Any] | None = getattr(config, CONFIG_KEY, None)
+    return {} if summary is None else summary
+
+
 def mark_retrained(model: PreTrainedModel) -> None:
     """Note in the configuration of a pruned model that its weights were trained after pruning.
 

@@ -26,12 +26,12 @@ from optimum_fista.atomic import errors_of_writing, write_file
 from optimum_fista.folder.card import PACKED_NOTE, model_card
 from optimum_fista.folder.checkpoint import (
     CARD_FILE,
-    CONFIG_KEY,
     MASKS_FILE,
     MASKS_FORMAT,
     MASKS_METADATA,
     REPORT_FILE,
     VOCABULARY_FILE,
+    summary_of_latest_run,
     write_recoveries,
 )
 from optimum_fista.folder.naming import operators_by_weight, renamed_report
@@ -136,8 +136,7 @@ def write_checkpoint(
     names = stored_names(model, operators)  # in the files, by the names in the model
     stored_report, stored_masks = renamed_report(report, masks, names)
     # The summary in the configuration knows of a training after the run (`checkpoint.mark_retrained`).
-    earlier_summary = getattr(model.config, CONFIG_KEY, None) or {}
-    was_retrained = report.retrained or bool(earlier_summary.get("retrained"))
+    was_retrained = report.retrained or bool(summary_of_latest_run(model.config).get("retrained"))
     stored_report = dataclasses.replace(stored_report, retrained=was_retrained)
     _write_weights_and_code(model, folder, stored_as)
     write_all_but_weights(folder, model, tokenizer, stored_report, stored_masks)

@@ -13,6 +13,7 @@ import torch
 
 from optimum_fista import internals
 from optimum_fista.environment import processor_name
+from optimum_fista.folder.checkpoint import summary_of_latest_run
 from optimum_fista.memory import size_text
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.held_out import HeldOut
@@ -81,10 +82,10 @@ def begin_report(plan: Plan) -> PruningReport:
 def _earlier_run(plan: Plan) -> list[str]:
     """Return a message that an earlier run has pruned the model, if one has; not if that only removed tokens.
 
-    An earlier run has left its summary in the model's configuration (`config.fista_pruning`, a dictionary).
+    An earlier run has left its summary in the model's configuration (`config.fista_pruning`).
     """
-    earlier = getattr(plan.layers.model.config, "fista_pruning", None)
-    if not isinstance(earlier, dict):
+    earlier = summary_of_latest_run(plan.layers.model.config)
+    if not earlier:
         return []
     removed_tokens = str(earlier.get("pattern")).startswith("vocab:")
     if removed_tokens and not earlier.get("num_zeros"):

@@ -27,7 +27,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from optimum_fista.folder.checkpoint import CONFIG_KEY, MASKS_FILE, REPORT_FILE, read_report
+from optimum_fista.folder.checkpoint import (
+    CONFIG_KEY,
+    MASKS_FILE,
+    REPORT_FILE,
+    read_report,
+    summary_of_latest_run,
+)
 from optimum_fista.folder.naming import all_operators, as_stored
 from optimum_fista.folder.packed_folder import is_packed, packed_masks
 from optimum_fista.model.layers import DecoderLayers
@@ -88,8 +94,8 @@ class EarlierMasks:
         Only the report and the names are read, and the model is not changed.
         """
         model = layers.model
-        was_pruned = hasattr(model.config, CONFIG_KEY)
-        if not was_pruned:
+        summary_of_model = summary_of_latest_run(model.config)
+        if not summary_of_model:  # no run has pruned it
             return None
         folder = local_source(model)  # None if it was not loaded from a folder on this machine
         if folder is None:
@@ -105,7 +111,6 @@ class EarlierMasks:
         # If a run has changed the model in memory since, its masks are in no folder: then the two summaries of the
         # latest run differ. Training changes no masks, but marks the summary: so both get the mark here.
         summary_of_folder = read_json(folder / CONFIG_FILE).get(CONFIG_KEY) or {}
-        summary_of_model = getattr(model.config, CONFIG_KEY) or {}
         retrained = {"retrained": True}
         if summary_of_folder | retrained != summary_of_model | retrained:
             return None

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from optimum_fista import internals
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder.checkpoint import CONFIG_KEY
+from optimum_fista.folder.checkpoint import summary_of_latest_run
 from optimum_fista.folder.naming import operators_by_weight
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.active_parameters import active_parameters
@@ -619,9 +619,7 @@ def _warn_of_lost_masks(
 
     `config` is the model's. The earlier run has noted its pattern and its number of zeros in it.
     """
-    earlier = getattr(config, CONFIG_KEY, None)
-    if earlier is None:
-        earlier = {}
+    earlier = summary_of_latest_run(config)
     num_zeros = earlier.get("num_zeros", 0)
     if report.lost_masks:
         names = first_names([name.removesuffix(".weight") for name in report.lost_masks])

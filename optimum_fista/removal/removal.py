@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optimum_fista.config import FistaPruningConfig
-from optimum_fista.folder.checkpoint import CONFIG_KEY
+from optimum_fista.folder.checkpoint import summary_of_latest_run
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
 from optimum_fista.model.layers import DecoderLayers
@@ -257,8 +257,7 @@ class Removal:
                 "overwrote their zeros."
             )
             return
-        # What the earlier run noted of itself; empty if the model was not pruned before.
-        earlier = getattr(self.layers.model.config, CONFIG_KEY, None) or {}
+        earlier = summary_of_latest_run(self.layers.model.config)
         masks_are_unknown = bool(earlier.get("num_zeros")) and self.earlier_masks is None
         # Routers are never pruned, so they have no masks to lose.
         leaves_operators = any(reason != "router" for reason in report.left_dense.values())

@@ -326,8 +326,7 @@ def _warn_of_rows(report: PruningReport, num_without: int, settings: PreTrainedC
         report.warn(
             f"{num_without} of the {num_rows} rows of the embedding belong to no token: they go first."
         )
-    # What an earlier run noted of itself in the configuration; empty if there was none.
-    earlier = getattr(settings, checkpoint.CONFIG_KEY, None) or {}
+    earlier = checkpoint.summary_of_latest_run(settings)
     if earlier.get("num_zeros") and not report.carried:
         report.warn(
             f"the model was pruned before: {earlier['num_zeros']} zeros stay, but their masks are not known. Pass the "
