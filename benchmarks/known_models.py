@@ -60,11 +60,16 @@ DENSE = "dense"
 MEASURED = ("web", "wikitext2", "python")
 CALIBRATION = "mixed-calibration.txt"
 # What a row is calibrated on: CALIBRATION, that and conversations, or the model's own text.
-MIXED, CHAT, SELF = "mixed", "chat", "self"
+MIXED = "mixed"
+CHAT = "chat"
+SELF = "self"
 EVERY = 4  # the loss of answers is measured on every fourth problem of HumanEval
 TASKS = Path(__file__).resolve().parent / "tasks"
-# Tasks of TASKS, each with the metric that the table shows.
-ZERO_SHOT = {"arc_easy_lines": "acc_norm", "lambada_lines": "acc"}
+# Tasks of TASKS, each with a heading of the table and the metric that it shows.
+ZERO_SHOT = {
+    "arc_easy_lines": ("ARC-Easy, %", "acc_norm"),
+    "lambada_lines": ("LAMBADA, %", "acc"),
+}
 Row = dict[str, Any]
 
 
@@ -145,11 +150,15 @@ def run(words: list[str], folder: Path) -> tuple[str, dict[str, Any]]:
         if subprocess.run(command, check=False).returncode:
             raise SystemExit(f"{shlex.join(command)} failed.")
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        took: dict[str, Any] = {"seconds": time.perf_counter() - started}
-        took |= {"processor_seconds": processor}
-        took_file.write_text(json.dumps({} if is_resumed else took) + "\n")
+        took: dict[str, Any] = {}
+        if not is_resumed:  # otherwise an earlier call took a part of the time
+            took["seconds"] = time.perf_counter() - started
+            took["processor_seconds"] = (
+                after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            )
+        took_file.write_text(json.dumps(took) + "\n")
     took = json.loads(took_file.read_text()) if took_file.exists() else {}
+    # Without the folders of this machine.
     shown = [Path(word).name if "/" in word and Path(word).exists() else word for word in words]
     return shlex.join(["optimum-fista", *shown]), took
 
@@ -271,7 +280,7 @@ def measure(arguments: Namespace, key: Row, stretches: dict[str, str]) -> Row:
             row["bits_per_byte"][name] = bits_per_byte(
                 model, tokenizer, stretch, arguments.sequence_length
             )
-    model = None
+    model = None  # freed before the next one is loaded
     release_memory(collect=True)
     return row
 
@@ -327,7 +336,7 @@ def measure_answer_loss(arguments: Namespace, key: Row, row: Row) -> None:
         return
     model, tokenizer = load_model(str(folder_of(arguments, key)), dtype="bfloat16", device="cpu")
     row["answer_loss"] = loss_of_answers(model, tokenizer, problems, answers)
-    model = None
+    model = None  # freed before the next one is loaded
     release_memory(collect=True)
 
 
@@ -387,17 +396,6 @@ def passed_of_fourth(row: Row) -> float:
 
 def table(rows: Sequence[Row]) -> list[str]:
     """A line for each pattern, method, calibration and training: means over its seeds."""
-    header = ["pattern", "method", "trained on tokens", *MEASURED]
-    header += [f"{name}, bits per byte" for name in MEASURED]
-    header += ["held-out loss before the training", "and after it"]
-    header += [
-        "HumanEval, %",
-        "of every fourth problem",
-        "loss of dense answers",
-        "ARC-Easy, %",
-        "LAMBADA, %",
-    ]
-    header += ["parameters, M", "processor minutes"]
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for row in rows:
         calibration = row.get("calibration", MIXED)
@@ -405,31 +403,50 @@ def table(rows: Sequence[Row]) -> list[str]:
         group_key = (row["pattern"], method, row.get("recovered", 0))
         groups.setdefault(group_key, []).append(row)
 
+    headings: list[str] = []
     lines = []
     for (pattern, method, recovered), group in groups.items():
-        line = ["" if method == DENSE else pattern, method, f"{recovered:,}" if recovered else ""]
-        for name in MEASURED:
-            line.append(cell([row["perplexity"].get(name) for row in group], "{:.2f}"))
-        for name in MEASURED:
-            line.append(cell([row["bits_per_byte"].get(name) for row in group], "{:.4f}"))
-        losses = [row.get("recovery", {}).get("held_out_loss_before") for row in group]
-        line.append(cell(losses, "{:.4f}"))
-        losses = [row.get("recovery", {}).get("held_out_loss") for row in group]
-        line.append(cell(losses, "{:.4f}"))
-        passed = [passed_share(row) for row in group if "humaneval" in row]
-        seconds = [row["took"].get("processor_seconds") for row in group]
-        minutes = [value / 60 for value in seconds if value is not None]
-        line.append(cell(passed, "{:.1f}"))
-        passed = [passed_of_fourth(row) for row in group if "humaneval" in row]
-        line.append(cell(passed, "{:.1f}"))
-        line.append(cell([row.get("answer_loss") for row in group], "{:.4f}"))
-        for task, metric in ZERO_SHOT.items():
-            measured = [row["zero_shot"][task] for row in group if "zero_shot" in row]
-            line.append(cell([100 * result[metric] for result in measured], "{:.1f}"))
-        line.append(f"{group[0]['parameters'] / 1e6:.0f}")
-        line.append(cell(minutes, "{:.1f}"))
-        lines.append(line)
-    return markdown_lines(header, lines)
+        cells = {
+            "pattern": "" if method == DENSE else pattern,
+            "method": method,
+            "trained on tokens": f"{recovered:,}" if recovered else "",
+        }
+        cells |= cells_of(group)
+        headings = list(cells)
+        lines.append(list(cells.values()))
+    return markdown_lines(headings, lines)
+
+
+def cells_of(group: Sequence[Row]) -> dict[str, str]:
+    """What was measured of rows that differ by their seeds only: the cells of a line, by the headings of columns."""
+    cells = {}
+    for name in MEASURED:
+        cells[name] = cell([row["perplexity"].get(name) for row in group], "{:.2f}")
+    for name in MEASURED:
+        bits = [row["bits_per_byte"].get(name) for row in group]
+        cells[f"{name}, bits per byte"] = cell(bits, "{:.4f}")
+
+    recoveries = [row.get("recovery", {}) for row in group]
+    losses_before = [recovery.get("held_out_loss_before") for recovery in recoveries]
+    losses_after = [recovery.get("held_out_loss") for recovery in recoveries]
+    cells["held-out loss before the training"] = cell(losses_before, "{:.4f}")
+    cells["and after it"] = cell(losses_after, "{:.4f}")
+
+    with_humaneval = [row for row in group if "humaneval" in row]
+    cells["HumanEval, %"] = cell([passed_share(row) for row in with_humaneval], "{:.1f}")
+    of_fourth = [passed_of_fourth(row) for row in with_humaneval]
+    cells["of every fourth problem"] = cell(of_fourth, "{:.1f}")
+    cells["loss of dense answers"] = cell([row.get("answer_loss") for row in group], "{:.4f}")
+
+    for task, (heading, metric) in ZERO_SHOT.items():
+        shares = [100 * row["zero_shot"][task][metric] for row in group if "zero_shot" in row]
+        cells[heading] = cell(shares, "{:.1f}")
+
+    cells["parameters, M"] = f"{group[0]['parameters'] / 1e6:.0f}"
+    seconds = [row["took"].get("processor_seconds") for row in group]
+    minutes = [value / 60 for value in seconds if value is not None]
+    cells["processor minutes"] = cell(minutes, "{:.1f}")
+    return cells
 
 
 def main() -> None:
