@@ -32,7 +32,8 @@ from optimum_fista.model.predictor import positions_per_chunk
 class Sweep:
     """One sweep of batches through the decoder layers of a model.
 
-    `rest` may be set later, because it is recorded together with the hidden states that enter the first layer.
+    `returned_besides` may be set later, because it is recorded together with the hidden states that enter the first
+    layer.
     """
 
     layers: DecoderLayers
