@@ -136,7 +136,10 @@ def add_configuration(writer: gguf.GGUFWriter, config: PreTrainedConfig, *, is_g
 
 
 def rounded(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
-    """Values of a tensor, or the bytes of its blocks."""
+    """Round a tensor as a GGUF file stores it in a kind; returns its values, or the bytes of its blocks.
+
+    SystemExit if the rows of the tensor, which is called `name`, are not made of whole blocks.
+    """
     block, _ = gguf.GGML_QUANT_SIZES[kind]
     if tensor.shape[-1] % block:
         raise SystemExit(

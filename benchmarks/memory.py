@@ -50,7 +50,9 @@ def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
 def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
     """Keep the largest value of every 500th of the time, as (seconds, bytes)."""
     end, _ = curve[-1]
-    step = end / 500 or 1.0
+    step = end / 500
+    if step == 0:  # all values are of one moment
+        step = 1.0
     largest: dict[int, tuple[float, int]] = {}
     for moment, held in curve:
         place = int(moment / step)

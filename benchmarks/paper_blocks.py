@@ -280,7 +280,7 @@ def measure_layer(
     other = record(model, index, other_windows)
 
     def row_of(way: str, layer: nn.Module, seconds: float, peak_bytes: int, steps: int = 0) -> Row:
-        """Judge a pruned layer."""
+        """Make the row of a pruned layer, with its errors on both texts (`recorded` and `other`)."""
         errors = {"calibration": recorded.error(layer), "other": other.error(layer)}
         times = {"seconds": seconds, "peak_bytes": peak_bytes, "steps": steps}
         return {"way": way, "layer": index} | times | errors

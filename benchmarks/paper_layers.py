@@ -219,7 +219,11 @@ def descents(operator: Operator, penalty: str) -> Iterator[Row]:
         return problem.squared_error(weight) / 2 + l1_penalty * float(weight.abs().sum())
 
     def row_of(way: str, steps: int, weight: Tensor, rate: float | None) -> Row:
-        """Judge an iterate."""
+        """Make the row of an iterate: how much of the objective is gone, and the errors after rounding.
+
+        From the outer function: `start` are Wanda's weights, `pattern` is 50%, and `largest` is the largest entry of
+        the target, in units of which the penalty is given.
+        """
         fall = 1 - objective(weight) / objective(start)
         if not math.isfinite(fall):
             fall = -math.inf

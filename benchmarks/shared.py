@@ -132,12 +132,13 @@ def parse_config(method: str, pattern: str, seed: int = 0, held_out: int = 0) ->
             options[key] = value
     sparsity = sparsity_of(pattern)
     options |= {"pattern": pattern} if sparsity is None else {"sparsity": sparsity}
-    known = {field.name for field in fields(FistaPruningConfig)}
-    own = {key: options.pop(key) for key in options.keys() - known}
+    # What is no option of the configuration is one of the method.
+    names_of_options = {field.name for field in fields(FistaPruningConfig)}
+    of_method = {key: options.pop(key) for key in options.keys() - names_of_options}
     if name not in RECIPES:
-        return FistaPruningConfig(method=name, method_options=own, **options)
+        return FistaPruningConfig(method=name, method_options=of_method, **options)
     config = FistaPruningConfig.recipe(name, **options)
-    return replace(config, method_options={**config.method_options, **own})
+    return replace(config, method_options={**config.method_options, **of_method})
 
 
 def pattern_of(text: str, scope: Scope = "matrix") -> SparsityPattern:

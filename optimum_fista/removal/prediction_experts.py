@@ -1,4 +1,4 @@
-"""Which experts stay in layers that predict more tokens: a run of these layers behind the pruned model says so.
+"""Which experts stay in layers that predict more tokens: a run of these layers after the pruned model says so.
 
 A *prediction layer* (`source.prediction_layers`) is in the files of a model, and the model's class does not load it. It
 is a decoder layer like those of the model (its *template*), with a projection in front. For a token i, with the
