@@ -318,11 +318,13 @@ def measure(arguments: Namespace) -> dict[str, Any]:
         arguments.seeds, arguments.streams, arguments.calibrations
     ):
         missing = [way for way in all_ways if (stream, calibration, seed, *way) not in finished]
-        # With the dense model's hidden states, all ways see the same.
-        groups = [[way] for way in missing] if stream == "pruned" else [missing]
+        if not missing:
+            continue
+        # With the dense model's hidden states all ways see the same, so they are measured together.
+        groups = [missing]
+        if stream == "pruned":
+            groups = [[way] for way in missing]
         for ways in groups:
-            if not ways:
-                continue
             draw = draw_of(calibration, seed)
             with torch.no_grad():
                 layers_of_ways = removals.remove(draw, ways, stream=stream, seed=seed)

@@ -341,8 +341,9 @@ def main() -> None:
     )
     for variant in arguments.variants:
         sets_zeros = sparsity_of(variant) is not None
+        formats = ["packed"] if sets_zeros else arguments.formats
         for tokens in arguments.tokens:
-            for bits in ["packed"] if sets_zeros else arguments.formats:
+            for bits in formats:
                 key: Row = {
                     "model": Path(arguments.model).name,
                     "variant": variant,

@@ -25,7 +25,10 @@ Allocation = Literal["uniform", "fisher"]
 Limits = tuple[float, float | None]
 SEEDS = (0, 2**64 - 1)  # least and largest seed of torch.manual_seed
 
-_WHICH, _METHOD, _MACHINE = "which operators", "method", "calibration and machine"
+# Groups of rarely used flags, which only `prune --help-all` shows.
+_OPERATORS = "which operators"
+_METHOD = "method"
+_MACHINE = "calibration and machine"
 
 
 def option(
@@ -68,7 +71,7 @@ class PruningOptions:
     scope: Literal["matrix", "row"] | None = option(
         None,
         "matrix: the rows of an operator share its zeros; row: all rows have as many zeros (default: by method)",
-        advanced=_WHICH,
+        advanced=_OPERATORS,
     )
     method: str = option(
         "obs_admm", "obs_admm, fista, magnitude, wanda, dsnot, sparsegpt, admm, alps or flap"
@@ -92,7 +95,7 @@ class PruningOptions:
         None,
         "uniform: every operator gets the same sparsity; fisher: operators share the zeros so that the loss rises "
         "least, as its gradients predict it (default: fisher for obs_admm, uniform for others)",
-        advanced=_WHICH,
+        advanced=_OPERATORS,
     )
     allocation_tokens: int = option(
         2048,
@@ -117,10 +120,10 @@ class PruningOptions:
     )
     method_options: Mapping[str, Any] = option(dict, "further options of the method, by name")
     include: tuple[str, ...] = option(
-        (), "prune only operators whose names match; repeatable", advanced=_WHICH
+        (), "prune only operators whose names match; repeatable", advanced=_OPERATORS
     )
     exclude: tuple[str, ...] = option(
-        (), "leave operators whose names match dense; repeatable", advanced=_WHICH
+        (), "leave operators whose names match dense; repeatable", advanced=_OPERATORS
     )
     overrides: Mapping[str, float | str] = option(
         dict,
@@ -129,7 +132,7 @@ class PruningOptions:
     keep_tokens: tuple[str | int, ...] = option(
         (),
         "for vocab: a token, or a text whose tokens must all stay, also after a space; repeatable",
-        advanced=_WHICH,
+        advanced=_OPERATORS,
     )
     expert_refit: bool = option(
         True, "refit the experts that stay if others are removed", advanced=_METHOD
@@ -138,7 +141,7 @@ class PruningOptions:
         None,
         "for experts: keep a number of them that this divides, such as 8 for expert parallelism on 2, 4 or 8 devices",
         limits=(1, None),
-        advanced=_WHICH,
+        advanced=_OPERATORS,
     )
     reorder_channels: bool = option(
         False,
