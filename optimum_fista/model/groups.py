@@ -123,18 +123,22 @@ def solved_together(groups: Sequence[Group], device: torch.device) -> list[list[
             numbers_by_form.setdefault(form, []).append(number)
 
         # Down projections come last: their inputs are the outputs of the other matrices of their experts.
-        forms = sorted(
-            numbers_by_form, key=lambda form: any(name == "down_proj" for name, _ in form)
-        )
+        forms = sorted(numbers_by_form, key=_has_down_projection)
         for form in forms:
-            num_inputs = form[0][1][1]
-            num_outputs = sum(shape[0] for _, shape in form)
+            shapes = [shape for _, shape in form]  # [out, in] of each operator
+            num_inputs = shapes[0][1]  # all operators of a group have the same inputs
+            num_outputs = sum(rows for rows, _ in shapes)
             # the Gram matrix is one of the matrices of a group, and all weights together are another
             largest_matrix = max(num_inputs, num_outputs) * num_inputs
             size = matrices_in_stack(largest_matrix, on_cpu=device.type == "cpu")
             of_form = numbers_by_form[form]
             sets += [of_form[start : start + size] for start in range(0, len(of_form), size)]
     return sets
+
+
+def _has_down_projection(form: Sequence[tuple[str, tuple[int, int]]]) -> bool:
+    """Tell whether a down projection is among operators, of which `form` has the names of parameters, and shapes."""
+    return any(name == "down_proj" for name, _ in form)
 
 
 def _mixture_of(group: Group) -> FusedExperts | None:
