@@ -113,9 +113,8 @@ def round_weights(model: PreTrainedModel, bits: str) -> int:
         kind = kind_of(bits, weight.shape, weight is head)
         block, bytes_of_block = gguf.GGML_QUANT_SIZES[kind]
         num_bytes += weight.numel() // block * bytes_of_block
-        rows = weight.data.flatten(
-            0, -2
-        )  # of all experts, if the weight is a stack of their matrices
+        # The rows of all experts, if the weight is a stack of their matrices.
+        rows = weight.data.flatten(0, -2)
         values = gguf.dequantize(rounded(name, rows, kind), kind)
         weight.data.copy_(torch.from_numpy(values).view(weight.shape))
     return num_bytes

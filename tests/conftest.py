@@ -15,9 +15,8 @@ PINNED = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR
 def pytest_configure(config):
     """The process that only hands tests to others need not import PyTorch, for which they would wait."""
     os.environ.update({name: os.environ.get(name, value) for name, value in PINNED.items()})
-    if (
-        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # by a shell that starts the tests in the background
+    # A shell that starts the tests in the background has Ctrl-C ignored.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
         import torch

@@ -37,9 +37,8 @@ def targets_exist(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_of_the_docs_parse(command):
-    words = shlex.split(
-        re.sub(r"^(\w+=(\$\([^)]*\)|\S*)\s*)+", "", command)
-    )  # without assignments in front of it
+    # The words of the command, without assignments in front of it.
+    words = shlex.split(re.sub(r"^(\w+=(\$\([^)]*\)|\S*)\s*)+", "", command))
     if "optimum_fista" in words:  # what a launcher starts
         words = ["optimum-fista", *words[words.index("optimum_fista") + 1 :]]
     program, *arguments = words or ["source"]

@@ -522,9 +522,8 @@ class Packer:
                 continue
             mask = torch.ones(tensor.shape, dtype=torch.bool)  # what belongs to no operator is kept
             for operator in self._operators.get(name, []):
-                _, index = split_index(
-                    operator.name
-                )  # (), which is all of the tensor, if the name has no index
+                # The index is (), all of the tensor, if the name has none.
+                _, index = split_index(operator.name)
                 part = mask[index]  # a view: `mask` is written to
                 part.copy_(unpack_mask(self._read_mask(operator.name), tuple(part.shape)))
             try:

@@ -312,13 +312,14 @@ def _inputs(
     for embedding, hidden in zip(embeddings, states, strict=True):
         # The last tokens get the embeddings of the first ones: `_with_later_token` leaves them out.
         later = embedding.to(device).roll(-distance, dims=1)
+        # [batch, sequence, 2 * hidden]
         both = torch.cat(
             [
                 _normalized(loaded.norm, embedding_norm, later),
                 _normalized(loaded.norm, hidden_norm, hidden.to(device)),
             ],
             dim=-1,
-        )  # [batch, sequence, 2 * hidden]
+        )
         inputs.append(nn.functional.linear(both, projection))
     return inputs
 

@@ -168,9 +168,8 @@ class _Division(NamedTuple):
     """
 
     places: dict[str, str]  # of each tensor that is loaded
-    own_names: dict[
-        str, str
-    ]  # the name of each of these in the model, before it is merged with others
+    # the name of each of these in the model, before it is merged with others
+    own_names: dict[str, str]
     not_loaded: dict[str, str]  # the module of each tensor that is not loaded
 
 

@@ -126,9 +126,8 @@ def require_memory(model: PreTrainedModel) -> None:
     parameters = {id(p): p for module in offloaded for p in module.parameters(recurse=False)}
     needed = sum(parameter.nbytes for parameter in parameters.values())
     free = available_bytes(device)
-    if (
-        needed and free is not None and needed > 0.8 * free
-    ):  # keys, values and logits need memory, too
+    # keys, values and logits need memory, too
+    if needed and free is not None and needed > 0.8 * free:
         raise ValueError(
             f"the weights take {size_text(needed)}, and {size_text(free)} of memory are free: on a larger machine, "
             "optimum-fista evaluate MODEL --loops counts them"

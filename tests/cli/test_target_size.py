@@ -259,9 +259,8 @@ def test_a_dry_run_counts_once_and_says_what_every_candidate_leaves(
         return count(tokenizer, documents, size)
 
     monkeypatch.setattr("optimum_fista.removal.counted_model.count_tokens", counting)
-    monkeypatch.setattr(
-        "optimum_fista.estimate.estimate.Estimate.seconds", None
-    )  # no layer is tried
+    # no layer is tried
+    monkeypatch.setattr("optimum_fista.estimate.estimate.Estimate.seconds", None)
     flags = ["--method", "wanda", *QUICK, "--calibration", str(text), "--dry-run"]
     command = ["prune", str(dense), "-o", str(tmp_path / "sized"), *flags]
 

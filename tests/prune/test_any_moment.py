@@ -20,10 +20,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:out of memory")
 
 def prune_with(error, moment, model, **options):
     """The report of a run that raises `error` at the operation of number `moment`; None if it ended with the error."""
+    # PyTorch turns the error into a ValueError as safetensors loads.
     with (
         RaiseAt(moment, error),
         suppress(type(error), ValueError),
-    ):  # which PyTorch turns it into as safetensors loads
+    ):
         return prune(model, **options)
     return None
 

@@ -174,9 +174,8 @@ def test_a_cut_off_run_is_not_resumed_with_its_overrides_in_another_order(source
     assert r'config.overrides was {"*q_proj": 0.25, "*_proj": 0.75}, is {"*_proj": 0.75' in str(
         caught.value
     )
-    report = prune(
-        source, config, overwrite=True
-    )  # which takes no decoder layer of the other order
+    # It takes no decoder layer of the other order.
+    report = prune(source, config, overwrite=True)
     assert {operator.target_sparsity for operator in report.operators} == {0.75}
 
 

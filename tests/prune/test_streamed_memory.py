@@ -40,9 +40,8 @@ def bound(hidden: int, ffn: int) -> int:
     down = 4 * (2 * ffn**2 + 3 * hidden * ffn)
     gate_and_up = 4 * (2 * hidden**2 + 6 * hidden * ffn)
     blocks = 4 * 4 * max(2**19, 192 * ffn) + 2 * hidden * ffn * 3
-    rest = (
-        36 * MIB
-    )  # left by allocators, MKL's buffers, one batch, the report, what Python loads on the way
+    # left by allocators, MKL's buffers, one batch, the report, what Python loads on the way
+    rest = 36 * MIB
     return layer + max(down, gate_and_up) + blocks + rest
 
 
@@ -52,9 +51,8 @@ def test_peak_memory_is_what_the_formula_says():
     most = bound(384, 1536)
 
     assert run["peak_bytes"] <= most
-    assert (
-        run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB
-    )  # it would not pass if the model were held as well
+    # It would not pass if the model were held as well.
+    assert run["peak_bytes"] + run["model_bytes"] > most + 16 * MIB
 
 
 def distance_from_estimate(source, folder, *, samples, length, **config) -> tuple[int, int]:
@@ -133,6 +131,5 @@ def test_a_model_of_24_layers_takes_two_fifths_of_its_size_and_one_of_48_hardly_
 
     assert of_24["peak_bytes"] <= 0.42 * of_24["model_bytes"]
     assert of_24["peak_bytes"] <= bound(768, 3072)
-    assert of_48["peak_bytes"] == pytest.approx(
-        of_24["peak_bytes"], abs=14 * MIB
-    )  # measured 5; 24 more weigh 433
+    # measured 5; 24 more weigh 433
+    assert of_48["peak_bytes"] == pytest.approx(of_24["peak_bytes"], abs=14 * MIB)

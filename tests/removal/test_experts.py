@@ -261,9 +261,8 @@ def mixture_that_should_change(changes, sources, batches=None):
     own = down.clone()
     direction = own.std() * torch.randn_like(own)
     wanted = activations.store()
-    outputs = (
-        targets.expert_targets()
-    )  # runs the layer on a batch when it is asked for the next one
+    # It runs the layer on a batch when it is asked for the next one.
+    outputs = targets.expert_targets()
     for change in changes:
         down.copy_(own + change * direction)
         wanted.append(next(outputs))

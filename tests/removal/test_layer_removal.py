@@ -195,11 +195,12 @@ def test_the_last_attention_layer_of_a_hybrid_stays():
 @pytest.mark.parametrize(
     ("family", "options", "pattern"),
     [
+        # a list of layer_types, and a norm before the sum
         (
             "gemma3_text",
             {"num_hidden_layers": 4},
             "layers:0.5",
-        ),  # a list of layer_types, and a norm before the sum
+        ),
         ("gpt2", {"n_layer": 4}, "channels:0.5/8+layers:0.25"),  # weights stored as [in, out]
         ("qwen3_moe", {"num_hidden_layers": 4, "mlp_only_layers": [1, 2]}, "layers:0.5"),
     ],

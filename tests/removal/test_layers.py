@@ -63,9 +63,8 @@ def by_brute_force(make, tokens, total, count):
     [
         lambda: tiny_llama(num_hidden_layers=5),
         lambda: tiny_model("gpt2", n_layer=4),
-        lambda: tiny_model(
-            "opt", num_hidden_layers=4, word_embed_proj_dim=16
-        ),  # projections beside the layers
+        # projections beside the layers
+        lambda: tiny_model("opt", num_hidden_layers=4, word_embed_proj_dim=16),
         lambda: tiny_model("gemma3_text", num_hidden_layers=4, final_logit_softcapping=2.0),
         lambda: tiny_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1]),
     ],

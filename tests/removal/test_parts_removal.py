@@ -181,11 +181,12 @@ def test_verify_finds_groups_that_are_not_those_of_the_weights(saved, tmp_path, 
 @pytest.mark.parametrize(
     ("change", "dtype", "scale"),
     [
+        # by their numbers
         (
             lambda channels: channels * torch.arange(channels.shape[-1]),
             torch.float32,
             1.0,
-        ),  # by their numbers
+        ),
         (lambda channels: channels.flip(-1), torch.bfloat16, 1e4),  # beside large hidden states
     ],
 )
@@ -235,9 +236,8 @@ def test_a_model_that_lost_more_since_is_not_saved_with_an_old_report(pattern, t
     family = "llama4_text" if "experts" in pattern else "llama"
     model, first, second = tiny_model(family, num_hidden_layers=4), pruner(pattern), pruner(pattern)
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # of layers that are not repaired, and of a model that was pruned before
+        # Warnings of layers that are not repaired, and of a model that was pruned before.
+        warnings.simplefilter("ignore")
         first.prune(model, BATCHES)
         second.prune(model, BATCHES)
 

@@ -31,9 +31,8 @@ from optimum_fista.removal.substitutes import choose_substitutes
 from optimum_fista.source.stored_tensor import read_stored
 
 pytestmark = [
-    pytest.mark.filterwarnings(
-        "ignore"
-    ),  # of few tokens, and of layers without residual correction
+    # Warnings of few tokens, and of layers without residual correction.
+    pytest.mark.filterwarnings("ignore"),
     pytest.mark.usefixtures("no_gradients"),
 ]
 CPU = torch.device("cpu")

@@ -97,10 +97,11 @@ def test_shrinking_keeps_the_modules_hooks_dtypes_and_untouched_parameters_of_th
         assert (parameter.grad is None) is shrunk
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.model.rotary_emb.inv_freq is buffer
+    # the object may belong to other models
     assert (config.intermediate_size, config.num_hidden_layers) == (
         48,
         2,
-    )  # the object may belong to other models
+    )
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
     assert (model.config.intermediate_size, model.config.num_hidden_layers) == (24, 1)
     assert (

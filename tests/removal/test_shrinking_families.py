@@ -33,9 +33,8 @@ def numbers_to_keep(model, kind):
     """Three quarters of the channels, one group of heads, one expert less, or one decoder layer less."""
     if kind == "layers":
         layers = list(range(len(find_decoder_layers(model))))
-        return (
-            layers[:-1] if model.config.model_type == "lfm2_moe" else layers[1:]
-        )  # only its first one has attention
+        # Of an lfm2_moe, only the first layer has attention.
+        return layers[:-1] if model.config.model_type == "lfm2_moe" else layers[1:]
     found = parts_of(model, kind)
     return {
         "channels": found.groups * 3 // 4,

@@ -100,9 +100,8 @@ def test_bytes_moved_for_a_mixture_do_not_grow_with_its_experts():
         model = tiny_model("mixtral", num_local_experts=experts, num_hidden_layers=1).to(
             "simulated:0"
         )
-        weights = 2 * nbytes(
-            model.model.layers
-        )  # kept on the host, so that they can be put back, and for the digest
+        # They are kept on the host, so that they can be put back, and for the digest.
+        weights = 2 * nbytes(model.model.layers)
         counts = counts_of(
             model,
             storage="cpu",

@@ -42,27 +42,30 @@ WAITS = {  # an operator of any size and pattern: two for its error, one for the
 WAITS_IN_LOOPS = [  # method, options of a short and of a long loop, waits that the second has more at most
     ("sparsegpt", {"block_size": 128}, {"block_size": 4}, 0),
     ("admm", {"max_iterations": 20}, {"max_iterations": 60}, 0),
+    # every ten cycles
     (
         "dsnot",
         {"threshold": 0.0, "max_cycles": 10},
         {"threshold": 0.0, "max_cycles": 20},
         1,
-    ),  # every ten cycles
+    ),
     ("obs_admm", {"iterations": 4}, {"iterations": 20}, 0),
     ("obs_admm", {"refit_iterations": 11}, {"refit_iterations": 31}, 2),  # every ten steps
+    # every three: rho grows by what the support changed
     (
         "alps",
         {"max_iterations": 6},
         {"max_iterations": 18},
         4,
-    ),  # every three: rho grows by what the support changed
+    ),
     ("fista", {"max_trials": 1}, {"max_trials": 1, "max_iterations": 60}, 4),  # every ten steps
+    # two a trial besides
     (
         "fista",
         {"max_trials": 1, "patience": 9},
         {"max_trials": 5, "patience": 9},
         4 * 4,
-    ),  # two a trial besides
+    ),
 ]
 
 

@@ -336,12 +336,13 @@ def test_patterns_of_numbered_layers_are_refused_if_layers_go(tmp_path, entry, i
     [
         ("channels:0.25", 8, "mlp.down_proj", 1),
         ("heads:0.5", 8, "kv_b_proj", 24),
+        # 56 rows in blocks of 16, 16, 16 and 8: two scales for each head
         (
             "heads:0.5",
             12,
             "kv_b_proj",
             28,
-        ),  # 56 rows in blocks of 16, 16, 16 and 8: two scales for each head
+        ),
     ],
 )
 def test_scales_that_would_be_cut_are_refused(tmp_path, pattern, nope, tensor, gone):

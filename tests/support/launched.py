@@ -37,9 +37,8 @@ def forks() -> Any:
     """The server that processes are forked from."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["launched", "transformers.models.llama.modeling_llama"])
-    with (
-        pytest.MonkeyPatch.context() as patched
-    ):  # without this some Pythons import nothing, and say nothing
+    # without this some Pythons import nothing, and say nothing
+    with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", os.pathsep.join(sys.path))
         forkserver.ensure_running()
     return context

@@ -222,9 +222,8 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
                 if "rope_" in name or not all(map(str.isidentifier, map(str, value)))
                 else _shrunk(value)
             )
-        elif (
-            name == "image_grid_pinpoints" and value
-        ):  # an image is one tile, as large as the tower's
+        elif name == "image_grid_pinpoints" and value:
+            # an image is one tile, as large as the tower's
             small[name] = [[4 * values["vision_config"]["patch_size"]] * 2]
         elif name == "window_size" and "spatial_merge_size" in values:
             small[name] = 4 * values["patch_size"]
@@ -238,9 +237,8 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in values.items()
         if name in ("num_attention_heads", "num_key_value_heads")
     }
-    if (
-        len(heads) == 2 and len(set(heads.values())) == 1
-    ):  # some families have one key for every query
+    # some families have one key for every query
+    if len(heads) == 2 and len(set(heads.values())) == 1:
         small["num_key_value_heads"] = small["num_attention_heads"]
     absent = {
         "head_dim": 8,
@@ -252,9 +250,8 @@ def _shrunk(values: Mapping[str, Any]) -> dict[str, Any]:
     small |= _EXCEPTIONS.get(values.get("model_type", ""), {})
     for rope in [v for v in small.values() if isinstance(v, dict) and "mrope_section" in v]:
         dim = small.get("qk_rope_head_dim") or small.get("head_dim") or 8
-        half = (
-            int(dim * rope.get("partial_rotary_factor", 1)) // 2
-        )  # divided among time, height and width
+        # It is divided among time, height and width.
+        half = int(dim * rope.get("partial_rotary_factor", 1)) // 2
         if sum(rope["mrope_section"]) != half:
             rope["mrope_section"] = [half - half // 2, half // 2 - half // 4, half // 4]
     return small

@@ -340,9 +340,8 @@ def test_the_tokens_that_shorten_the_text_most_are_kept():
 def test_all_merges_stay_if_every_token_is_used_or_part_of_one_that_is():
     merges = [("a", "b"), ("ab", "c"), ("ab", "d"), ("c", "d"), ("d", "a")]
     content = bpe_content(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"], merges)
-    counts = torch.tensor(
-        [0, 0, 0, 0, 0, 4, 3, 5, 1]
-    )  # "a" to "ab" are only parts of longer tokens
+    # "a" to "ab" are only parts of longer tokens
+    counts = torch.tensor([0, 0, 0, 0, 0, 4, 3, 5, 1])
     num_kept = None  # all that are used stay
 
     smaller = reduce_vocabulary(content, counts, num_kept)
@@ -353,14 +352,16 @@ def test_all_merges_stay_if_every_token_is_used_or_part_of_one_that_is():
 @pytest.mark.parametrize(
     ("uses_of_letters", "uses_of_last"),
     [
+        # what Zipf's law expects of an early token is more than one use of a late one
         (
             {"a": 1_000},
             1,
-        ),  # what Zipf's law expects of an early token is more than one use of a late one
+        ),
+        # it also counts if it is less than one use, before the uses of the parts "h" and "p"
         (
             {"h": 50, "p": 50},
             0,
-        ),  # it also counts if it is less than one use, before the uses of the parts "h" and "p"
+        ),
     ],
 )
 def test_an_early_token_is_kept_before_a_late_one_with_few_uses(uses_of_letters, uses_of_last):

@@ -158,10 +158,14 @@ class ObsAdmm(PruningMethod):
         for number, (problems, patterns) in enumerate(groups):
             widths = {_width_of(pattern) for pattern in patterns}
             if len(widths) > 1:
-                one_by_one = zip(problems, patterns, strict=True)
-                results[number] = [self.prune(*operator) for operator in one_by_one]
+                results[number] = [
+                    self.prune(problem, pattern)
+                    for problem, pattern in zip(problems, patterns, strict=True)
+                ]
                 continue
-            form = (*widths, *map(_form_of, problems), *(p.whole_columns for p in patterns))
+            forms_of_problems = tuple(map(_form_of, problems))
+            have_whole_columns = tuple(pattern.whole_columns for pattern in patterns)
+            form = (tuple(widths), forms_of_problems, have_whole_columns)
             numbers_by_form.setdefault(form, []).append(number)
 
         for numbers in numbers_by_form.values():
@@ -460,9 +464,8 @@ class _Surgeon:
         scaled = weights / self.scale[:, None]
         if self.blocks is None:
             return scaled
-        groups = scaled.unflatten(-1, self.blocks.shape[1:3]).transpose(
-            1, 2
-        )  # [grams, groups, out, width]
+        # [grams, groups, out, width]
+        groups = scaled.unflatten(-1, self.blocks.shape[1:3]).transpose(1, 2)
         # The blocks of B are lower triangular. This solves X B^T = W S^-1 for X, block by block.
         solved = torch.linalg.solve_triangular(self.blocks.mT, groups, upper=True, left=False)
         return solved.transpose(1, 2).flatten(-2)
@@ -476,7 +479,6 @@ class _Surgeon:
         if self.blocks is None:
             return matrices
         factors = self.blocks.mT if transposed else self.blocks
-        groups = matrices.unflatten(-1, self.blocks.shape[1:3]).transpose(
-            1, 2
-        )  # [grams, groups, rows, width]
+        # [grams, groups, rows, width]
+        groups = matrices.unflatten(-1, self.blocks.shape[1:3]).transpose(1, 2)
         return (groups @ factors).transpose(1, 2).flatten(-2)
