@@ -1,11 +1,13 @@
 """Windows: token sequences of equal length, cut at random for calibration and in order for perplexity.
 
-Windows are tensors of token ids, int64, [windows, tokens]. `calibration_windows` draws them from a `TextSource`;
-`evaluation_windows` cuts a text from its start, and `count_bytes` says how many bytes those windows stand for. BOS is
-the token that texts begin with: every window starts with it if the tokenizer starts texts with it or is Gemma's. Inside
-this module, windows are without BOS until `_with_bos`: there `length` is the number of tokens of text in a window.
+Windows are tensors of token ids, int64, [windows, tokens]. `calibration_windows` draws them from a `TextSource`, and
+`windows_with_answers` tells which of their tokens are of answers in conversations. `evaluation_windows` cuts a text
+from its start, and `count_bytes` says how many bytes those windows stand for. BOS is the token that texts begin with:
+every window starts with it if the tokenizer starts texts with it or is Gemma's. Inside this module, windows are without
+BOS until `_with_bos`: there `length` is the number of tokens of text in a window.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -13,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from optimum_fista.options import require_seed
+from optimum_fista.text.answers import answer_spans, tokens_in_spans
 from optimum_fista.text.text_source import TextSource
 
 # English has 4 to 5: a segment is longer than a window, so that its start is random.
@@ -52,9 +55,10 @@ def calibration_windows(
     generator = torch.Generator().manual_seed(seed)
     if len(text.documents) > 1:
         # These windows follow one another in the text, so the first ones are the same for every `num_samples`.
+        documents = text.documents
         windows = _windows_of_documents(
-            tokenizer,
             text,
+            lambda number: _with_eos(tokenizer, _ids_of_document(tokenizer, documents[number])),
             num_samples=num_samples,
             held_out=held_out,
             length=length,
@@ -71,6 +75,73 @@ def calibration_windows(
         tokenizer, text, num_samples=num_samples - held_out, length=length, generator=generator
     )
     return _with_bos(torch.cat([held_out_windows, others]), bos)
+
+
+def windows_with_answers(
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSource,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    *,
+    held_out: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw windows of conversations as `calibration_windows` does, and tell which of their tokens are of answers.
+
+    Returns token ids, int64, and booleans, both [num_samples, sequence_length]. Documents that are no conversations
+    count whole, as if they were answers. EOS between documents and BOS do not count. `text.answers` has more on what an
+    answer is. A text of a single conversation is cut from its start.
+
+    Arguments are those of `calibration_windows`, which draws the same windows of a text of several documents.
+
+    Raises:
+        ValueError: If the text has no conversation or too few tokens, if the tokenizer knows no places in the text, or
+            if the chat template does not show where answers are.
+    """
+    require_seed(seed)
+    if not text.conversations:
+        raise ValueError(
+            f"text {text.name!r} has no conversations (messages), so it has no answers: pass a text that has some."
+        )
+    written = text.written_by(tokenizer)
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "the model's tokenizer is a slow one, which does not tell where in a text a token is, so answers are not "
+            "found: pass a model with a fast tokenizer (tokenizer.json)."
+        )
+
+    def ids_and_answers(number: int) -> torch.Tensor:
+        """Return the ids of a document, and 1 for tokens of answers: int64 [2, tokens]."""
+        document = written.documents[number]
+        ids, offsets = _ids_and_offsets(tokenizer, document)
+        turns = text.conversations[number]
+        if turns:
+            try:
+                spans = answer_spans(tokenizer, turns, document)
+            except ValueError as error:
+                raise ValueError(
+                    f"text {text.name!r}, conversation {number + 1}: {error}"
+                ) from error
+            are_of_answers = tokens_in_spans(offsets, spans).long()
+        else:
+            are_of_answers = torch.ones_like(ids)
+        ids = _with_eos(tokenizer, ids)
+        num_added = len(ids) - len(are_of_answers)
+        return torch.stack([ids, pad(are_of_answers, (0, num_added))])
+
+    bos, length = _bos_and_length(tokenizer, sequence_length)
+    windows, answers = _windows_of_documents(
+        text,
+        ids_and_answers,
+        num_samples=num_samples,
+        held_out=held_out,
+        length=length,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    answers = answers.bool()
+    if bos is not None:
+        answers = pad(answers, (1, 0), value=False)
+    return _with_bos(windows, bos), answers
 
 
 def evaluation_windows(
@@ -196,6 +267,32 @@ def _ids_of_document(tokenizer: PreTrainedTokenizerBase, document: str) -> torch
     return torch.cat([_ids_without_special_tokens(tokenizer, segment) for segment in segments])
 
 
+def _ids_and_offsets(
+    tokenizer: PreTrainedTokenizerBase, document: str
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Return the ids of `_ids_of_document`, and the first character of each token and the one after its last."""
+    ids = list[int]()
+    offsets = list[tuple[int, int]]()
+    num_characters = 0  # before the segment
+    for segment in _segments(document, _TOKENISED_TOGETHER):
+        encoded = tokenizer(
+            segment, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        ids += encoded["input_ids"]
+        offsets += [
+            (num_characters + first, num_characters + end)
+            for first, end in encoded["offset_mapping"]
+        ]
+        num_characters += len(segment)
+    return torch.tensor(ids, dtype=torch.int64), offsets
+
+
+def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> torch.Tensor:
+    """Append EOS to the ids of a document, int64 [tokens], if the tokenizer has it."""
+    eos = tokenizer.eos_token_id
+    return ids if eos is None else pad(ids, (0, 1), value=eos)
+
+
 def _set_apart(
     tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
@@ -314,8 +411,8 @@ def _spread_windows(
 
 
 def _windows_of_documents(
-    tokenizer: PreTrainedTokenizerBase,
     text: TextSource,
+    ids_of: Callable[[int], torch.Tensor],
     *,
     num_samples: int,
     held_out: int,
@@ -324,25 +421,24 @@ def _windows_of_documents(
 ) -> torch.Tensor:
     """Put documents one after the other in random order, and cut them into windows: ids, int64 [num_samples, length].
 
-    Only as many documents are tokenised as needed. `held_out` says how many of the windows the caller holds out; it is
-    only for the message of the ValueError that a text is too short. The generator's state moves on.
+    `ids_of` returns the ids of the document with a number, with EOS at their end, [tokens]. It may return several rows
+    [rows, tokens], with something else for each token; then the result is [rows, num_samples, length]. It is called for
+    as many documents as needed. `held_out` says how many of the windows the caller holds out; it is only for the
+    message of the ValueError that a text is too short. The generator's state moves on.
     """
-    eos = tokenizer.eos_token_id
-    ids_between_documents = [] if eos is None else [eos]
-    separator = torch.tensor(ids_between_documents, dtype=torch.int64)
     pieces = list[torch.Tensor]()
     num_tokens = 0
-    for index in torch.randperm(len(text.documents), generator=generator).tolist():
-        ids = _ids_of_document(tokenizer, text.documents[index])
-        pieces += [ids, separator]
-        num_tokens += len(ids) + len(separator)
+    for number in torch.randperm(len(text.documents), generator=generator).tolist():
+        ids = ids_of(number)
+        pieces.append(ids)
+        num_tokens += ids.shape[-1]
         if num_tokens >= num_samples * length:
             break
     _require_tokens(
         text, num_tokens=num_tokens, num_samples=num_samples, length=length, held_out=held_out
     )
-    ids = torch.cat(pieces)[: num_samples * length]
-    return ids.view(num_samples, length)  # [tokens] -> [N, T]
+    ids = torch.cat(pieces, dim=-1)[..., : num_samples * length]
+    return ids.unflatten(-1, (num_samples, length))  # [..., tokens] -> [..., N, T]
 
 
 def _require_tokens(

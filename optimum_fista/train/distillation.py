@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
@@ -81,6 +81,25 @@ _SIZE_OF_ZEROS = 1e-3
 logger = logging.getLogger(__name__)
 
 
+class Sequences(NamedTuple):
+    """Sequences of a text, on the CPU."""
+
+    tokens: Tensor  # ids, int64 [sequences, length]
+    # Which tokens count in the loss when they are predicted, booleans [sequences, length]; None: all.
+    counted: Tensor | None = None
+
+    @property
+    def num_counted(self) -> int:
+        """How many tokens count: the first one of a sequence is not predicted."""
+        if self.counted is None:
+            return self.tokens[:, 1:].numel()
+        return int(self.counted[:, 1:].sum())
+
+    def part(self, rows: slice) -> "Sequences":
+        """Return some of the sequences."""
+        return Sequences(self.tokens[rows], None if self.counted is None else self.counted[rows])
+
+
 class Schedule:
     """Shares of the learning rate by step: a linear warm-up, then a cosine to zero.
 
@@ -131,8 +150,8 @@ class DistillationTrainer(Trainer):
         steps: int,
         read_start: Callable[[], Mapping[str, Tensor]],
         arguments: TrainingArguments,
-        trained_on: Tensor,
-        held_out: Tensor,
+        trained_on: Sequences,
+        held_out: Sequences,
         callbacks: list[TrainerCallback],
     ) -> None:
         """Make a Trainer that moves `model` to its device, and try whether the models can be cut (`Predictor`).
@@ -148,8 +167,8 @@ class DistillationTrainer(Trainer):
             steps: Updates of the weights.
             read_start: Reads the student's parameters before the training, by name, for `back_off`.
             arguments: Of the Trainer (`recovery` makes them).
-            trained_on: Token ids [sequences, length].
-            held_out: Token ids [sequences, length] that only measure the loss.
+            trained_on: The text to train on.
+            held_out: Text that only measures the loss.
             callbacks: Of the Trainer.
         """
         # The root mean square of each trained parameter, by its name. It is computed here, because the weights are
@@ -187,6 +206,10 @@ class DistillationTrainer(Trainer):
             else:
                 self._teacher = LiveTeacher(teacher, kept_tokens, whole=is_sharded)
         self._label_share = label_share
+        # Tokens that count in a sequence, on average; None: all. Losses are divided by it, not by the number of the
+        # batch itself. So each of these tokens counts as much, in whatever batch or process it is.
+        self._counted_to_train = _counted_in_a_sequence(trained_on)
+        self._counted_to_measure = _counted_in_a_sequence(held_out)
         self._read_start = read_start
         self.schedule = Schedule(steps)
 
@@ -196,7 +219,7 @@ class DistillationTrainer(Trainer):
             num_bytes = bytes_of_whole_logits(
                 self._student,
                 self._teacher,
-                num_positions=arguments.per_device_train_batch_size * trained_on.shape[1],
+                num_positions=arguments.per_device_train_batch_size * trained_on.tokens.shape[1],
                 dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
             )
         if num_bytes:
@@ -295,14 +318,18 @@ class DistillationTrainer(Trainer):
         The Trainer calls it. `inputs["input_ids"]` are token ids, int64 [batch, length]. `model` is the student as the
         Trainer has wrapped it, for several processes for instance. `self._student` is the student as `Predictor` cuts
         it before its head, `self._teacher` predicts the tokens of the batch, and `self._label_share` is the share of
-        the text's cross-entropy.
+        the text's cross-entropy. If only some tokens count, `inputs["counted"]` are booleans [batch, length], and
+        `self._counted_to_train` is their number in a sequence, on average.
         """
+        ids = inputs["input_ids"]
         return divergence(
             self._student,
             self._teacher,
-            inputs["input_ids"],
+            ids,
             label_share=self._label_share,
             wrapped=model,
+            counted=inputs.get("counted"),
+            divisor=_divisor(ids, self._counted_to_train),
         )
 
     def prediction_step(
@@ -312,12 +339,19 @@ class DistillationTrainer(Trainer):
 
         The Trainer calls it with the wrapped student (`model`) and `inputs["input_ids"]`, token ids [batch, length]. It
         expects a loss, logits and labels, of which it does not need the last two here. `self._student` is the student
-        as `Predictor` cuts it before its head. Changes nothing.
+        as `Predictor` cuts it before its head. If only some tokens count, `inputs["counted"]` are booleans [batch,
+        length], and `self._counted_to_measure` is their number in a sequence, on average. Changes nothing.
         """
-        # moves them to the device of the model
-        ids = self._prepare_inputs(inputs)["input_ids"]
+        inputs = self._prepare_inputs(inputs)  # moves them to the device of the model
+        ids = inputs["input_ids"]
         with torch.no_grad():
-            loss = text_loss(self._student, ids, model)
+            loss = text_loss(
+                self._student,
+                ids,
+                model,
+                counted=inputs.get("counted"),
+                divisor=_divisor(ids, self._counted_to_measure),
+            )
         return loss.nan_to_num(nan=math.inf, posinf=math.inf), None, None
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -396,9 +430,24 @@ def root_mean_square(weights: Tensor) -> float:
     return float(torch.linalg.vector_norm(weights, dtype=torch.float64)) / math.sqrt(num_not_zero)
 
 
-def _dataset(windows: Tensor) -> Any:
-    """Token ids [sequences, length] as the Trainer takes them: a dictionary for each sequence."""
-    return [{"input_ids": row} for row in windows]
+def _dataset(text: Sequences) -> Any:
+    """Make of a text what the Trainer takes: a dictionary for each sequence."""
+    if text.counted is None:
+        return [{"input_ids": row} for row in text.tokens]
+    return [
+        {"input_ids": row, "counted": counted}
+        for row, counted in zip(text.tokens, text.counted, strict=True)
+    ]
+
+
+def _counted_in_a_sequence(text: Sequences) -> float | None:
+    """Return the number of tokens that count in a sequence, on average; `None` if all do."""
+    return None if text.counted is None else text.num_counted / len(text.tokens)
+
+
+def _divisor(ids: Tensor, counted_in_a_sequence: float | None) -> float | None:
+    """Return by what the loss of a batch, `ids` [batch, length], is divided; `None`: by the number of its tokens."""
+    return None if counted_in_a_sequence is None else len(ids) * counted_in_a_sequence
 
 
 @contextmanager

@@ -9,6 +9,9 @@ says of the next token at one position. A teacher in memory (`LiveTeacher`) give
 (`WholePredictions`). A stored one (`stored_teacher.StoredTeacher`) gives the probabilities of a few tokens
 (`TopPredictions`).
 
+Both losses may be of some tokens only: those that *count* (`counted`), such as the tokens of answers. The others are
+read, and nothing is asked of their predictions.
+
 Token ids are the student's. A teacher in memory may have more tokens; then its `Predictor` translates the ids, and
 gives the logits of the student's tokens.
 """
@@ -30,7 +33,7 @@ class WholePredictions:
 
     logits: Tensor
 
-    def part(self, rows: slice) -> "WholePredictions":
+    def part(self, rows: slice | Tensor) -> "WholePredictions":
         """Return the predictions at some of the positions."""
         return WholePredictions(self.logits[rows])
 
@@ -61,7 +64,7 @@ class TopPredictions:
     # logarithm of the probability of all other tokens together, float32 [positions, 1]
     log_of_rest: Tensor
 
-    def part(self, rows: slice) -> "TopPredictions":
+    def part(self, rows: slice | Tensor) -> "TopPredictions":
         """Return the predictions at some of the positions."""
         return TopPredictions(self.tokens[rows], self.log_of_tokens[rows], self.log_of_rest[rows])
 
@@ -100,8 +103,8 @@ class TopPredictions:
         return distance, p.scatter_(1, self.tokens, of_tokens)
 
 
-# Gives the predictions at a slice of the positions of a batch.
-Predictions: TypeAlias = Callable[[slice], WholePredictions | TopPredictions]
+# Gives the predictions at some of the positions of a batch: a slice of them, or their numbers, int64.
+Predictions: TypeAlias = Callable[[slice | Tensor], WholePredictions | TopPredictions]
 
 
 class Teacher(Protocol):
@@ -120,7 +123,7 @@ class Teacher(Protocol):
 class LiveTeacher(Predictor):
     """A teacher in memory. `Predictor` has its arguments: the model, and its token for each token of the student."""
 
-    def predictions(self, ids: Tensor) -> Callable[[slice], WholePredictions]:
+    def predictions(self, ids: Tensor) -> Callable[[slice | Tensor], WholePredictions]:
         """Run the model without its head on `ids`, int64 [batch, length]; the head runs when a chunk is asked for.
 
         The model gets no gradient, and has a hook during the call (`hidden_states`).
@@ -141,10 +144,12 @@ class _Divergence(torch.autograd.Function):
         predictions: Predictions,
         labels: Tensor,
         label_share: float,
+        divisor: float,
     ) -> Tensor:
-        """Return the mean divergence over positions, and save its gradient by `hidden` in `ctx`, for `backward`.
+        """Return the sum of the divergence over positions, divided by `divisor`.
 
-        The student's head gets no gradient. During the call, forward passes of both models are replaced (`Predictor`).
+        Saves the gradient of that by `hidden` in `ctx`, for `backward`. The student's head gets no gradient. During the
+        call, forward passes of both models are replaced (`Predictor`).
 
         Args:
             ctx: Context of autograd.
@@ -154,6 +159,7 @@ class _Divergence(torch.autograd.Function):
             predictions: Gives the teacher's predictions of a chunk.
             labels: The tokens that follow in the text, int64 [positions].
             label_share: The share of the text's own cross-entropy in the loss, from 0 to 1.
+            divisor: The number of positions, for their mean; or another number.
         """
         gradient = torch.empty_like(hidden)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -166,20 +172,20 @@ class _Divergence(torch.autograd.Function):
             loss, slope = _loss_and_slope(logits.detach(), of_teacher, labels[rows], label_share)
             del of_teacher  # its memory is needed for the gradient
             total += loss
-            slope.div_(len(hidden))  # the gradient of the mean, not of the sum
+            slope.div_(divisor)  # the gradient of the mean, not of the sum
             gradient[rows] = torch.autograd.grad(logits, part, slope)[0]  # through the head
         ctx.save_for_backward(gradient)
-        return total / len(hidden)
+        return total / divisor
 
     @staticmethod
-    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Return the gradient by `hidden`, the first argument of `forward`; the other four arguments have none.
+    def backward(ctx: Any, *outward: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+        """Return the gradient by `hidden`, the first argument of `forward`; the other five arguments have none.
 
         It is what `forward` has saved, times the gradient of the loss by the divergence, the only entry of `outward`.
         """
         (gradient,) = ctx.saved_tensors
         (gradient_of_loss,) = outward
-        return gradient * gradient_of_loss, None, None, None, None
+        return gradient * gradient_of_loss, None, None, None, None, None
 
 
 def _loss_and_slope(
@@ -226,6 +232,9 @@ def divergence(
     ids: Tensor,
     label_share: float = 0.0,
     wrapped: Any = None,
+    *,
+    counted: Tensor | None = None,
+    divisor: float | None = None,
 ) -> Tensor:
     """Distance of predictions from a teacher's and from the text, on average over the tokens that `ids` predict.
 
@@ -241,12 +250,36 @@ def divergence(
         ids: Token ids of the student, [batch, length].
         label_share: Share of the text's own cross-entropy, in [0, 1].
         wrapped: The student in a wrapper such as DistributedDataParallel, which is then called instead of the student.
+        counted: Which tokens of `ids` count when they are predicted, booleans [batch, length]; `None`: all.
+        divisor: Divides the sum over tokens that count; `None`: their number. Batches with different numbers of such
+            tokens need one divisor, if each token shall count as much.
     """
     predictions = teacher.predictions(ids)
     hidden = student.hidden_states(ids, wrapped)  # [batch * (length - 1), hidden]
     labels = ids[:, 1:].flatten()  # the token that follows each of these positions
-    loss: Tensor = _Divergence.apply(hidden, student, predictions, labels, label_share)
+    if counted is not None:
+        places = _places_of_counted(counted)
+        hidden = hidden[places]
+        labels = labels[places]
+        predictions = _predictions_at(places, predictions)
+    if divisor is None:
+        divisor = max(1, len(hidden))  # no token may count
+    loss: Tensor = _Divergence.apply(hidden, student, predictions, labels, label_share, divisor)
     return loss
+
+
+def _predictions_at(places: Tensor, predictions: Predictions) -> Predictions:
+    """Give predictions at some positions of a batch, whose numbers are `places`, int64; these are numbered anew."""
+    return lambda rows: predictions(places[rows])
+
+
+def _places_of_counted(counted: Tensor) -> Tensor:
+    """Return the numbers of the positions whose next token counts, int64 [positions that count].
+
+    `counted` are booleans [batch, length]. Positions are all tokens but the last of each sequence, numbered through the
+    sequences.
+    """
+    return counted[:, 1:].flatten().nonzero()[:, 0]
 
 
 def bytes_of_whole_logits(
@@ -262,18 +295,32 @@ def bytes_of_whole_logits(
     return of_student + of_teacher
 
 
-def text_loss(student: Predictor, ids: Tensor, wrapped: Any = None) -> Tensor:
+def text_loss(
+    student: Predictor,
+    ids: Tensor,
+    wrapped: Any = None,
+    *,
+    counted: Tensor | None = None,
+    divisor: float | None = None,
+) -> Tensor:
     """Return the mean negative log-likelihood of the tokens that `ids` predict, a scalar in float32.
 
-    `student` is the model, and `ids` are its token ids, int64 [batch, length].
+    `student` is the model, and `ids` are its token ids, int64 [batch, length]. `counted` and `divisor` are those of
+    `divergence`.
 
     `wrapped` is the student in a wrapper such as DistributedDataParallel, which is then called instead of the student.
     During the call, the student has a hook and a replaced forward pass (`Predictor`).
     """
     hidden = student.hidden_states(ids, wrapped)  # [batch * (length - 1), hidden]
     labels = ids[:, 1:].flatten()  # the token that follows each of these positions
+    if counted is not None:
+        places = _places_of_counted(counted)
+        hidden = hidden[places]
+        labels = labels[places]
+    if not len(labels):  # no token counts
+        return torch.zeros((), dtype=torch.float32, device=hidden.device)
     sums = [
         cross_entropy(student.logits(hidden[rows]).float(), labels[rows], reduction="sum")
         for rows in student.chunks(len(labels))
     ]
-    return torch.stack(sums).sum() / len(labels)
+    return torch.stack(sums).sum() / (len(labels) if divisor is None else divisor)

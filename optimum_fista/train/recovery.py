@@ -58,11 +58,20 @@ from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import lines_of_unplaced
 from optimum_fista.source.files import copy_source
 from optimum_fista.source.inventory import source_tensors
-from optimum_fista.source.loading import gguf_file, load_model, load_tokenizer, read_model
+from optimum_fista.source.loading import (
+    gguf_file,
+    load_model,
+    load_tokenizer,
+    read_model,
+    require_tokenizer,
+)
 from optimum_fista.source.quantization import quantized_source
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
+from optimum_fista.text.sources import load_text
+from optimum_fista.text.windows import windows_with_answers
 from optimum_fista.train.distillation import (
     DistillationTrainer,
+    Sequences,
     Watch,
     explaining_full_disk,
     intact_states,
@@ -127,7 +136,9 @@ def recover(
             was never pruned and is its own teacher. It has to be the model that `folder` was pruned from, by the
             SHA-256 in its report, unless `other_teacher=True`.
         output_dir: Where to write the recovered model; `None`: `folder`'s name + "-recovered".
-        calibration: The text: `"self"` (the teacher writes it) or a source of `load_text`.
+        calibration: The text: `"self"` (the teacher writes it) or a source of `load_text`. With the option
+            `answers_only=True`, it has conversations, and only tokens of answers count in the loss; documents that are
+            no conversations count whole.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
         overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
         progress: Whether to show a progress bar.
@@ -178,18 +189,18 @@ def recover(
             settings = _settings_of_predictions(plan, teachers_files)
             folder_of_teacher = Path(plan.options.teacher_logits)
             ranks.first(lambda: require_settings(folder_of_teacher, settings))
-        # token ids [sequences, length]
-        windows = ranks.first(lambda: _draw_text(plan, unfinished / JOURNAL, progress))
+        text = ranks.first(lambda: _draw_text(plan, unfinished / JOURNAL, progress))
 
         # A run in `unfinished` with another fingerprint is refused, or deleted if `overwrite`.
-        fingerprint = _fingerprint(plan, students_files, teachers_files, windows, ranks.count)
+        fingerprint = _fingerprint(plan, students_files, teachers_files, text, ranks.count)
         join_run(unfinished, fingerprint, overwrite, ranks)
         # With this file the folder is kept until the run ends.
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))
 
         stored = None  # the teacher is loaded for the training
         if plan.options.teacher_logits is not None:
-            trained_on = windows[plan.options.held_out :]
+            # Predictions of all tokens are stored, also of those that do not count.
+            trained_on = text.tokens[plan.options.held_out :]
             stored = stored_teacher(
                 plan,
                 settings | {"text": _digest_of_sequences(trained_on)},
@@ -202,7 +213,7 @@ def recover(
         with _process_restored(plan.device), ranks.exchanging():
             model, report = _train(
                 plan=plan,
-                windows=windows,
+                text=text,
                 stored=stored,
                 fingerprint=fingerprint,
                 journal=unfinished / JOURNAL,
@@ -256,18 +267,24 @@ def _require_right_models(
         find_masks(load_student(plan.source), plan.source)  # which refuses zeros without a mask
 
 
-def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
-    """Draw the text as token ids int64 [sequences, length]; the first `held_out` sequences are never trained on.
+def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Sequences:
+    """Draw the text; the first `held_out` sequences are never trained on.
 
     `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. `plan.text_model` is
     the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
     `journal`, the folder of the run, where a later start reads it; or beside the teacher's predictions of it, where
     other runs read it, too. `progress`: whether to show a bar. A text of the Hub is downloaded into its cache.
+
+    With the option `answers_only`, only tokens of answers count. ValueError if the held-out sequences, or those to
+    train on, have none.
     """
+    if plan.options.answers_only:
+        return _draw_answers(plan)
+
     held_out = plan.options.held_out
     folder_of_teacher = plan.options.teacher_logits
     try:
-        return calibration_tokens_by_name(
+        tokens = calibration_tokens_by_name(
             plan.text_model,
             plan.calibration,
             num_samples=plan.num_sequences + held_out,
@@ -282,6 +299,40 @@ def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Tensor:
         raise ValueError(
             f"tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
         ) from error
+    return Sequences(tokens)
+
+
+def _draw_answers(plan: RecoveryPlan) -> Sequences:
+    """Draw conversations of the source `plan.calibration`, of which only tokens of answers count (`_draw_text`)."""
+    held_out = plan.options.held_out
+    text = load_text(plan.calibration, split="calibration")
+    try:
+        tokens, answers = windows_with_answers(
+            require_tokenizer(plan.text_model),
+            text,
+            num_samples=plan.num_sequences + held_out,
+            sequence_length=plan.length,
+            seed=plan.options.seed,
+            held_out=held_out,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"answers_only=True, tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
+        ) from error
+
+    drawn = Sequences(tokens, answers)
+    parts = {
+        "held out": drawn.part(slice(held_out)),
+        "trained on": drawn.part(slice(held_out, None)),
+    }
+    for use, part in parts.items():
+        if not part.num_counted:
+            raise ValueError(
+                f"answers_only=True: none of the {part.tokens.numel():,} tokens of {text.name!r} that are {use} is of "
+                'an answer: pass conversations with turns of the role "assistant", or more sequences (--tokens, '
+                "--held-out)."
+            )
+    return drawn
 
 
 def _settings_of_predictions(plan: RecoveryPlan, teachers_files: SourceFiles) -> dict[str, Any]:
@@ -317,14 +368,14 @@ def _fingerprint(
     plan: RecoveryPlan,
     students_files: SourceFiles,
     teachers_files: SourceFiles,
-    windows: Tensor,
+    text: Sequences,
     processes: int,
 ) -> dict[str, Any]:
     """List all that the bytes of the result depend on, as plain values: a resumed run must have the same list.
 
     The files of both models come from `shared_files`, which has hashed them: `digests` are SHA-256 by file name.
-    `windows` are the token ids of the text, int64 [sequences, length] on the CPU, and `processes` is the number of
-    processes that train together. The mask file is read; nothing is changed.
+    `text` has all sequences, the held-out ones too, and `processes` is the number of processes that train together. The
+    mask file is read; nothing is changed.
     """
     options: dict[str, Any] = {
         "batch_size": plan.options.batch_size,
@@ -338,6 +389,10 @@ def _fingerprint(
         options["kept_tokens"] = len(plan.kept_tokens)
     if plan.options.teacher_logits is not None:
         options["top_k"] = plan.options.top_k
+    counted: dict[str, str] = {}  # nothing if all tokens count
+    if text.counted is not None:
+        options["answers_only"] = True
+        counted["counted"] = hashlib.sha256(text.counted.numpy().tobytes()).hexdigest()
     options["compute_dtype"] = str(plan.compute_dtype).removeprefix("torch.")
 
     versions = library_versions()
@@ -351,7 +406,8 @@ def _fingerprint(
         "kept": _digest_of_kept_tokens(plan),
         "fill_zeros": plan.options.fill_zeros,
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
-        "windows": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        "windows": hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest(),
+        **counted,
         "options": options,
         "device": plan.device.type,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
@@ -360,7 +416,7 @@ def _fingerprint(
 
 def _train(
     plan: RecoveryPlan,
-    windows: Tensor,
+    text: Sequences,
     stored: StoredTeacher | None,
     fingerprint: dict[str, Any],
     journal: Path,
@@ -377,7 +433,7 @@ def _train(
 
     Args:
         plan: What to train, on which device, in how many steps.
-        windows: Token ids of the text, int64 [sequences, length]; the held-out sequences are first.
+        text: All sequences; the held-out ones are first.
         stored: The stored predictions of the teacher; `None`: the teacher is loaded.
         fingerprint: Of the run, from `_fingerprint`; parts of it stand in the report.
         journal: The folder of the run.
@@ -418,8 +474,8 @@ def _train(
         steps=plan.steps,
         read_start=lambda: dict(load_student(plan.source).named_parameters()),
         arguments=arguments,
-        trained_on=windows[plan.options.held_out :],
-        held_out=windows[: plan.options.held_out],
+        trained_on=text.part(slice(plan.options.held_out, None)),
+        held_out=text.part(slice(plan.options.held_out)),
         callbacks=callbacks,
     )
     watch.back_off = trainer.back_off  # each of the two needs the other
@@ -591,6 +647,7 @@ def _trainers_arguments(
         gradient_accumulation_steps=plan.passes_of_step // processes,
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # the windows are in random order already
+        remove_unused_columns=False,  # "counted" is no argument of a model
         # A share: `DistillationTrainer.create_optimizer` multiplies it by the root mean square of each parameter.
         learning_rate=plan.relative_step(choice.train),
         adam_beta2=0.95,

@@ -60,6 +60,10 @@ class RecoveryOptions:
     seed: int = option(
         0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING
     )
+    answers_only: bool = option(
+        False,
+        "conversations: only tokens of answers (role assistant) count in the loss, the others are read as context",
+    )
     other_teacher: bool = option(
         False, "take a teacher that is not the dense model from which the pruned one was made"
     )

@@ -172,6 +172,11 @@ def plan_recovery(
     if checked.teacher_logits is not None:
         _require_apart(Path(checked.teacher_logits), (output, Path(source), Path(teacher_name)))
     teacher_writes_text = calibration == "self"
+    if teacher_writes_text and checked.answers_only:
+        raise ValueError(
+            "answers_only=True: a text that the teacher writes itself has no conversations: pass calibration "
+            "(--calibration), a text that has some."
+        )
     if not teacher_writes_text:
         require_source(calibration)
 
@@ -643,6 +648,8 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
     if free:
         memory += f", {size_text(free)} are free"
 
+    counted = "; only answers count in the loss" if options.answers_only else ""
+
     parameters = _Sizes.of(plan.source).parameters  # of the student, by its configuration
     name_of_student = "pruned" if plan.report else "model"  # the report of a pruning run
     lines = {
@@ -651,7 +658,7 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
         "trained": str(choice),
         "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
         f"{plan.passes_of_step} x {options.batch_size} sequences of {plan.length} tokens; "
-        f"{options.held_out} more sequences are held out",
+        f"{options.held_out} more sequences are held out{counted}",
         "steps": f"each moves weights by about {plan.relative_step(choice.train):.3%} of their root mean square",
         "memory": memory,
         "time": duration,

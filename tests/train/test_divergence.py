@@ -80,6 +80,59 @@ def test_a_teacher_with_more_tokens_is_compared_on_the_kept_ones():
     torch.testing.assert_close(loss, expected)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama4_text"])
+def test_only_tokens_that_count_are_in_the_losses_and_the_gradient(family, monkeypatch):
+    student, teacher = models(family)
+    vocabulary = student.config.get_text_config().vocab_size
+    monkeypatch.setattr("optimum_fista.model.predictor.LOGITS_PER_CHUNK", 4 * vocabulary)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 30, (3, 9), generator=generator)
+    counted = torch.rand(3, 9, generator=generator) < 0.4
+    places = counted[:, 1:].flatten()  # a token is predicted at the position before it
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    student_predictor = Predictor(student)
+
+    loss = divergence(student_predictor, LiveTeacher(teacher), ids, 0.3, counted=counted)
+    of_text = text_loss(student_predictor, ids, counted=counted)
+
+    log_q = student(input_ids=ids).logits[:, :-1].flatten(0, 1)[places].log_softmax(-1)
+    log_p = teacher(input_ids=ids).logits[:, :-1].flatten(0, 1)[places].log_softmax(-1)
+    expected_text = torch.nn.functional.nll_loss(log_q, ids[:, 1:].flatten()[places])
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    expected = 0.7 * kl + 0.3 * expected_text
+    torch.testing.assert_close(of_text, expected_text)
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+    expected_gradients = torch.autograd.grad(expected, trained, allow_unused=True)
+    assert_same((loss, gradients), (expected, expected_gradients))
+
+
+def test_a_divisor_takes_the_place_of_the_number_of_tokens(ids):
+    student, teacher = models("llama")
+    predictors = [Predictor(student), LiveTeacher(teacher)]
+    counted = torch.zeros(ids.shape, dtype=torch.bool)
+    counted[0, 2:5] = True
+
+    mean = divergence(*predictors, ids, counted=counted)
+    half = divergence(*predictors, ids, counted=counted, divisor=6.0)
+
+    torch.testing.assert_close(half, mean / 2)
+    halved_text = text_loss(predictors[0], ids, counted=counted, divisor=6.0)
+    torch.testing.assert_close(halved_text, text_loss(predictors[0], ids, counted=counted) / 2)
+
+
+@pytest.mark.parametrize("divisor", [None, 4.0])
+def test_a_batch_in_which_no_token_counts_has_a_loss_of_zero(ids, divisor):
+    student, teacher = models("llama")
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    options = {"counted": torch.zeros(ids.shape, dtype=torch.bool), "divisor": divisor}
+
+    loss = divergence(Predictor(student), LiveTeacher(teacher), ids, **options)
+
+    gradients = torch.autograd.grad(loss, trained)
+    assert loss.item() == text_loss(Predictor(student), ids, **options).item() == 0.0
+    assert all(int(gradient.count_nonzero()) == 0 for gradient in gradients)
+
+
 class TopTeacher:
     """The `top_k` most likely tokens of a model, in float32."""
 
