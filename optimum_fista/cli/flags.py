@@ -64,7 +64,9 @@ def _flag_of(field: Field, kinds: list[Any]) -> tuple[str, dict[str, Any]]:
             flag = f"no-{flag}"
             text = f"do not {text}"
     elif origin is tuple:
-        settings = {"action": "append", "metavar": "GLOB"}  # a flag for each pattern
+        # A flag for each name pattern, or for each text or id of a token (`tuple[str | int, ...]`).
+        is_name_pattern = get_args(kind)[0] is str
+        settings = {"action": "append", "metavar": "GLOB" if is_name_pattern else "TEXT"}
     elif origin is Literal and len(kinds) == 1:
         settings = {"choices": get_args(kind)}
     elif origin is not None:  # some words, or a number

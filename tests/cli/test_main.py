@@ -63,6 +63,14 @@ def test_help_fits_two_screens(command, monkeypatch, capsys):
     )
 
 
+def test_help_tells_patterns_of_names_from_texts_whose_tokens_stay(capsys):
+    assert run("prune", "--help-all") == 0
+
+    shown = capsys.readouterr().out
+    assert "--exclude GLOB" in shown
+    assert "--keep-tokens TEXT" in shown
+
+
 def test_help_of_the_program_names_every_command(capsys):
     assert run("--help") == 0
 
