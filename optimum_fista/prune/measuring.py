@@ -158,10 +158,12 @@ def pattern_within_limits(report: PruningReport) -> str | None:
     fractions = list[float]()
     for text in report.unprotected:
         first = report.first_bits_per_byte(text)
-        # An earlier run may have taken a part of what is allowed.
-        allowed_rise = text.at_most * first - text.dense if text.at_most and first else 0.0
+        allowed_rise = 0.0
+        if text.at_most is not None and first is not None:
+            # An earlier run may have taken a part of what is allowed, or all of it.
+            allowed_rise = max(0.0, text.at_most * first - text.dense)
         rise = text.pruned - text.dense
-        fractions.append(max(0.0, allowed_rise) / rise if rise > 0 else 0.0)
+        fractions.append(allowed_rise / rise if rise > 0 else 0.0)
     if not fractions:
         return None
 
