@@ -186,7 +186,6 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
     into its cache.
     """
     from optimum_fista.folder.output import require_output
-    from optimum_fista.prune.measuring import measure_folder, require_texts
     from optimum_fista.removal.tokens import write_plan
 
     if is_dry_run:
@@ -202,15 +201,20 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
         overwrite=request.overwrite,
         progress=True,
     )
-    measure_folder(
-        request.model,
-        request.output,
-        require_texts(request.model, request.measured_texts(), request.protect),
-        report,
-        device=request.device,
-        progress=True,
-    )
+    _measure(request, request.output, report)
     return _finish(request, report, first_model=request.model)
+
+
+def _measure(request: PruneRequest, folder: Path, report: PruningReport) -> None:
+    """Measure the model of `request`, and that in `folder` without some tokens, on the texts that the user named.
+
+    The losses are written into `report`, which is that of the model in `folder`, and into the files of `folder`.
+    Nothing is done if the user named no text. Texts of the Hub are downloaded into its cache.
+    """
+    from optimum_fista.prune.measuring import measure_folder, require_texts
+
+    texts = require_texts(request.model, request.measured_texts(), request.protect)
+    measure_folder(request.model, folder, texts, report, device=request.device, progress=True)
 
 
 def _show_estimate(request: PruneRequest, *, is_of_target_size: bool) -> None:
@@ -257,25 +261,14 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     from optimum_fista.cli.messages import speaking_ranks
     from optimum_fista.cli.target_size import remove_first
     from optimum_fista.folder.output import JOURNAL, locked_output
-    from optimum_fista.prune.measuring import (
-        MeasuringInterrupted,
-        measure_folder,
-        require_texts,
-    )
+    from optimum_fista.prune.measuring import MeasuringInterrupted
     from optimum_fista.pruner import FistaPruner
 
     first_model = request.model
     if tokens_first is not None:
         folder = request.output.with_name(f"{request.output.name}-tokens")
         remove_first(tokens_first, folder, device=request.device, overwrite=request.overwrite)
-        measure_folder(
-            request.model,
-            folder,
-            require_texts(request.model, request.measured_texts(), request.protect),
-            tokens_first.report,
-            device=request.device,
-            progress=True,
-        )
+        _measure(request, folder, tokens_first.report)
         request = request.reading(str(folder))
 
     with (
