@@ -4,8 +4,9 @@ Criteria are those of `expert_criteria.py`, repairs those of `expert_repairs.py`
 text of the calibration (one domain, or "all"), criterion, repair, and seed of the calibration draw. Decoder layers are
 taken one after the other as the package does by default: each sees the hidden states of the smaller layers before it,
 and its targets correct their errors (`--streams pruned`). `reap` with the repair `none` is then the package's
-`expert_refit=False`, and with `refit` its default. With `--streams dense`, as with `error_correction="none"`, all ways
-see the hidden states of the dense model. This is faster, because what the experts compute is the same for all of them.
+`expert_refit=False`, and with `refit` its default, which refits nothing if the calibration is one text. With `--streams
+dense`, as with `error_correction="none"`, all ways see the hidden states of the dense model. This is faster, because
+what the experts compute is the same for all of them.
 
 MODEL is a folder of `mixtures.py` or `train_small.py`, and the text folder is that of `mixtures.py`: of each domain a
 file to calibrate on and a held-out one. The dense model is the first row. The same command resumes.

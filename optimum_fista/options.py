@@ -135,7 +135,9 @@ class PruningOptions:
         advanced=_OPERATORS,
     )
     expert_refit: bool = option(
-        True, "refit the experts that stay if others are removed", advanced=_METHOD
+        True,
+        "refit the experts that stay if others are removed and the calibration has several texts",
+        advanced=_METHOD,
     )
     keep_divisible: int | None = option(
         None,

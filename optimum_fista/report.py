@@ -338,7 +338,8 @@ class PruningReport(RunRecord):
             num_kept = sum(len(mixture.groups_kept) for mixture in self.mixtures)
             num_shrunk = sum(mixture.num_shrunk for mixture in self.mixtures)
             shrunk = f", {num_shrunk:,} of them in part" if num_shrunk else ""
-            refits = f", {before:.4f} before {num_refitted:,} of {num_kept:,} experts were refitted{shrunk}"
+            if num_refitted:
+                refits = f", {before:.4f} before {num_refitted:,} of {num_kept:,} experts were refitted{shrunk}"
         return (
             f"{len(first.groups_kept)} of {len(first.saliency)} experts left in each of {len(errors)} mixtures (REAP), "
             f"fit error of their outputs {fmean(errors):.4f} on average, {max(errors):.4f} at most{refits}"

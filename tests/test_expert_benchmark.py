@@ -318,7 +318,8 @@ def measured(benchmark, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stream", ["pruned", "dense"])
 def test_rows_of_reap_are_what_the_package_gives(measured, tmp_path, kind, stream):
-    flags = ["--shares", "0.34", "--calibrations", "web", "--criteria", "reap"]
+    # All domains, because experts are refitted to several texts only.
+    flags = ["--shares", "0.34", "--calibrations", "all", "--criteria", "reap"]
     flags += ["--streams", stream]
     options = {} if stream == "pruned" else {"error_correction": "none"}
 
@@ -330,13 +331,16 @@ def test_rows_of_reap_are_what_the_package_gives(measured, tmp_path, kind, strea
     windows = evaluation_windows(
         tokenizer, load_text(str(texts / "german-held-out.txt"), "test"), 32, 2
     )
-    tokens = calibration_windows(
-        tokenizer, load_text(str(texts / "web-trained.txt"), "calibration"), 6, 32, 0
-    )
+    batches = []
+    for domain in ("web", "python", "german"):
+        text = load_text(str(texts / f"{domain}-trained.txt"), "calibration")
+        ids = calibration_windows(tokenizer, text, 2, 32, 0)
+        batches.append({"input_ids": ids, "source": domain})
     for row, refits in zip(rows, (False, True), strict=True):
         model = AutoModelForCausalLM.from_pretrained(tmp_path / kind, dtype=torch.float32)
         config = FistaPruningConfig(pattern="experts:0.34", expert_refit=refits, **options)
-        FistaPruner(config, progress=False).prune(model, tokens.split(4))
+        report = FistaPruner(config, progress=False).prune(model, batches)
+        assert any(mixture.num_refitted for mixture in report.mixtures) == refits
         loss = math.log(evaluate_perplexity(model, windows, progress=False).perplexity)
         assert row["losses"]["german"] == pytest.approx(loss, abs=2e-4)
         assert row["losses"]["german"] != pytest.approx(dense["losses"]["german"], abs=2e-4)

@@ -1,9 +1,9 @@
 """Refitting the experts that stay in a mixture, so that their sum comes close to what all experts returned.
 
-An expert is refitted only if this also helps on tokens that the fit did not use (`solve.tested_refit`). If the
-calibration has several texts, a fit to all others must lessen the error on each text whose tokens reach the expert. If
-the fit fails that, a half of it is tried, then a quarter. With one text, each sequence has two halves, and a fit to one
-of them must lessen the error on the other half.
+An expert is refitted only if this also helps on text that the fit did not see (`solve.tested_refit`): a fit to all
+other texts of the calibration must lessen the error on each text whose tokens reach the expert. If the fit fails that,
+a half of it is tried, then a quarter. An expert that the tokens of one text only reach is not refitted: nothing would
+tell whether the fit harms other text, and with one text it mostly does (docs/results.md, experts).
 
 `experts.remove_experts` makes a `SmallerMixture`, asks it for its `errors`, and calls `refit`.
 
@@ -31,8 +31,6 @@ from optimum_fista.solve.tested_refit import Refit, refit_that_helps, refit_to_a
 ROUNDS = 3  # of refits of every expert, with the others as they are then; each round gains less
 # Shares of a refit that are tried: 1 is the whole refit, less is shrunk towards the present weights.
 _SHARES = (1.0, 0.5, 0.25)
-_WHOLE = (1.0,)
-_HALVES = ("first half", "last half")  # of the real tokens of a sequence
 
 
 class MixtureErrors(NamedTuple):
@@ -48,22 +46,6 @@ class Refits(NamedTuple):
     num_refitted: int
     num_shrunk: int  # of these, by less than the whole refit
     message: str  # advice for the user, or ""
-
-
-class _Parts(NamedTuple):
-    """The problems of an expert on the parts of its tokens."""
-
-    problems: list[LayerProblem]
-    are_texts: bool  # whether each part is of one text; otherwise they are halves of all sequences
-
-    def tested(self) -> Refit | None:
-        """Refit the expert, if that helps on each part that is left out of the fit; `None` if it does not.
-
-        Only a test by text says how much of a fit holds elsewhere: halves are of the same text, so that the whole fit
-        is taken or none.
-        """
-        shares = _SHARES if self.are_texts else _WHOLE
-        return refit_that_helps(self.problems, shares)
 
 
 class SmallerMixture:
@@ -164,16 +146,18 @@ class SmallerMixture:
                 # would take it further than the test allows.
                 if not is_first_round and shares.get(expert) != 1:
                     continue
-                parts = self._parts(expert)
-                if parts is None:  # no token of one of the halves reaches it
+                problems = self._problems_by_text(expert)
+                if len(problems) < 2:
                     continue
-                # Tested in the first round only: afterwards the weights are fitted to all parts.
-                refit = parts.tested() if is_first_round else refit_to_all(parts.problems)
-                if refit is None:
-                    continue
-                self._take(expert, refit, parts.problems[0].weight)
                 if is_first_round:
+                    tested = refit_that_helps(problems, _SHARES)
+                    if tested is None:
+                        continue
+                    refit = tested
                     shares[expert] = refit.share
+                else:  # without a test: the weights are fitted to all texts by now
+                    refit = refit_to_all(problems)
+                self._take(expert, refit, problems[0].weight)
                 if refit.message:
                     messages.append(f"expert {expert}: {refit.message}")
 
@@ -198,25 +182,20 @@ class SmallerMixture:
         rounded_weight = operator.read()  # in the dtype of the operator
         self._update_residuals(expert, rounded_weight - weight_before)
 
-    def _parts(self, expert: int) -> _Parts | None:
-        """Sum up the problem of an expert on each text whose tokens reach it, or on two halves of all sequences.
+    def _problems_by_text(self, expert: int) -> list[LayerProblem]:
+        """Sum up the problem of an expert on each text of the calibration whose tokens reach it.
 
-        Halves are taken if tokens of one text only reach the expert. Such a problem asks for a weight [out, in] of the
-        down projection, so that the sum of all experts comes close to its targets `Y`. Held-out batches and padding are
-        left out. `self._residuals` has `Y - E*` of each batch, and `self._down` the operators of the down projections,
-        by the number of the expert. Nothing is changed.
-
-        Returns `None` if no token of one of the halves reaches the expert.
+        Such a problem asks for a weight [out, in] of the down projection, so that the sum of all experts comes close to
+        its targets `Y`. Held-out batches and padding are left out. `self._residuals` has `Y - E*` of each batch, and
+        `self._down` the operators of the down projections, by the number of the expert. Nothing is changed.
         """
         operator = self._down[expert]
         weight = operator.read()
         device = self._activations.device
-        texts = self._texts_of(expert)
-        are_texts = len(texts) > 1
-        names: Sequence[str | None] = texts if are_texts else _HALVES
-        sums = {name: GroupSums(weight.shape[1], device) for name in names}
+        sums = {text: GroupSums(weight.shape[1], device) for text in self._texts_of(expert)}
         for batch, residual in enumerate(self._residuals):
-            if self._activations.held_out[batch]:
+            text = self._activations.sources[batch]
+            if self._activations.held_out[batch] or text not in sums:
                 continue
             # of the tokens that reach the expert
             inputs, tokens = self._weighted_inputs(expert, batch)
@@ -225,37 +204,14 @@ class SmallerMixture:
             residual_of_tokens = residual_of_tokens.to(device).float()
             # Y - E* without what these weights add to E*
             targets = residual_of_tokens + inputs @ weight.T
-            for name, is_in_part in self._tokens_by_part(batch, tokens, are_texts).items():
-                if name in sums:  # otherwise no real token of this text reaches the expert
-                    sums[name].add(inputs[is_in_part], "targets", targets[is_in_part])
-        if not all(part.num_tokens for part in sums.values()):
-            return None
+            is_real = self._mask(batch).reshape(-1)[tokens]
+            sums[text].add(inputs[is_real], "targets", targets[is_real])
 
         problems = list[LayerProblem]()
-        for part in sums.values():
+        for of_text in sums.values():
             # One problem each, because there is one operator. `dense_share` counts only without "targets".
-            problems += part.problems([operator], [weight], dense_share=1.0)
-        return _Parts(problems, are_texts)
-
-    def _tokens_by_part(
-        self, batch: int, tokens: Tensor, are_texts: bool
-    ) -> dict[str | None, Tensor]:
-        """Tell which tokens of a batch are in which part: bool [tokens] by the name of the part, without padding.
-
-        `tokens` are the numbers in the batch of the tokens that reach an expert, int64. If `are_texts`, the batch is of
-        one part, its text (`self._activations.sources`). Otherwise the parts are `_HALVES` of its sequences. Changes
-        nothing.
-        """
-        mask = self._mask(batch)  # [batch, sequence], True = no padding
-        is_real = mask.reshape(-1)[tokens]
-        if are_texts:
-            return {self._activations.sources[batch]: is_real}
-
-        # The number of a real token in its sequence, from 1, is at most half of the number of real tokens.
-        in_first_half = mask.cumsum(1) <= mask.sum(1, keepdim=True) // 2
-        is_first = in_first_half.reshape(-1)[tokens]
-        first, last = _HALVES
-        return {first: is_first & is_real, last: ~is_first & is_real}
+            problems += of_text.problems([operator], [weight], dense_share=1.0)
+        return problems
 
     def _texts_of(self, expert: int) -> list[str | None]:
         """Name the texts of which tokens to fit reach an expert, in the order of the batches; changes nothing.

@@ -1,7 +1,7 @@
 """A refit that is taken only if it helps on tokens that it was not fitted to.
 
-The tokens that reach an operator are divided into *parts*: the texts of the calibration, or halves of its sequences. A
-part is a `LayerProblem`: the weight `W` [out, in] of the operator, and sums over the tokens of the part. With their
+The tokens that reach an operator are divided into *parts*, such as the texts of the calibration. A part is a
+`LayerProblem`: the weight `W` [out, in] of the operator, and sums over the tokens of the part. With their
 inputs `X_t` and the outputs `Y_t` that the operator should give, its squared error on a part t is
 
     e_t(V) = || V X_t - Y_t ||_F^2.

@@ -10,8 +10,10 @@ from optimum_fista.model.calibration import hold_out, read_batches
 from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.removal import mixture_refit
 from optimum_fista.removal.experts import experts_of, experts_to_keep, score_experts
 from optimum_fista.removal.mixture_refit import SmallerMixture
+from optimum_fista.solve.tested_refit import refit_to_all
 
 pytestmark = pytest.mark.usefixtures("no_gradients")
 CPU = torch.device("cpu")
@@ -36,6 +38,14 @@ def mixture_layer(family, batches=None, held_out=0):
         recorded.sources,
     )
     return part, experts_of(part, name, layer), activations, list(recorded.hidden_states)
+
+
+def batches_of_texts(names="abc"):
+    """A batch of eight sequences of each text."""
+    ids = torch.randint(3, 64, (8 * len(names), 32), generator=torch.Generator().manual_seed(2))
+    return [
+        {"input_ids": rows, "source": name} for rows, name in zip(ids.split(8), names, strict=True)
+    ]
 
 
 def output_of_experts(experts, activations, hidden):
@@ -184,8 +194,7 @@ def test_targets_bring_the_layer_to_the_dense_output():
 
 @pytest.mark.parametrize(("family", "left"), [("llama4_text", 1e-3), ("mixtral", 0.3)])
 def test_refits_find_the_weights_that_made_the_outputs(family, left):
-    ids = torch.randint(3, 64, (24, 32), generator=torch.Generator().manual_seed(2))
-    _, experts, activations, entering = mixture_layer(family, list(ids.split(8)))
+    _, experts, activations, entering = mixture_layer(family, batches_of_texts())
     down = experts.module.down_proj.data
     own = down.clone()
     down += 0.5 * own.std() * torch.randn_like(own)
@@ -220,27 +229,32 @@ def test_refits_find_the_weights_that_made_the_outputs(family, left):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_counts_in_no_half_of_a_sequence(side):
-    lengths = [8] * 7 + [32]
-    ids = torch.randint(3, 64, (8, 32), generator=torch.Generator().manual_seed(2))
-    mask = torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        real_tokens = slice(length) if side == "right" else slice(-length, None)
-        mask[row, real_tokens] = 1
-    alone = [ids[row : row + 1, mask[row] > 0] for row in range(len(ids))]
+def test_padding_counts_in_no_text(side):
+    lengths = [8] * 3 + [32]
+    padded = []
+    alone = []
+    for batch in batches_of_texts("ab"):
+        ids = batch["input_ids"][:4]
+        mask = torch.zeros_like(ids)
+        for row, length in enumerate(lengths):
+            real_tokens = slice(length) if side == "right" else slice(-length, None)
+            mask[row, real_tokens] = 1
+            alone.append(batch | {"input_ids": ids[row : row + 1, real_tokens]})
+        padded.append(batch | {"input_ids": ids, "attention_mask": mask})
 
-    num_tokens_of_halves = []
-    for batches in ([{"input_ids": ids, "attention_mask": mask}], alone):
+    num_tokens_of_texts = []
+    for batches in (padded, alone):
         _, experts, activations, entering = mixture_layer("mixtral", batches)
         wanted = activations.store()
         for hidden in entering:
             wanted.append(torch.zeros_like(hidden))
         mixture = SmallerMixture(experts, activations, entering, wanted)
-        halves = mixture._parts(0).problems
-        num_tokens_of_halves.append([problem.statistics.num_tokens for problem in halves])
+        problems = mixture._problems_by_text(0)
+        num_tokens_of_texts.append([problem.statistics.num_tokens for problem in problems])
 
-    padded, without_padding = num_tokens_of_halves
-    assert padded == without_padding
+    with_padding, without_padding = num_tokens_of_texts
+    assert len(with_padding) == 2
+    assert with_padding == without_padding
 
 
 def mixture_that_should_change(changes, sources, batches=None):
@@ -249,8 +263,7 @@ def mixture_that_should_change(changes, sources, batches=None):
     Batches are of the texts `sources`. Returns also the layer's experts.
     """
     if batches is None:
-        ids = torch.randint(3, 64, (24, 32), generator=torch.Generator().manual_seed(2))
-        batches = ids.split(8)
+        batches = [batch["input_ids"] for batch in batches_of_texts()]
     named = [
         {"input_ids": rows, "source": source} for rows, source in zip(batches, sources, strict=True)
     ]
@@ -271,19 +284,27 @@ def mixture_that_should_change(changes, sources, batches=None):
 
 
 def test_an_expert_is_not_refitted_if_a_fit_to_the_other_texts_harms_one():
-    """Most of the tokens want the change, and so do both halves of all sequences: only a test by text finds it out."""
-    changes = [1, 1, -0.5]
-
-    by_text, experts = mixture_that_should_change(changes, ["a", "a", "b"])
+    """Most of the tokens want the change."""
+    mixture, experts = mixture_that_should_change([1, 1, -0.5], ["a", "a", "b"])
     before = experts.module.down_proj.clone()
-    by_halves, _ = mixture_that_should_change(changes, ["a", "a", "a"])
 
-    assert by_text.refit(lambda *_: pytest.fail("an expert was written")) == (0, 0, "")
+    refits = mixture.refit(lambda *_: pytest.fail("an expert was written"))
+
+    assert refits == (0, 0, "")
     assert torch.equal(experts.module.down_proj, before)
-    assert by_halves.refit(lambda *_: None).num_refitted == 4
 
 
-def test_a_refit_that_goes_too_far_for_a_text_is_shrunk():
+def test_experts_are_not_refitted_to_a_single_text():
+    mixture, experts = mixture_that_should_change([1, 1, 1], ["a", "a", "a"])
+    before = experts.module.down_proj.clone()
+
+    refits = mixture.refit(lambda *_: pytest.fail("an expert was written"))
+
+    assert refits == (0, 0, "")
+    assert torch.equal(experts.module.down_proj, before)
+
+
+def test_a_refit_that_goes_too_far_for_a_text_is_shrunk(monkeypatch):
     """The second text wants 0.4 of the change that the first one wants: all of it is too much there, a half is not."""
     mixture, experts = mixture_that_should_change([1, 0.4, 1], ["a", "b", "a"])
     before = experts.module.down_proj.clone()
@@ -294,7 +315,10 @@ def test_a_refit_that_goes_too_far_for_a_text_is_shrunk():
 
     assert refits == (4, 4, "")
     assert mixture.errors().fitted < error_before
-    whole, other = mixture_that_should_change([1, 0.4, 1], ["a", "a", "a"])
+    whole, other = mixture_that_should_change([1, 0.4, 1], ["a", "b", "a"])
+    monkeypatch.setattr(
+        mixture_refit, "refit_that_helps", lambda problems, _: refit_to_all(problems)
+    )
     whole.refit(lambda *_: None)
     moved = (experts.module.down_proj - before).norm()
     assert 0.3 < moved / (other.module.down_proj - before).norm() < 0.7
@@ -309,7 +333,7 @@ def test_texts_that_want_the_same_change_are_refitted_whole():
     assert mixture.errors().fitted < 1e-3
 
 
-def test_an_expert_that_tokens_of_one_text_reach_is_tested_on_halves():
+def test_an_expert_that_tokens_of_one_text_reach_is_not_refitted():
     mixture, _ = mixture_that_should_change([1, 1, 1], ["a", "b", "c"])
     tokens_of = [assigned.tokens_of(0) for assigned in mixture._batches]
     # No token of the texts b and c counts for the expert 0: they become padding.
@@ -317,30 +341,39 @@ def test_an_expert_that_tokens_of_one_text_reach_is_tested_on_halves():
         mask = torch.ones(8, 32, dtype=torch.bool)
         mask.view(-1)[tokens_of[batch]] = False
         mixture._activations.token_masks[batch] = mask
+    written = {}
 
-    parts = mixture._parts(0)
+    mixture.refit(written.__setitem__)
 
-    assert not parts.are_texts
-    num_tokens = [problem.statistics.num_tokens for problem in parts.problems]
-    assert sum(num_tokens) == len(tokens_of[0])
-    assert mixture._parts(1).are_texts
+    (problem,) = mixture._problems_by_text(0)
+    assert problem.statistics.num_tokens == len(tokens_of[0])
+    assert sorted(written) == [1, 2, 3]
 
 
 def test_held_out_batches_are_no_part_of_a_text():
     mixture, _ = mixture_that_should_change([1, 1, 1], ["a", "b", "c"])
     mixture._activations.held_out = [False, True, False]
 
-    parts = mixture._parts(2)
+    problems = mixture._problems_by_text(2)
 
-    num_tokens = [problem.statistics.num_tokens for problem in parts.problems]
+    num_tokens = [problem.statistics.num_tokens for problem in problems]
     assert num_tokens == [len(mixture._batches[batch].tokens_of(2)) for batch in (0, 2)]
 
 
-def test_experts_are_not_refitted_to_targets_of_noise():
-    _, experts, activations, entering = mixture_layer("mixtral")
+def test_experts_are_not_refitted_to_noise():
+    """The targets are what the experts return already, and noise that no fit to other texts can know."""
+    _, experts, activations, entering = mixture_layer("mixtral", batches_of_texts())
+    outputs = LayerTargets(
+        activations,
+        [],
+        Correction("full", 0.0),
+        HiddenStates(None, entering),
+        experts=experts.module,
+    )
+    generator = torch.Generator().manual_seed(0)
     wanted = activations.store()
-    for hidden in entering:
-        wanted.append(torch.randn_like(hidden))
+    for output in outputs.expert_targets():
+        wanted.append(output + torch.randn(output.shape, generator=generator))
     before = experts.module.down_proj.clone()
     mixture = SmallerMixture(experts, activations, entering, wanted)
 

@@ -32,7 +32,12 @@ MIXTURES = [family for family, outcome in read_outcomes().items() if "experts" i
 def prune_quietly(model, pattern="experts:0.5", batches=None, output=None, **options):
     """Prune a model, in memory or from a folder to another; returns the pruner and its report."""
     pruner = FistaPruner(FistaPruningConfig(pattern=pattern, **options), progress=False)
-    batches = family_tokens() if batches is None else batches
+    if batches is None:
+        # Two texts: experts are refitted to several only.
+        batches = [
+            {"input_ids": ids, "source": name}
+            for ids, name in zip(family_tokens(), "ab", strict=True)
+        ]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of few tokens, and of layers without residual correction
         return pruner, pruner.prune(
@@ -216,7 +221,12 @@ def test_a_failure_leaves_the_model_as_it_was(at):
     changed = []  # whether the experts of each finished layer were
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = model.config
-    batches = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1)).split(8)
+    ids = torch.randint(3, 64, (48, 32), generator=torch.Generator().manual_seed(1))
+    # Experts are refitted to several texts only.
+    batches = [
+        {"input_ids": rows, "source": name}
+        for rows, name in zip(ids.split(8), "ababab", strict=True)
+    ]
 
     class Watch(PruningCallback):
         def on_layer_end(self, index, report, operators):
@@ -244,6 +254,15 @@ def test_all_groups_of_the_router_keep_equally_many_experts():
 
     assert all(sum(expert < 4 for expert in found) == 3 for found in kept(report))
     assert model.config.n_routed_experts == 6
+
+
+def test_with_one_text_no_expert_is_refitted_and_a_warning_says_so():
+    _, report = prune_quietly(tiny_model("mixtral"), batches=family_tokens())
+
+    (warning,) = [text for text in report.warnings if "refitted" in text]
+    assert "because the calibration is one text" in warning
+    assert {mixture.num_refitted for mixture in report.mixtures} == {0}
+    assert "refitted" not in report.experts_left
 
 
 def test_without_refits_the_report_counts_no_refitted_expert():

@@ -63,7 +63,12 @@ def prune(model, output=None, batches=None, **options):
     """Remove half of the experts, in memory or from a folder to `output`; returns the pruner and its report."""
     options = {"pattern": "experts:0.5", **options}
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
-    batches = family_tokens() if batches is None else batches
+    if batches is None:
+        # Two texts: experts are refitted to several only.
+        batches = [
+            {"input_ids": ids, "source": name}
+            for ids, name in zip(family_tokens(), "ab", strict=True)
+        ]
     where = {} if output is None else {"output_dir": output}
     return pruner, pruner.prune(model, batches, **where)
 

@@ -280,17 +280,19 @@ def try_experts(family: str, folder: Path, *, multimodal: bool = False) -> str:
     if not has_mixture:
         return ""
     batches = family_batches(model)
+    # Experts are refitted to several texts only.
+    texts = [batch | {"source": f"text {number}"} for number, batch in enumerate(batches)]
     model.save_pretrained(folder / "dense")
     pruner = FistaPruner(FistaPruningConfig(pattern="experts:0.5"), progress=False)
     try:
-        report = prune(pruner, model, batches)
+        report = prune(pruner, model, texts)
     except UnsupportedArchitectureError as error:
         reason = " ".join(str(error).split()).partition("can't lose experts: ")[2]
         return reason.removesuffix(".")
 
     assert report.mixtures
     assert bool(torch.isfinite(logits(model, **batches[0])).all())
-    prune(pruner, str(folder / "dense"), batches, output_dir=folder / "streamed", device="cpu")
+    prune(pruner, str(folder / "dense"), texts, output_dir=folder / "streamed", device="cpu")
     streamed = type(model).from_pretrained(folder / "streamed").state_dict()
     assert all(torch.equal(tensor, streamed[name]) for name, tensor in model.state_dict().items())
     verified = verify_checkpoint(folder / "streamed", dense=folder / "dense")
