@@ -18,6 +18,7 @@ Each row is written when it is measured, and the same command goes on after the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -25,6 +26,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -53,6 +55,7 @@ from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.verdict import LEAST_TOKENS
 from optimum_fista.versions import device_name
 
+WAYS = ("files", "memory")
 HELPS = {
     "device": "where to prune",
     "ways": "files (from files to files), memory (a model that is loaded whole)",
@@ -87,7 +90,7 @@ def planned_run(arguments: Namespace, way: str, method: str, pattern: str) -> Ru
         batch_size=arguments.batch_size,
         method=method,
         pattern=pattern,
-        way="files" if way == "files" else "memory",
+        way=way,
     )
 
 
@@ -112,19 +115,26 @@ def save_random_model(arguments: Namespace) -> Path:
             num_attention_heads=arguments.heads,
             num_key_value_heads=arguments.key_value_heads,
             vocab_size=arguments.vocabulary,
-            max_position_embeddings=arguments.sequence_length,
+            max_position_embeddings=131072,
         )
         unfinished.rename(folder)
     return folder
 
 
 def measure(
-    arguments: Namespace, source: Path, way: str, method: str, pattern: str, *, by_stage: bool
+    arguments: Namespace,
+    source: Path,
+    *,
+    way: str,
+    method: str,
+    pattern: str,
+    by_stage: bool,
+    folder: Path,
 ) -> dict[str, Any]:
     """Prune the model of the folder `source` once, in this process; returns what was measured.
 
-    The result is written to a temporary folder in `arguments.folder`, and deleted. Loading and saving count. The tokens
-    are random. With `by_stage`, functions of the package are replaced while it runs (`Stopwatch.installed`).
+    The result is written into the empty `folder`. Loading and saving count. The tokens are random. With `by_stage`,
+    functions of the package are replaced while it runs (`Stopwatch.installed`).
     """
     device = torch.device(arguments.device)
     num_held_out = _num_held_out(arguments)
@@ -136,12 +146,11 @@ def measure(
 
     pruner = FistaPruner(parse_config(method, pattern, arguments.seed), progress=False)
     stopwatch = Stopwatch(partial(seconds_when_done, device))
+    output = folder / "out"
     with (
-        tempfile.TemporaryDirectory(dir=arguments.folder) as temporary,
         stopwatch.installed() if by_stage else nullcontext(),
         peak_of_run(device) as peak,
     ):
-        output = Path(temporary) / "out"
         processor_started = time.process_time()
         stopwatch.restart()
         if way == "files":
@@ -188,41 +197,55 @@ def peak_of_run(device: torch.device) -> Iterator[MemoryPeak]:
 
 def measure_random(arguments: Namespace) -> None:
     """Measure the runs on the random model that `arguments.output` does not have, and write a row for each."""
+    unknown = set(arguments.ways) - set(WAYS)
+    if unknown:
+        raise SystemExit(
+            f"--ways has {', '.join(sorted(unknown))}: pass some of {', '.join(WAYS)}."
+        )
     record = open_record(arguments, *CHOICES)
     source = save_random_model(arguments)
-    for way in arguments.ways:
-        for pattern in arguments.patterns:
-            for method in arguments.methods:
-                expected = {}
-                if method in METHODS:
-                    expected = expected_seconds(planned_run(arguments, way, method, pattern))
-                for by_stage in (False, True):
-                    name = {"way": way, "pattern": pattern, "method": method, "by_stage": by_stage}
-                    question = partial(measure, arguments, source, **name)
-                    answer_once(arguments, record, name | {"expected": expected}, question)
+    runs = itertools.product(arguments.ways, arguments.patterns, arguments.methods, (False, True))
+    for way, pattern, method, by_stage in runs:
+        name = {"way": way, "pattern": pattern, "method": method, "by_stage": by_stage}
+        expected = {}
+        if method in METHODS:
+            expected = expected_seconds(planned_run(arguments, way, method, pattern))
+        question = partial(measure, arguments, source, **name)
+        answer_once(arguments, record, name, question, {"expected": expected})
 
 
 def answer_once(
-    arguments: Namespace, record: dict[str, Any], name: dict[str, Any], question: partial[Any]
+    arguments: Namespace,
+    record: dict[str, Any],
+    name: dict[str, Any],
+    question: partial[Any],
+    known: dict[str, Any] | None = None,
 ) -> None:
-    """Call `question` in a process of its own, and write its answer beside `name` as a row of `arguments.output`.
+    """Call `question` in a process of its own, and write a row of `arguments.output`.
 
-    Changes `record["rows"]`. A row with all values of `name` is not measured again, unless it has an error. An error is
-    written as a row, too, so that other rows are measured.
+    The question gets an empty folder, which is deleted afterwards. The row has `name`, the device's own name, the
+    answer, and what is `known` besides. Changes `record["rows"]`. If there is a row with this name, of the same device,
+    nothing is measured, unless the row has an error. An error is written as a row, too, so that other rows are
+    measured.
     """
+    name = {"card": device_name(torch.device(arguments.device)), **name}
     same_rows = [
         row for row in record["rows"] if all(row.get(key) == value for key, value in name.items())
     ]
     if same_rows and "error" not in same_rows[0]:
         return
-    with multiprocessing.get_context("spawn").Pool(1) as process:
+    context = multiprocessing.get_context("spawn")
+    with (
+        # Made here, so that it is deleted also if the process is killed.
+        tempfile.TemporaryDirectory(dir=arguments.folder) as folder,
+        ProcessPoolExecutor(1, mp_context=context) as process,
+    ):
         try:
-            answer = process.apply(question)
-        except Exception as error:  # such as too little memory
+            answer = process.submit(question, folder=Path(folder)).result()
+        except Exception as error:  # also that the process was killed, because memory was short
             answer = {"error": f"{type(error).__name__}: {error}"[:500]}
     record["rows"] = [row for row in record["rows"] if row not in same_rows]
-    record["rows"].append({**name, **answer})
-    record["device"] = device_name(torch.device(arguments.device))
+    record["rows"].append({**name, **(known or {}), **answer})
     save(arguments, record)
     print(f"{len(record['rows'])} rows: {name} {answer.get('error', '')}", flush=True)
 
@@ -242,15 +265,17 @@ def measure_trained(arguments: Namespace) -> None:
     for pattern in arguments.patterns:
         for method in arguments.trained_methods:
             name = {"trained": Path(arguments.trained).name, "pattern": pattern, "method": method}
-            question = partial(compare_devices, arguments, method, pattern)
+            question = partial(compare_devices, arguments, method=method, pattern=pattern)
             answer_once(arguments, record, name | text, question)
 
 
-def compare_devices(arguments: Namespace, method: str, pattern: str) -> dict[str, Any]:
+def compare_devices(
+    arguments: Namespace, *, method: str, pattern: str, folder: Path
+) -> dict[str, Any]:
     """Prune the trained model on the CPU and on the device, in float32; returns how far the results agree.
 
-    "equal_zeros" is the share of the CPU's zeros that the device has, too. Perplexities of both results are measured on
-    the device.
+    The results are written into the empty `folder`. "equal_zeros" is the share of the CPU's zeros that the device has,
+    too. Perplexities of both results are measured on the device.
     """
     tokenizer = require_tokenizer(arguments.trained)
     num_samples = arguments.trained_samples
@@ -262,16 +287,14 @@ def compare_devices(arguments: Namespace, method: str, pattern: str) -> dict[str
     results: list[dict[str, Any]] = []
     models: list[PreTrainedModel] = []
     names: list[str] = []  # of the pruned weights
-    for device in ("cpu", arguments.device):
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as temporary:
-            output = Path(temporary) / "out"
-            pruner = FistaPruner(parse_config(method, pattern, arguments.seed), progress=False)
-            started = time.perf_counter()
-            report = pruner.prune(
-                arguments.trained, batches, output_dir=output, device=device, dtype="float32"
-            )
-            seconds = time.perf_counter() - started
-            model: Any = AutoModelForCausalLM.from_pretrained(output)
+    for output, device in ((folder / "cpu", "cpu"), (folder / "device", arguments.device)):
+        pruner = FistaPruner(parse_config(method, pattern, arguments.seed), progress=False)
+        started = time.perf_counter()
+        report = pruner.prune(
+            arguments.trained, batches, output_dir=output, device=device, dtype="float32"
+        )
+        seconds = time.perf_counter() - started
+        model: Any = AutoModelForCausalLM.from_pretrained(output)
         names = [operator.name for operator in report.operators]
         model.to(arguments.device)
         perplexity = {
@@ -298,9 +321,8 @@ def share_of_equal_zeros(
 
 def tables(record: dict[str, Any]) -> list[str]:
     """Make the tables of a record: whole runs, then stages for each way and pattern, then trained models."""
-    lines = [f"{record.get('device')}; torch {record['versions']['torch']}"]
     whole_runs = []
-    runs_by_stage: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    runs_by_stage: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     trained = []
     for row in record["rows"]:
         if "trained" in row:
@@ -308,8 +330,10 @@ def tables(record: dict[str, Any]) -> list[str]:
         elif not row["by_stage"]:
             whole_runs.append(row)
         elif "error" not in row:
-            runs_by_stage.setdefault((row["way"], row["pattern"]), []).append(row)
+            together = (row["card"], row["way"], row["pattern"])
+            runs_by_stage.setdefault(together, []).append(row)
 
+    lines = [f"torch {record['versions']['torch']}"]
     if whole_runs:
         lines += ["", *table_of_runs(whole_runs)]
     for rows in runs_by_stage.values():
@@ -321,11 +345,11 @@ def tables(record: dict[str, Any]) -> list[str]:
 
 def table_of_runs(rows: list[dict[str, Any]]) -> list[str]:
     """Make a line for each whole run: its time beside what is expected, and its memory."""
-    headings = ["way", "pattern", "method", "seconds", "expected", "processor seconds"]
+    headings = ["device", "way", "pattern", "method", "seconds", "expected", "processor seconds"]
     headings += ["device, peak", "host, peak"]
     lines = []
     for row in rows:
-        cells = [row["way"], row["pattern"], row["method"]]
+        cells = [row["card"], row["way"], row["pattern"], row["method"]]
         if "error" in row:
             cells += [row["error"], "", "", "", ""]
         else:
@@ -339,8 +363,8 @@ def table_of_runs(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def table_of_stages(rows: list[dict[str, Any]]) -> list[str]:
-    """Make a line for each stage: seconds of each of `rows`, of one way and pattern, beside what is expected."""
-    headings = [f"stage ({rows[0]['way']}, {rows[0]['pattern']})"]
+    """Make a line for each stage: seconds of `rows`, all of one device, way and pattern, beside what is expected."""
+    headings = [f"stage ({rows[0]['card']}, {rows[0]['way']}, {rows[0]['pattern']})"]
     columns: list[dict[str, float]] = []
     for row in rows:
         headings += [f"{row['method']}, seconds", "expected"]
@@ -359,18 +383,12 @@ def _sum_text(seconds: dict[str, float]) -> str:
 
 
 def table_of_trained(rows: list[dict[str, Any]]) -> list[str]:
-    """Make a line for each comparison of the device with the CPU."""
-    headings = [
-        "model",
-        "pattern",
-        "method",
-        "equal zeros",
-        "perplexity, CPU",
-        "perplexity, device",
-    ]
+    """Make a line for each comparison of a device with the CPU."""
+    headings = ["model", "device", "pattern", "method", "equal zeros"]
+    headings += ["perplexity, pruned on the CPU", "perplexity, pruned on the device"]
     lines = []
     for row in rows:
-        cells = [row["trained"], row["pattern"], row["method"]]
+        cells = [row["trained"], row["card"], row["pattern"], row["method"]]
         if "error" in row:
             cells += [row["error"], "", ""]
         else:
@@ -388,7 +406,7 @@ def main() -> None:
         __doc__,
         helps=HELPS,
         device="cuda",
-        ways=["files", "memory"],
+        ways=list(WAYS),
         methods=["default", "sparsegpt"],
         patterns=["0.5", "2:4"],
         hidden=4096,

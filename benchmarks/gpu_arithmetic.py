@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from stages import REST, STAGES
 
@@ -39,6 +39,8 @@ RATES = {
     "hashes": 1.5e9,
 }
 METHODS = ("default", "sparsegpt")
+
+_SUMS = "tf32"  # how a run multiplies Gram matrices on such a device (`model.precision.choose_products`)
 
 _LEAF = 256  # `model.gram`: a block of so many inputs is multiplied whole
 _ADMM_STAGES = 3  # of the default method, each with one inverse
@@ -91,8 +93,7 @@ class Run:
     batch_size: int
     method: str  # one of METHODS
     pattern: str  # "2:4", or any fraction of zeros
-    way: Literal["files", "memory"]  # from files to files, or a model that is loaded whole
-    sums: str = "tf32"  # how Gram matrices are multiplied, a key of RATES
+    way: str  # "files" (from files to files), or "memory" (a model that is loaded whole)
 
     @property
     def is_default(self) -> bool:
@@ -200,7 +201,7 @@ def _forward_passes(run: Run) -> Counter[str]:
 
 def _gram_matrices(run: Run) -> Counter[str]:
     """Count the Gram matrices of one decoder layer."""
-    return Counter({run.sums: run.num_tokens * sum(_triangle(g.inputs) for g in run.groups)})
+    return Counter({_SUMS: run.num_tokens * sum(_triangle(g.inputs) for g in run.groups)})
 
 
 def _triangle(size: int) -> int:
@@ -220,7 +221,7 @@ def _cross_gram_matrices(run: Run) -> Counter[str]:
     if run.is_default:
         for group in run.groups[1:]:
             flops += 2 * group.inputs * min(group.inputs, sum(group.outputs))
-    return Counter({run.sums: run.num_tokens * flops})
+    return Counter({_SUMS: run.num_tokens * flops})
 
 
 def _factorizations(run: Run) -> Counter[str]:

@@ -1,6 +1,8 @@
 """benchmarks/gpu.py runs, resumes and compares on a CPU, and its arithmetic counts what a run does."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -108,10 +110,13 @@ def test_a_first_day_on_a_gpu_is_measured_by_stage_and_resumes(on_gpu, tmp_path)
         if row["by_stage"]:
             assert sum(row["stages"].values()) == row["seconds"]
             assert row["stages"].keys() <= row["expected"].keys()
-    assert "| stage (memory, 2:4) | default, seconds | expected | sparsegpt, seconds |" in shown
+    assert (
+        "| stage (cpu, memory, 2:4) | default, seconds | expected | sparsegpt, seconds |" in shown
+    )
     assert not list((tmp_path / "models").glob("tmp*"))
 
     rows[0]["seconds"] = 12345.0  # shows that this row is not measured again
+    rows[1]["expected"] = {}  # of an earlier version of the arithmetic
     rows[3]["error"] = "no memory"  # a row with an error is
     (tmp_path / "gpu.json").write_text(json.dumps(record))
     shown, resumed = on_gpu(*flags, "--ways", "files")
@@ -119,6 +124,36 @@ def test_a_first_day_on_a_gpu_is_measured_by_stage_and_resumes(on_gpu, tmp_path)
     assert resumed["rows"][:7] == [*rows[:3], *rows[4:]]
     assert "error" not in resumed["rows"][7]
     assert "12345.0" in shown
+
+
+def test_a_run_whose_process_is_killed_is_a_row_and_the_others_are_measured(
+    on_gpu, benchmark, tmp_path, monkeypatch
+):
+    script = benchmark("gpu")
+    parse_config = script.parse_config
+
+    def killed(method, *given):
+        """Kill the process that is about to run the default method, as a system without memory does."""
+        if method == "default":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return parse_config(method, *given)
+
+    monkeypatch.setattr(script, "parse_config", killed)
+
+    shown, record = on_gpu("--methods", "default,magnitude", "--patterns", "2:4", "--ways", "files")
+
+    default, by_stage, magnitude, magnitude_by_stage = record["rows"]
+    assert "BrokenProcessPool" in default["error"]
+    assert "BrokenProcessPool" in by_stage["error"]
+    assert magnitude["seconds"] > 0
+    assert magnitude_by_stage["expected"] == {}  # the arithmetic does not know the method
+    assert "| cpu | files | 2:4 | default | BrokenProcessPool" in shown
+    assert len(list((tmp_path / "models").iterdir())) == 1  # the random model
+
+
+def test_an_unknown_way_is_refused(on_gpu):
+    with pytest.raises(SystemExit, match="--ways has disk: pass some of files, memory"):
+        on_gpu("--ways", "disk")
 
 
 def test_a_trained_model_is_compared_on_two_devices(on_gpu, tmp_path):

@@ -40,14 +40,20 @@ def test_a_peak_is_that_of_the_whole_run(benchmark, bytes_before):
 @pytest.mark.parametrize("way", ["files", "memory"])
 def test_the_host_waits_for_the_device_when_a_stage_begins_or_ends(benchmark, tmp_path, way):
     tiny_llama().save_pretrained(tmp_path / "model")
-    arguments = Namespace(folder=tmp_path, **SETTINGS)
+    arguments = Namespace(**SETTINGS)
     script = benchmark("gpu")
     waits = {}
 
     for by_stage in (False, True):
         with backend.counted() as counts:
             measured = script.measure(
-                arguments, tmp_path / "model", way, "default", "0.5", by_stage=by_stage
+                arguments,
+                tmp_path / "model",
+                way=way,
+                method="default",
+                pattern="0.5",
+                by_stage=by_stage,
+                folder=tmp_path / str(by_stage),
             )
         waits[by_stage] = counts.waits
 
@@ -64,14 +70,15 @@ def test_a_trained_model_has_the_zeros_of_the_cpu(benchmark, tmp_path):
     text = tmp_path / "sea.txt"
     text.write_text(TEXT * 8)
     arguments = Namespace(
-        folder=tmp_path,
         trained=str(tmp_path / "model"),
         calibration=str(text),
         texts=[str(text)],
         **SETTINGS,
     )
 
-    row = benchmark("gpu").compare_devices(arguments, "default", "0.5")
+    row = benchmark("gpu").compare_devices(
+        arguments, method="default", pattern="0.5", folder=tmp_path
+    )
 
     assert row["equal_zeros"] > 0.99
     on_cpu, on_device = row["results"]
