@@ -159,8 +159,8 @@ def _shares_of_zeros(
     """
     config = plan.config
     average = config.sparsity or 0.0
-    costs_on_device: dict[str, torch.Tensor] = {}
-    sizes: dict[str, int] = {}
+    costs_on_device: dict[str, torch.Tensor] = {}  # by pool
+    sizes: dict[str, int] = {}  # numbers of weights, by pool
     output_weights: dict[str, torch.Tensor] = {}
     device = execution_device(plan.layers.model.get_input_embeddings())
     bar = tqdm(
@@ -190,12 +190,20 @@ def _shares_of_zeros(
     sparsities: dict[str, float] = {}
     sparsities_of_pools = allocate(costs, sizes, average) if costs else {}
     for key, sparsity in sparsities_of_pools.items():
-        names = pools[key]
-        num_weights = sizes[key] // len(names)  # all operators of a pool have one size
-        # Numbers of zeros are whole: if the division has a rest, the first experts get one more.
-        num_zeros_of_pool = round(sparsity * sizes[key])
-        fewest, rest = divmod(num_zeros_of_pool, len(names))
-        for position, name in enumerate(names):
-            num_zeros = fewest + 1 if position < rest else fewest
-            sparsities[name] = num_zeros / num_weights
+        sparsities |= _divided(pools[key], num_weights=sizes[key], sparsity=sparsity)
     return _Shares(sparsities, output_weights)
+
+
+def _divided(names: Sequence[str], *, num_weights: int, sparsity: float) -> dict[str, float]:
+    """Divide the zeros of a pool equally among its operators; returns the share of zeros of each, by its name.
+
+    The pool has `num_weights` weights, of which the share `sparsity` becomes zero. All its operators have one size.
+    """
+    weights_of_each = num_weights // len(names)
+    # Numbers of zeros are whole: if the division has a rest, the first experts get one more.
+    fewest, rest = divmod(round(sparsity * num_weights), len(names))
+    sparsities = {}
+    for position, name in enumerate(names):
+        num_zeros = fewest + 1 if position < rest else fewest
+        sparsities[name] = num_zeros / weights_of_each
+    return sparsities

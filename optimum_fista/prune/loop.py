@@ -576,24 +576,15 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
         else:
             others.append(number)
 
-    # Rows of all operators of a group compete for its zeros, which decides how many each operator gets.
-    results = prune_weighted(
-        plan.method,
+    solutions_of_weighted = _solved_by_competing_rows(
+        plan,
         [problem_groups[number] for number in weighted],
         [
             [output_weights[operator.name] for operator in groups[number].operators]
             for number in weighted
         ],
     )
-    counts_of_groups = _kept_by_groups(results)
-    for number, operators, counts in zip(weighted, results, counts_of_groups, strict=True):
-        patterns = [
-            replace(pattern, sparsity=1 - num_kept / pruned.mask.numel())
-            for pattern, pruned, num_kept in zip(
-                problem_groups[number].patterns, operators, counts, strict=True
-            )
-        ]
-        solutions[number] = GroupSolution(operators, patterns, plan.method.name)
+    solutions.update(zip(weighted, solutions_of_weighted, strict=True))
 
     results = plan.method.prune_groups([problem_groups[number] for number in others])
     for number, operators in zip(others, results, strict=True):
@@ -606,6 +597,30 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
             # A product with a mask leaves -0.0 in place of negative weights.
             pruned.weight.masked_fill_(~pruned.mask, 0.0)
     return [solutions[number] for number in range(len(groups))]
+
+
+def _solved_by_competing_rows(
+    plan: Plan,
+    problem_groups: Sequence[ProblemGroup],
+    output_weights: Sequence[Sequence[Tensor]],
+) -> list[GroupSolution]:
+    """Solve groups in which the rows of all operators compete for the zeros of the group (`prune_weighted`).
+
+    So the result decides how many zeros each operator gets, and the patterns of a solution have these shares.
+    `output_weights` has for each operator of each group what an error in each output costs, [out]. The weights and
+    targets in the problems change by rounding.
+    """
+    results = prune_weighted(plan.method, problem_groups, output_weights)
+    solutions: list[GroupSolution] = []
+    for group, operators, counts in zip(
+        problem_groups, results, _kept_by_groups(results), strict=True
+    ):
+        patterns = [
+            replace(pattern, sparsity=1 - num_kept / pruned.mask.numel())
+            for pattern, pruned, num_kept in zip(group.patterns, operators, counts, strict=True)
+        ]
+        solutions.append(GroupSolution(operators, patterns, plan.method.name))
+    return solutions
 
 
 def _kept_by_groups(results: Sequence[Sequence[PrunedOperator]]) -> list[list[int]]:
