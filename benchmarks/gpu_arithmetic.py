@@ -1,8 +1,8 @@
 """How long pruning a Llama should take on a GPU, by stage: arithmetic for `gpu.py`, in which nothing is measured.
 
-`work_by_stage` counts what a run does, in the stages of `stages.py`: floating-point operations by kind, and bytes.
-`RATES` are taken from data sheets and experience with such devices, and `expected_seconds` divides by them. Stages are
-added up, as if nothing ran at the same time.
+`work_by_stage` counts what a run does, in the stages of `stages.py`: floating-point operations (FLOP) by kind, bytes,
+and kernels. `expected_seconds` divides by `RATES`, which are assumptions about an H100: its data sheet has more for all
+products. Stages are added up, as if nothing ran at the same time.
 
 Of work element by element, only that of the solver is counted, by the tensors that its code reads and writes. The
 counts of products are exact: a test compares them with those of a run. Another test counts the kernels of a selection.
@@ -42,6 +42,7 @@ METHODS = ("default", "sparsegpt")
 
 _SUMS = "tf32"  # how a run multiplies Gram matrices on such a device (`model.precision.choose_products`)
 
+_BYTES_OF_WEIGHT = 2  # in bfloat16
 _LEAF = 256  # `model.gram`: a block of so many inputs is multiplied whole
 _ADMM_STAGES = 3  # of the default method, each with one inverse
 _ADMM_ITERATIONS = 12  # of all stages
@@ -184,19 +185,20 @@ def _forward_passes(run: Run) -> Counter[str]:
     is pruned.
     """
     projections, output, gate_and_up, _ = (2 * group.weights for group in run.groups)
-    one_pass = 2 * run.weights_of_layer + run.attention
-    passes = one_pass
+    # FLOP for each token in a decoder layer
+    of_whole_layer = 2 * run.weights_of_layer + run.attention
+    of_fitted_token = of_whole_layer
     if run.is_default:
-        passes += projections + run.attention + output + gate_and_up
-    # Of each layer, a pass of one batch shows which operators share their inputs. The first layer runs once more for
-    # each network, to show the form of its output.
-    tokens_of_batch = run.batch_size * run.sequence_length
-    num_passes_besides = run.layers * tokens_of_batch + tokens_of_batch + 2 * run.sequence_length
-    # Held-out text runs through both networks besides.
-    num_passes_besides += run.layers * 2 * run.num_held_out_tokens
-    return Counter(
-        {"bfloat16": run.layers * run.num_tokens * passes + num_passes_besides * one_pass}
-    )
+        of_fitted_token += projections + run.attention + output + gate_and_up
+
+    # Tokens that run through whole layers besides, in all layers together. In each layer, one batch shows which
+    # operators share their inputs, and held-out text runs in both networks.
+    num_batch_tokens = run.batch_size * run.sequence_length
+    num_other_tokens = run.layers * (num_batch_tokens + 2 * run.num_held_out_tokens)
+    # The first layer shows the form of its output: for a batch, and for a held-out sequence in both networks.
+    num_other_tokens += num_batch_tokens + 2 * run.sequence_length
+    flops = run.layers * run.num_tokens * of_fitted_token + num_other_tokens * of_whole_layer
+    return Counter({"bfloat16": flops})
 
 
 def _gram_matrices(run: Run) -> Counter[str]:
@@ -244,15 +246,15 @@ def _iterations(run: Run) -> Counter[str]:
         if run.is_default:
             work["float32"] += _ADMM_ITERATIONS * 2 * group.weights * group.inputs
             work["memory"] += _ADMM_ITERATIONS * _BYTES_OF_ITERATION * group.weights
-            continue
-        for _ in group.outputs:
-            work["factorization"] += group.inputs**3 / 3  # the factor of the inverse
-            work["launches"] += group.inputs * _LAUNCHES_OF_COLUMN
-        # The errors of a block change all columns to its right: half of them on average, read and written, and so is
-        # the product.
-        num_blocks = group.inputs / _BLOCK
-        work["float32"] += group.weights * max(0, group.inputs - _BLOCK)
-        work["memory"] += group.weights * (_BYTES_OF_COLUMN + 16 * num_blocks / 2)
+        else:
+            num_operators = len(group.outputs)
+            work["factorization"] += num_operators * group.inputs**3 / 3  # of the inverse
+            work["launches"] += num_operators * group.inputs * _LAUNCHES_OF_COLUMN
+            # The errors of a block change all columns to its right, half of them on average: a product in float32 is
+            # written and read, and so are the weights.
+            num_blocks = group.inputs / _BLOCK
+            work["float32"] += group.weights * max(0, group.inputs - _BLOCK)
+            work["memory"] += group.weights * (_BYTES_OF_COLUMN + 16 * num_blocks / 2)
     return work
 
 
@@ -311,26 +313,27 @@ def _allocation(run: Run) -> Counter[str]:
         work["bfloat16"] = run.sequence_length * (run.layers * of_layer + 2 * run.head)
         if run.way == "files":
             # The weights of each layer come to the device for both directions.
-            work["copies"] = 2 * 2 * run.layers * run.weights_of_layer
+            work["copies"] = 2 * _BYTES_OF_WEIGHT * run.layers * run.weights_of_layer
     return work
 
 
 def _rest(run: Run) -> Counter[str]:
     """Count what no stage has, for the whole model: files, copies and hashes, and the products that make targets.
 
-    A target is the product of an operator's weights and the cross-Gram matrix of its inputs.
+    A target is the product of an operator's weights and the cross-Gram matrix of its inputs. If the dense network's
+    outputs were summed, that sum is the target.
     """
     work = Counter[str]()
     if run.is_default:
         for group in run.groups[1:]:
-            if (
-                sum(group.outputs) >= group.inputs
-            ):  # otherwise the outputs were summed, which are the target
+            outputs_were_summed = sum(group.outputs) < group.inputs  # because they are fewer
+            if not outputs_were_summed:
                 work["float32"] += run.layers * 2 * group.weights * group.inputs
 
     num_weights = run.layers * run.weights_of_layer
-    bytes_of_layers = 2 * num_weights
-    bytes_of_model = bytes_of_layers + 2 * 2 * run.hidden * run.vocabulary
+    num_weights_around = 2 * run.hidden * run.vocabulary  # embedding and head
+    bytes_of_layers = _BYTES_OF_WEIGHT * num_weights
+    bytes_of_model = bytes_of_layers + _BYTES_OF_WEIGHT * num_weights_around
     bytes_of_masks = num_weights / 8
     if run.way == "files":
         # The masks wait in the journal first.
@@ -360,7 +363,7 @@ def arithmetic_table(runs: list[Run]) -> list[str]:
 
 
 def _amounts_text(amounts: Counter[str]) -> str:
-    """Write amounts by the keys of `RATES`, such as "3.8 PFLOP tf32"."""
+    """Write amounts by the keys of `RATES`, such as "99 TFLOP bfloat16, 28 GB copies"."""
     words = []
     for rate, amount in amounts.items():
         if rate in ("float32", "tf32", "bfloat16", "factorization"):

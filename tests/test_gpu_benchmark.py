@@ -32,8 +32,10 @@ def counts_attention_on_a_cpu(counter):
     return counter
 
 
-@pytest.mark.parametrize("method", ["default", "sparsegpt"])
-def test_the_arithmetic_for_a_gpu_counts_the_products_of_a_run(benchmark, method):
+@pytest.mark.parametrize(
+    ("method", "pattern"), [("default", "0.5"), ("default", "2:4"), ("sparsegpt", "0.5")]
+)
+def test_the_arithmetic_for_a_gpu_counts_the_products_of_a_run(benchmark, method, pattern):
     arithmetic = benchmark("gpu_arithmetic")
     run = arithmetic.Run(
         hidden=64,
@@ -47,7 +49,7 @@ def test_the_arithmetic_for_a_gpu_counts_the_products_of_a_run(benchmark, method
         sequence_length=24,
         batch_size=2,
         method=method,
-        pattern="0.5",
+        pattern=pattern,
         way="memory",
     )
     model = tiny_llama(
@@ -57,7 +59,7 @@ def test_the_arithmetic_for_a_gpu_counts_the_products_of_a_run(benchmark, method
     batches = list(tokens[: run.num_samples].split(run.batch_size))
     batches.append({"input_ids": tokens[run.num_samples :], "held_out": True})
     # gradients on one sequence, as of the real model
-    config = benchmark("shared").parse_config(f"{method}:allocation_tokens=24", "0.5")
+    config = benchmark("shared").parse_config(f"{method}:allocation_tokens=24", pattern)
 
     with counts_attention_on_a_cpu(benchmark("shared").counted_products()) as counter:
         stopwatch = benchmark("stages").Stopwatch(counter.get_total_flops)
