@@ -21,7 +21,7 @@ import json
 import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -42,8 +42,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
+from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import CalibrationBatch, equal_shares
 from optimum_fista.model.correction import Correction, LayerTargets
+from optimum_fista.model.experts import FusedExperts
 from optimum_fista.model.inputs import (
     HiddenStates,
     LayerActivations,
@@ -111,6 +113,52 @@ class Draw:
             modules = [model.get_submodule(part.name) for part in parts]
             self._gradients = output_gradients(model, modules, self.batches)
         return self._gradients
+
+
+@dataclass(frozen=True)
+class DenseMixture:
+    """The mixture of a decoder layer with all its experts, from which smaller layers are made.
+
+    Attributes:
+        part: The mixture as a part of the model.
+        layer_name: Of its decoder layer, such as "model.layers.3".
+        experts: All of them.
+        view: What they compute for the calibration.
+        activations: Run the layer on the calibration.
+        hidden_states: That enter the layer, [batch, sequence, hidden] of each batch.
+        targets: What the sum of the experts should be, [batch, sequence, hidden] of each batch; empty if no way
+            repairs anything.
+    """
+
+    part: Part
+    layer_name: str
+    experts: FusedExperts
+    view: MixtureView
+    activations: LayerActivations
+    hidden_states: Sequence[Tensor]
+    targets: ActivationStore
+
+    def smaller_layer(
+        self, plan: Shrinking, kept: tuple[int, ...], repairs: str
+    ) -> torch.nn.Module:
+        """Copy the layer without the experts that are not `kept`, and make the `repairs` in the copy ("none": none)."""
+        smaller = smaller_copy(
+            plan, self.layer_name, self.activations.layer, {self.part.name: kept}
+        )
+        repair(
+            repairs,
+            SmallerLayer(
+                view=self.view,
+                kept=kept,
+                all_experts=self.experts,
+                experts=experts_of(self.part, self.layer_name, smaller),
+                router=router_of(smaller),
+                activations=replace(self.activations, layer=smaller),
+                hidden_states=self.hidden_states,
+                targets=self.targets,
+            ),
+        )
+        return smaller
 
 
 class Removals:
@@ -183,7 +231,8 @@ class Removals:
                     layers.append(partial(_same, layer))
                 continue
 
-            experts = experts_of(parts[name], name, layer)
+            part = parts[name]
+            experts = experts_of(part, name, layer)
             targets = LayerTargets(
                 activations, [], CORRECTIONS[stream], entering=states, experts=experts.module
             )
@@ -198,6 +247,15 @@ class Removals:
             if any(way.repairs != "none" for way in ways):
                 for target in targets.expert_targets():
                     expert_targets.append(target)
+            dense_mixture = DenseMixture(
+                part=part,
+                layer_name=name,
+                experts=experts,
+                view=view,
+                activations=activations,
+                hidden_states=states.to_prune_on,
+                targets=expert_targets,
+            )
             scores = {
                 criterion: CRITERIA[criterion](view, seed * len(self.layers) + index)
                 for criterion in {way.criterion for way in ways}
@@ -205,28 +263,20 @@ class Removals:
 
             for way, layers in zip(ways, layers_of_ways, strict=True):
                 plan = plans[way.share]
-                part = parts[name]
                 kept = experts_to_keep(scores[way.criterion], plan.num_kept[part.name])
-                make = partial(smaller_copy, plan, name, layer, {part.name: kept})
                 if is_pruned or way.repairs != "none":
-                    smaller = make()
-                    make = partial(_same, smaller)
-                    repair(
-                        way.repairs,
-                        SmallerLayer(
-                            view=view,
-                            kept=kept,
-                            all_experts=experts,
-                            experts=experts_of(part, name, smaller),
-                            router=router_of(smaller),
-                            activations=replace(activations, layer=smaller),
-                            hidden_states=states.to_prune_on,
-                            targets=expert_targets,
-                        ),
-                    )
-                layers.append(make)
-            del view  # before the next one is made
-            states = targets.leave(layers_of_ways[0][-1]() if is_pruned else None)
+                    smaller = dense_mixture.smaller_layer(plan, kept, way.repairs)
+                    layers.append(partial(_same, smaller))
+                else:
+                    # It has no reference to `view`, which is freed below.
+                    layers.append(partial(smaller_copy, plan, name, layer, {part.name: kept}))
+            del view, dense_mixture  # before the next ones are made
+
+            smaller_layer = None
+            if is_pruned:
+                (way_layers,) = layers_of_ways
+                smaller_layer = way_layers[-1]()
+            states = targets.leave(smaller_layer)
         return layers_of_ways
 
     def losses(
