@@ -28,7 +28,7 @@ class RecoveryReport:
     calibration: dict[str, Any]
     # Of the training, by name.
     options: dict[str, Any]
-    # [step, seconds, held-out loss] of each; the loss is the mean negative log-likelihood of a token.
+    # [step, seconds, held-out loss] of each; the loss is the mean negative log-likelihood of a token that counts.
     evaluations: list[list[float]]
     # The weights after this step were kept; 0: no step was better than the weights before.
     best_step: int
@@ -45,20 +45,22 @@ class RecoveryReport:
         """Describe the recovery in one line: loss before and after it on its own held-out text, training, teacher.
 
         `self.calibration` has the number (`held_out`) and the length of the held-out sequences, and the name of the
-        text (`source`). A loss is the mean negative log-likelihood of a token.
+        text (`source`). A loss is the mean negative log-likelihood of a token, or with the option `answers_only` of a
+        token of an answer.
         """
         perplexity_before = math.exp(self.held_out_loss_before)
         perplexity = math.exp(self.held_out_loss)
         sequences = self.calibration["held_out"]
         length = self.calibration["sequence_length"]
         steps = self.evaluations[-1][0]  # an evaluation is [step, seconds, loss]
+        of_answers = ", answers alone" if self.options.get("answers_only") else ""
         best = "nothing gained, so the weights stayed"
         if self.best_step:
             best = f"best after step {self.best_step}"
         return (
             f"held-out loss {self.held_out_loss_before:.4f} -> {self.held_out_loss:.4f} "
             f"(perplexity {perplexity_before:.2f} -> {perplexity:.2f}) on {sequences} held-out sequences of {length} "
-            f"tokens; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on {self.num_tokens:,} "
-            f"tokens of {self.calibration['source']} in {steps:.0f} steps and {self.seconds / 60:.1f} min, with "
-            f"{self.teacher} as the teacher; {best}"
+            f"tokens{of_answers}; {WORDS_OF_TRAIN[self.train]} trained ({self.num_trained:,} weights) on "
+            f"{self.num_tokens:,} tokens of {self.calibration['source']} in {steps:.0f} steps and "
+            f"{self.seconds / 60:.1f} min, with {self.teacher} as the teacher; {best}"
         )

@@ -100,6 +100,7 @@ def test_the_held_out_loss_is_the_mean_over_tokens_of_answers(run, student, text
     assert 0 < len(of_answers) < len(of_tokens)
     assert report.held_out_loss_before == pytest.approx(float(of_answers.mean()), rel=1e-5)
     assert report.options["answers_only"] is True
+    assert "held-out sequences of 16 tokens, answers alone; " in str(report)
 
 
 def test_each_token_of_an_answer_counts_as_much_in_batches_of_any_size(run):
