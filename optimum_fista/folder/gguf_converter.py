@@ -1,10 +1,15 @@
-"""Run llama.cpp's converter, which is told the tokenizer that a model had before it lost tokens.
+"""Run llama.cpp's converter, and tell it of a tokenizer what the converter does not find out by itself.
 
     python -m optimum_fista.folder.gguf_converter CONVERTER TOKENIZER [arguments of the converter]
 
 CONVERTER is its file, convert_hf_to_gguf.py. TOKENIZER is JSON, made by `gguf_file`: null, or the ids that the
 tokenizer gave to the converter's check text, or the name of a model that has it. The converter's own function looks the
-pre-tokenizer up; only the tokenizer that it is called with is another. No file of the converter is changed.
+pre-tokenizer up; only the tokenizer that it is called with is another.
+
+llama.cpp cuts a text with a SentencePiece tokenizer by *scores*: of all adjacent tokens whose union is a token, it
+merges those whose union has the highest score. The scores are in `tokenizer.model`. If only `tokenizer.json` is there,
+the converter gives all tokens the same score, and llama.cpp cuts texts otherwise than Transformers. So the tokens get
+scores from the order of the merges in `tokenizer.json`. No file of the converter is changed.
 """
 
 import importlib
@@ -67,8 +72,44 @@ def look_up_another(converter: ModuleType, tokenizer: Any) -> None:
     text_model.get_vocab_base_pre = name_of_pretokenizer
 
 
+def scores_by_merges(tokenizer_file: Path) -> dict[int, float]:
+    """Score the tokens of a BPE tokenizer with bytes, by their ids: the earlier its merge, the higher the score.
+
+    A token that several merges make has the score of the first one. A token that no merge makes has the lowest score.
+    `tokenizer_file` is a `tokenizer.json`. The result is empty for every other tokenizer: it has no such scores.
+    """
+    from tokenizers import Tokenizer
+
+    # The library writes merges of old and new files in the same form, as pairs.
+    model = json.loads(Tokenizer.from_file(str(tokenizer_file)).to_str())["model"]
+    if model["type"] != "BPE" or not model["byte_fallback"]:
+        return {}
+
+    vocabulary: dict[str, int] = model["vocab"]
+    merges = model["merges"]
+    scores = dict.fromkeys(vocabulary.values(), -float(len(merges)))
+    for rank in reversed(range(len(merges))):
+        left, right = merges[rank]
+        scores[vocabulary[left + right]] = -float(rank)
+    return scores
+
+
+def score_tokens(vocabulary_class: Any, scores: dict[int, float]) -> None:
+    """Make the converter's class of a tokenizer without `tokenizer.model` score tokens by `scores`.
+
+    Changes the class, `gguf.LlamaHfVocab`, in memory.
+    """
+    lowest = min(scores.values())
+
+    def score_of(_vocabulary: Any, token: int) -> float:
+        """Return the score of the token with this id."""
+        return scores.get(token, lowest)
+
+    vocabulary_class.get_token_score = score_of
+
+
 def main() -> None:
-    """Run the converter with the words of the command line."""
+    """Run the converter with the words of the command line, of which the first is the model's folder."""
     script, tokenizer_words, *words = sys.argv[1:]
     known_tokenizer = json.loads(tokenizer_words)
     converter = load_converter(Path(script))
@@ -83,6 +124,13 @@ def main() -> None:
         else:
             tokenizer = SavedTokenizer(known_tokenizer["text"], known_tokenizer["ids"])
         look_up_another(converter, tokenizer)
+
+    tokenizer_file = Path(words[0]) / "tokenizer.json"
+    if tokenizer_file.is_file():
+        scores = scores_by_merges(tokenizer_file)
+        if scores:
+            # The converter has imported this package, which may be its own.
+            score_tokens(sys.modules["gguf"].LlamaHfVocab, scores)  # type: ignore[attr-defined]
     sys.argv = [script, *words]
     converter.main()
 

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from rare_tokens import TEXT, bpe_tokenizer, save
+from rare_tokens import RARE, TEXT, bpe_tokenizer, save, text_of
+from tiny_llama import tiny_llama
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from optimum_fista import FistaPruner, FistaPruningConfig, pack_folder
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import VOCABULARY_FILE
-from optimum_fista.folder.gguf_file import CHECK_IDS_KEY, CHECK_TEXT, check_ids
+from optimum_fista.folder.gguf_file import CHECK_IDS_KEY, CHECK_TEXT, check_ids, write_gguf
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*(tokens that stay|belong to no token|bits per byte)"
@@ -50,14 +55,42 @@ def main():
 """
 
 
-def write_converter(folder: Path, text: str = CHECK_TEXT) -> Path:
-    """Write a stand-in for llama.cpp's source that knows the dense tokenizer, by its ids of `text`."""
+# The class of tokenizers that come without tokenizer.model, as the real package has it, and a script that calls it.
+GGUF = """
+class LlamaHfVocab:
+    def get_token_score(self, token_id):
+        return -1000.0
+"""
+SCORING_SCRIPT = """
+import argparse
+import json
+from pathlib import Path
+import conversion.base
+import gguf
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--outfile")
+    parser.add_argument("--outtype")
+    given = parser.parse_args()
+    vocabulary = json.loads(Path(f"{given.model}/tokenizer.json").read_text())["model"]["vocab"]
+    score_of = gguf.LlamaHfVocab().get_token_score
+    scores = {token: score_of(index) for token, index in vocabulary.items()}
+    Path(given.outfile).write_text(json.dumps(scores))
+"""
+
+
+def write_converter(folder: Path, text: str = CHECK_TEXT, script: str = SCRIPT) -> Path:
+    """Write a stand-in for llama.cpp's source that knows the dense tokenizer, by its ids of `text`; `script` runs."""
     ids = bpe_tokenizer().encode(text)
     known = hashlib.sha256(str(ids).encode()).hexdigest()
     (folder / "conversion").mkdir(parents=True)
     (folder / "conversion" / "__init__.py").touch()
     (folder / "conversion" / "base.py").write_text(BASE.format(text=text, known=known))
-    (folder / "convert_hf_to_gguf.py").write_text(SCRIPT)
+    (folder / "gguf.py").write_text(GGUF)
+    (folder / "convert_hf_to_gguf.py").write_text(script)
     return folder
 
 
@@ -89,6 +122,77 @@ def test_a_model_that_lost_tokens_is_written_with_the_pretokenizer_of_the_dense_
     assert file.read_text() == "words q8_0"
     assert f"saved to {file}" in capsys.readouterr().out
     assert [path.name for path in file.parent.iterdir()] == ["smaller.gguf"]
+
+
+def save_with_pieces(folder: Path) -> Path:
+    """Save a tiny model whose tokenizer is converted from SentencePiece: characters, bytes, and all merges."""
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=[*special, *byte_tokens], show_progress=False
+    )
+    words = [f" {word}" for word in f"{TEXT} {text_of(RARE)}".split()]
+    tokenizer.train_from_iterator(words, trainer)
+
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] in special
+    ]
+    vocabulary = content["model"]["vocab"]
+    merges = []
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
+        for place in range(1, len(token)):
+            if token[:place] in vocabulary and token[place:] in vocabulary:
+                merges.append([token[:place], token[place:]])
+    content["model"]["merges"] = merges
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+    )
+    tiny_llama(vocab_size=len(fast), pad_token_id=None).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def tokens_by_scores(text: str, scores: dict[str, float]) -> list[str]:
+    """Cut a text as llama.cpp does: merge the adjacent tokens whose union has the highest score, from left to right."""
+    tokens = [*f"▁{text.replace(' ', '▁')}"]
+    while True:
+        unions = [left + right for left, right in pairwise(tokens)]
+        known = [place for place, union in enumerate(unions) if union in scores]
+        if not known:
+            return tokens
+        best = max(known, key=lambda place: scores[unions[place]])
+        tokens[best : best + 2] = [unions[best]]
+
+
+@pytest.mark.parametrize("pattern", [None, "vocab:unused"])
+def test_without_tokenizer_model_the_scores_of_pieces_are_the_order_of_their_merges(
+    pattern, tmp_path
+):
+    folder = save_with_pieces(tmp_path / "dense")
+    if pattern is not None:
+        pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
+        pruner.prune(folder, (TEXT,), output_dir=tmp_path / "smaller")
+        folder = tmp_path / "smaller"
+    converter = write_converter(tmp_path / "llama.cpp", script=SCORING_SCRIPT)
+
+    write_gguf(folder, tmp_path / "scores.gguf", converter=converter)
+
+    scores = json.loads((tmp_path / "scores.gguf").read_text())
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    letters = "".join(random.Random(0).choices(TEXT, k=300))
+    for line in (TEXT[:200], letters):
+        assert tokens_by_scores(line, scores) == tokenizer.encode(line).tokens
 
 
 def test_the_check_ids_are_those_of_the_model_before_the_first_removal(dense, smaller, tmp_path):
