@@ -59,6 +59,8 @@ def llama_cpp(folder: Path, prompts: Sequence[Prompt], new_tokens: int) -> Answe
     from optimum_fista.folder.gguf_file import write_gguf
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    # The tokens that are added to every text. Both programs do so.
+    num_added = len(tokenizer("")["input_ids"])
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "model.gguf"
         write_gguf(folder, file, kind="f32")
@@ -77,7 +79,7 @@ def llama_cpp(folder: Path, prompts: Sequence[Prompt], new_tokens: int) -> Answe
         answers = []
         for prompt in prompts:
             options = {"n_predict": new_tokens, "temperature": 0.0, "ignore_eos": True}
-            text = tokenizer.decode(prompt.ids)
+            text = tokenizer.decode(prompt.ids[num_added:])
             answer = server.handle_completions({"prompt": text, "logprobs": 1, **options})
             if "error" in answer:
                 raise RuntimeError(str(answer["error"]))

@@ -32,7 +32,7 @@ from typing import Any
 
 import torch
 from shared import calibration_of, open_record, parse_arguments, parse_config, save
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -310,6 +310,9 @@ def tokenizer_of_pieces(arguments: Namespace) -> PreTrainedTokenizerBase:
             decoders.Strip(" ", left=1, right=0),
         ]
     )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     text = "".join(load_text(arguments.calibration, "calibration").documents)[:200_000]
     special = ["<unk>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
@@ -336,8 +339,9 @@ def tokenizer_of_pieces(arguments: Namespace) -> PreTrainedTokenizerBase:
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        add_bos_token=False,
-        chat_template="{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}",
+        chat_template=(
+            "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
+        ),
     )
 
 
