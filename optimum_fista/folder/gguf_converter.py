@@ -130,7 +130,7 @@ def main() -> None:
         scores = scores_by_merges(tokenizer_file)
         if scores:
             # The converter has imported this package, which may be its own.
-            score_tokens(sys.modules["gguf"].LlamaHfVocab, scores)  # type: ignore[attr-defined]
+            score_tokens(sys.modules["gguf"].LlamaHfVocab, scores)
     sys.argv = [script, *words]
     converter.main()
 
