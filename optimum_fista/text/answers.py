@@ -10,6 +10,7 @@ conversation is written turn by turn, and an answer is what its turn adds after 
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -50,8 +51,10 @@ def answer_spans(
 def tokens_in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Tensor:
     """Tell which tokens have characters in some of the spans, booleans [tokens].
 
-    `offsets` are the first character of each token and the one after its last, in the same text as `spans`.
+    `offsets` are the first character of each token and the one after its last, in the same text as `spans`. White space
+    that a tokenizer leaves out of them belongs to the token after it.
     """
+    offsets = _with_space_before(offsets)
     num_characters = max((end for _, end in [*offsets, *spans]), default=0)
     is_inside = torch.zeros(num_characters, dtype=torch.int64)
     for start, end in spans:
@@ -60,6 +63,20 @@ def tokens_in_spans(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[in
     num_before = pad(is_inside.cumsum(0), (1, 0))
     ends = torch.tensor(offsets, dtype=torch.int64).view(-1, 2)  # this shape also without tokens
     return num_before[ends[:, 1]] > num_before[ends[:, 0]]
+
+
+def _with_space_before(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Let each token begin where the token before it ends, unless it begins earlier; `offsets` stay as they are.
+
+    Some tokenizers leave white space out of the offsets (`trim_offsets`), so that tokens of spaces would have no
+    character. Tokens that are parts of one character have the same offsets.
+    """
+    spans = list[tuple[int, int]]()
+    end_before = 0
+    for start, end in offsets:
+        spans.append((min(start, end_before), end))
+        end_before = end
+    return spans
 
 
 def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> list[tuple[int, int]]:
@@ -72,7 +89,7 @@ def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> li
     return [
         span
         for span, is_marked in zip(
-            encoded["offset_mapping"], encoded["assistant_masks"], strict=True
+            _with_space_before(encoded["offset_mapping"]), encoded["assistant_masks"], strict=True
         )
         if is_marked
     ]
@@ -84,8 +101,8 @@ def _span_of_turn(
     """Find the answer in the turn with this number: what the turn adds to the text of the turns before it.
 
     The answer begins after the template's generation prompt, the words that ask the model for an answer. If the
-    template has none, or writes an answer without it, the answer begins with the content of the turn. `written` is the
-    text of all `turns`. ValueError if the answer is not found.
+    template has none, or writes an answer without it, the answer begins with the content of the turn: where the text
+    changes if the content is another. `written` is the text of all `turns`. ValueError if the answer is not found.
     """
     text_before = _write(tokenizer, turns[:number])
     text_through_turn = _write(tokenizer, turns[: number + 1])
@@ -103,17 +120,38 @@ def _span_of_turn(
         start = len(text_with_prompt)
     else:
         content = turns[number]["content"].strip()
-        start = text_through_turn.find(content, len(text_before))
-    if start < 0:
-        raise ValueError(
-            f"the model's chat template changes the answer in turn {number + 1}, so it is not found in the text: pass "
-            "a model whose template marks answers by {% generation %}."
-        )
+        # A search would also find the content in what the template writes before it, such as "assistant".
+        other_content = "1" if content.startswith("0") else "0"
+        other_turn = {**turns[number], "content": other_content}
+        other_text = _write(tokenizer, (*turns[:number], other_turn))
+        start = _num_equal_characters(text_through_turn, other_text)
+        is_content_there = text_through_turn[start:].lstrip().startswith(content)
+        if start < len(text_before) or not is_content_there:
+            raise ValueError(
+                f"the model's chat template changes the answer in turn {number + 1}, so it is not found in the text: "
+                "pass a model whose template marks answers by {% generation %}."
+            )
     return start, len(text_through_turn.rstrip())
 
 
+def _num_equal_characters(text: str, other: str) -> int:
+    """Count the characters with which both texts begin."""
+    pairs = zip(text, other, strict=False)  # up to the end of the shorter one
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _write(tokenizer: PreTrainedTokenizerBase, turns: Conversation, **options: Any) -> str:
-    """Return some turns as the chat template writes them; nothing for no turn, which templates may refuse."""
+    """Return some turns as the chat template writes them; nothing for no turn, which templates may refuse.
+
+    ValueError if the template refuses these turns, which are the first ones of a conversation.
+    """
     if not turns:
         return ""
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, **options))
+    except Exception as error:  # of the template, which is code of other people
+        raise ValueError(
+            f"the model's chat template refuses the first {len(turns)} turns without the others "
+            f"({type(error).__name__}: {error}), so it is not known where an answer is: remove or change the "
+            "conversation, or pass a model whose template marks answers by {% generation %}."
+        ) from error

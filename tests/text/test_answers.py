@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny_llama import tiny_tokenizer
+from tokenizers import processors
 
 from optimum_fista.text import windows
 from optimum_fista.text.answers import tokens_in_spans
@@ -27,6 +28,10 @@ REWRITING = (
     "{% for m in messages %}[{{ m.role }}]\n{{ m.content if loop.last else 'short' }}[end]\n{% endfor %}"
     + PROMPT
 )
+# of its own if the conversation has none, as Qwen2.5 has
+WITH_SYSTEM_PROMPT = (
+    "{% if messages[0].role != 'system' %}[system]\nbe kind[end]\n{% endif %}" + CHATML
+)
 
 TURNS = [("system", "be kind"), ("user", "deep?"), ("assistant", "yes"), ("user", "tall?")]
 TURNS += [("assistant", "no ")]
@@ -36,9 +41,9 @@ def conversation(*turns, **more):
     return tuple({"role": role, "content": content, **more} for role, content in turns)
 
 
-def answers_in(template, turns):
+def answers_in(template, turns, tokenizer=None):
     """The answers in the text of a conversation, by the tokens that count."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     tokenizer.chat_template = template
     text = TextSource("chat.jsonl", ("not written yet",), conversations=(turns,))
     (written,) = text.written_by(tokenizer).documents
@@ -82,6 +87,40 @@ def test_a_conversation_may_begin_with_an_answer():
 def test_an_answer_that_repeats_the_question_is_found_in_its_own_turn():
     assert answers_in(BARE, conversation(("user", "yes"), ("assistant", "yes"))) == ["yes"]
     assert answers_in(BARE, conversation(("user", "hi"), ("user", "ho"))) == []
+
+
+def test_an_answer_is_not_looked_for_in_the_words_before_it():
+    of_one_letter = conversation(("user", "which?"), ("assistant", "a"))
+    without_content = conversation(("user", "which?"), ("assistant", ""), ("user", "well?"))
+    before_the_question = conversation(("assistant", "kind"), ("user", "how?"))
+    begins_with_zero = conversation(("user", "how many?"), ("assistant", "0 or 1"))
+
+    assert answers_in(BARE, of_one_letter) == ["a"]
+    assert answers_in(HEADER, without_content) == ["[end]"]
+    assert answers_in(WITH_SYSTEM_PROMPT, before_the_question) == ["kind[end]"]
+    assert answers_in(BARE, begins_with_zero) == ["0 or 1"]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [(CHATML, ["  def f():\n    x[end]"]), (MARKED, ["  def f():\n    x."])],
+)
+def test_spaces_count_if_the_tokenizer_leaves_them_out_of_the_places_of_tokens(template, expected):
+    trimming = tiny_tokenizer()
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    turns = conversation(("user", "write"), ("assistant", "  def f():\n    x"))
+
+    assert answers_in(template, turns, trimming) == expected
+
+
+def test_a_template_that_refuses_the_first_turns_alone_is_refused_with_the_conversation():
+    template = "{% if messages[-1].role == 'assistant' %}" + BARE
+    template += "{% else %}{{ raise_exception('no answer') }}{% endif %}"
+
+    with pytest.raises(
+        ValueError, match=r"conversation 1: .* refuses the first 1 turns .*no answer"
+    ):
+        answers_in(template, conversation(("user", "deep?"), ("assistant", "yes")))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_if_there_are_some():
