@@ -17,6 +17,7 @@ from paper_rows import (
     percent,
     perplexities,
     ratio,
+    ratio_over_seeds,
     unique,
     zeros_text,
 )
@@ -73,6 +74,21 @@ def _rows_by_correction(results: Results, pattern: str) -> dict[str, Row]:
             _, _, correction = row["label"].rpartition("=")
             rows[correction] = row
     return rows
+
+
+def small_correction(results: Results) -> list[str]:
+    """Make the table of the small model by error correction, of two methods: ratios to `intra`."""
+    others = ("none", "0.5", "full")
+    lines = []
+    for method, name in (("paper:max_trials=4", "FISTAPruner"), ("default", "the default")):
+        for pattern in ("0.3", "0.5", "0.6", "0.7", "2:4"):
+            ratios = [
+                ratio_over_seeds(results, f"{method}:error_correction={other}", pattern, method)
+                for other in others
+            ]
+            if any(ratios):
+                lines.append([f"{name}, {zeros_text(pattern)}", *ratios])
+    return markdown_lines(["method, zeros", *(f"`{other}`" for other in others)], lines)
 
 
 def correction_facts(results: Results) -> dict[str, str]:
@@ -346,4 +362,21 @@ def parts_of_models(results: Results) -> list[str]:
             cells.append(cell)
         if any(cells):
             lines.append([name, *cells])
+    return markdown_lines(["method", "50%", "2:4"], lines)
+
+
+def parts_of_small_models(results: Results) -> list[str]:
+    """Make the table of the small model without one part: ratios to the complete method."""
+    lines = []
+    reference = ""  # the complete method; those after it lack a part of it
+    for method, name in _PARTS_OF_MODELS.items():
+        if method in ("default", "paper:max_trials=4"):
+            reference = method
+            continue
+        ratios = [
+            ratio_over_seeds(results, method, pattern, reference) for pattern in ("0.5", "2:4")
+        ]
+        if any(ratios):
+            of_method = "default" if reference == "default" else "FISTAPruner"
+            lines.append([f"{of_method}, {name}", *ratios])
     return markdown_lines(["method", "50%", "2:4"], lines)

@@ -7,11 +7,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablations import geometric_mean
+from ablations import geometric_mean, shown
 
 Row = dict[str, Any]
 
 TEXTS = ("wikitext2-raw-test", "lambada")
+# Whole models of a small GPT-NeoX, with three seeds, by `compare.py`.
+_SMALL = "paper_small.json"
+_SMALL_TEXTS = (
+    "wikitext2-raw-test-held-out",
+    "openwebtext-calibration-held-out",
+    "lambada",
+)
 
 
 class Results:
@@ -58,6 +65,20 @@ def ratio(row: Row, reference: Row) -> float:
     """Return the geometric mean of the perplexities of a row divided by that of another row."""
     texts = row["perplexity"].keys() & reference["perplexity"].keys()
     return geometric_mean(row["perplexity"][text] / reference["perplexity"][text] for text in texts)
+
+
+def ratio_over_seeds(results: Results, method: str, pattern: str, reference: str) -> str:
+    """Write the ratio of two methods on the small model, such as "1.003±0.002"; "" if `method` was not measured.
+
+    It is the mean over the seeds, and the standard deviation. The ratio of a seed is the geometric mean, over the
+    texts, of the perplexity of `method` divided by that of `reference`.
+    """
+    ratios = []
+    for row in results.of_file(_SMALL, method=method, pattern=pattern):
+        (base,) = results.of_file(_SMALL, method=reference, pattern=pattern, seed=row["seed"])
+        of_texts = [row["perplexity"][text] / base["perplexity"][text] for text in _SMALL_TEXTS]
+        ratios.append(geometric_mean(of_texts))
+    return shown(ratios, digits=3) if ratios else ""
 
 
 def unique(values: Iterable[Any]) -> list[Any]:

@@ -68,6 +68,7 @@ QUESTIONS: dict[str, Question] = {
         {
             "published-correction": paper_method.published_correction,
             "correction": paper_method.own_correction,
+            "small-correction": paper_method.small_correction,
         },
         paper_method.correction_facts,
     ),
@@ -84,6 +85,7 @@ QUESTIONS: dict[str, Question] = {
         {
             "parts-of-solvers": paper_method.parts_of_solvers,
             "parts-of-models": paper_method.parts_of_models,
+            "parts-of-small-models": paper_method.parts_of_small_models,
         }
     ),
     "competitors": Question(

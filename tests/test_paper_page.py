@@ -36,7 +36,7 @@ def sections():
 
 def numbers_in(text):
     """Numbers that stand alone, without commas and percent signs: not those in names such as WikiText-2 or 2:4."""
-    words = re.split(r"[\s/|()]+", text)
+    words = re.split(r"[\s/|()±]+", text)
     stripped = [word.strip('.,;:!?"*').removesuffix("%") for word in words]
     return {w.replace(",", "") for w in stripped if re.fullmatch(r"[\d,]+(\.\d+)?", w)}
 
