@@ -126,8 +126,8 @@ class FistaPruner:
                 sequence]. Dicts may hold images or sounds as the model's processor makes them (`pixel_values`, ...). A
                 dict with `"held_out"` (True, or the name of the text) only measures the perplexity. If the calibration
                 has several texts, `"source"` is the name of the text that all sequences of a dict are of: the held-out
-                sequences and the first tokens, on which the loss is computed, are then of all texts, and refits of
-                experts are tested by text. For a pattern such as `vocab:0.35`, texts, too.
+                sequences and the first tokens, on which the loss is computed, are then of all texts, and experts that
+                stay are refitted, which each text tests. For a pattern such as `vocab:0.35`, texts, too.
             calibration_source: Name of the text, for the report.
             output_dir: Where to write the pruned model. This option and the next ones are for a model given by name.
             device: Where to compute; `None`: the accelerator if there is one (MPS has to be named).

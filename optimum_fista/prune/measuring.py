@@ -20,7 +20,7 @@ from optimum_fista.folder.writing import summary
 from optimum_fista.records import LayerReport
 from optimum_fista.report import PruningReport
 from optimum_fista.run_record import words_of_pattern
-from optimum_fista.solve.patterns import WholeParts, parse_pattern
+from optimum_fista.solve.patterns import PartShare, WholeParts, parse_pattern
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 from optimum_fista.text.loss import (
@@ -151,8 +151,9 @@ def pattern_within_limits(report: PruningReport) -> str | None:
 
     The loss of each text is taken to grow in proportion to the share. In the measured tables (docs/results.md, experts;
     docs/should-you-prune.md) twice the share costs about twice the loss or more, so this is careful. Returns words such
-    as "experts:0.11"; `None` if no text broke its limit, if even 1% is too much, or if the pattern has no share of its
-    own ("2:4"), several ("heads:0.3+channels:0.1"), or removes tokens. Changes nothing.
+    as "experts:0.11", with a share that removes a whole number of experts; `None` if no text broke its limit, if even
+    1% is too much, or if the pattern has no share of its own ("2:4"), several ("heads:0.3+channels:0.1"), or removes
+    tokens. Changes nothing.
     """
     # How much of the share each text allows, from 0 to 1.
     fractions = list[float]()
@@ -180,10 +181,30 @@ def pattern_within_limits(report: PruningReport) -> str | None:
     if isinstance(pattern, WholeParts):
         if len(pattern.shares) > 1:
             return None
-        return str(replace(pattern.shares[0], share=share))
+        (part,) = pattern.shares
+        if report.mixtures:
+            return _fewer_experts(report, part, min(fractions))
+        return str(replace(part, share=share))
     if pattern.fixed:
         return None
     return words_of_pattern(str(pattern), share)
+
+
+def _fewer_experts(report: PruningReport, share: PartShare, fraction: float) -> str | None:
+    """Name the pattern that removes this fraction, from 0 to 1, of the experts that a run has removed, rounded down.
+
+    `report` is that of the run, and `share` what it was asked to remove. As there, the number that stays is a multiple
+    of what the user asked for. `None` if no expert would go. Changes nothing.
+    """
+    # All mixtures lose as many experts. `saliency` has a number for each expert before the run.
+    first = report.mixtures[0]
+    number = len(first.saliency)
+    num_removed = math.floor(fraction * (number - len(first.groups_kept)))
+    multiple = math.lcm(share.multiple_of or 1, report.config.get("keep_divisible") or 1)
+    kept = math.ceil((number - num_removed) / multiple) * multiple
+    if kept >= number:
+        return None
+    return str(PartShare.keeping("experts", kept, number, share.multiple_of))
 
 
 def _with_expert_tokens(report: PruningReport, dense: Sequence[TextLoss]) -> list[LayerReport]:

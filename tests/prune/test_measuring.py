@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import pytest
+import small_reports
 import torch
 from rare_tokens import COMMON, RARE, bpe_tokenizer, save, text_of
 from small_reports import measured_text, mixture_report
@@ -25,6 +26,7 @@ from optimum_fista.headlines import headlines
 from optimum_fista.memory import size_text
 from optimum_fista.origin import OriginReport
 from optimum_fista.prune import measuring
+from optimum_fista.solve.patterns import parse_pattern
 from optimum_fista.text.loss import cut_stretches, tokenized_text
 from optimum_fista.text.windows import first_token
 
@@ -274,6 +276,39 @@ def test_what_an_earlier_run_has_cost_counts_for_the_smaller_share():
 
     # From 1.2 to 1.4, and not to 1.6: half of the share.
     assert measuring.pattern_within_limits(report) == "experts:0.12"
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_removed", "keep_divisible", "smaller"),
+    [
+        # 0.95 of the experts that went, rounded down: 1, 4 and 7
+        (8, 2, None, "experts:0.12"),
+        (16, 5, None, "experts:0.25"),
+        (60, 8, None, "experts:0.12"),
+        # 7 would stay, which is no multiple of 2
+        (8, 2, 2, None),
+        (16, 5, 4, "experts:0.25"),
+        (8, 1, None, None),
+    ],
+)
+def test_the_smaller_share_removes_fewer_experts_and_a_whole_number_of_them(
+    num_experts, num_removed, keep_divisible, smaller
+):
+    kept = tuple(range(num_removed, num_experts))
+    report = mixture_report(small_reports.mixture("layers.0.mlp", kept, (1,) * num_experts))
+    report.config = {
+        "pattern": f"experts:{num_removed / num_experts}",
+        "keep_divisible": keep_divisible,
+    }
+    report.texts = [measured_text("sea.txt", 1.0, 2.0, at_most=1.95)]
+
+    named = measuring.pattern_within_limits(report)
+
+    assert named == smaller
+    if named is not None:
+        (share,) = parse_pattern(named, None).shares
+        share = dataclasses.replace(share, divisible_by=keep_divisible)
+        assert num_experts - num_removed < share.num_kept(num_experts) < num_experts
 
 
 def test_after_two_runs_the_loss_before_is_that_of_the_first_dense_model(
