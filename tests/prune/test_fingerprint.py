@@ -224,21 +224,22 @@ def test_a_fingerprint_has_no_entries_that_came_later_and_are_not_used(
     assert "keep_divisible" not in run["config"]
 
 
-def begun_by_an_older_version(source, config):
-    """Cut a run off after its first layer, and make its journal one that was written before format 11."""
+def begun_by_an_older_version(source, config, journal=10):
+    """Cut a run off after its first layer, and make its journal one of this format, which is older."""
     with interrupted_after(0), pytest.raises(KeyboardInterrupt):
         prune(source, config)
     run_file = source.parent / "pruned.unfinished" / "journal" / "fingerprint.json"
     run = read_record(run_file)
     assert run is not None
-    write_record(run_file, run | {"journal": 10})
+    write_record(run_file, run | {"journal": journal})
 
 
-def test_a_run_of_an_older_version_that_removes_experts_is_refused(tmp_path):
+@pytest.mark.parametrize("journal", [10, 11])
+def test_a_run_of_an_older_version_that_removes_experts_is_refused(tmp_path, journal):
     source = tmp_path / "source"
     tiny_model("mixtral").save_pretrained(source)
     config = FistaPruningConfig(pattern="experts:0.5")
-    begun_by_an_older_version(source, config)
+    begun_by_an_older_version(source, config, journal)
 
     with pytest.raises(
         ValueError, match=r"was begun by an older version of optimum-fista, .*: end it with that"
