@@ -72,6 +72,26 @@ def test_a_client_that_can_not_be_installed_is_one_row_with_the_reason(
     assert "not installed: ERROR: No matching distribution" in capsys.readouterr().out
 
 
+def test_packages_that_do_not_load_beside_a_pytorch_for_cpus_are_uninstalled_again(
+    benchmark, tmp_path, monkeypatch
+):
+    script = benchmark("clients")
+    calls = []
+
+    def create(folder, with_pip):
+        """Make the folders of an environment, without Python."""
+        library = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        (folder / "lib" / library / "site-packages").mkdir(parents=True)
+
+    monkeypatch.setattr(script.venv, "create", create)
+    monkeypatch.setattr(script, "run_pip", lambda python, words, minutes: calls.append(words))
+    client = script.Client("A server", "server", ("server",), unwanted=("sound",))
+
+    script.install(client, Namespace(work=tmp_path, minutes=1))
+
+    assert calls == [["install", "server"], ["uninstall", "--yes", "sound"]]
+
+
 def test_after_a_crash_another_process_goes_on_with_the_next_kind(
     benchmark, words, tmp_path, monkeypatch
 ):
