@@ -28,6 +28,7 @@ from optimum_fista.source.loading import read_config, require_processor, require
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
 from optimum_fista.text.images import image_sequences
 from optimum_fista.text.sources import load_text, require_source
+from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import calibration_windows
 from optimum_fista.verdict import LEAST_TOKENS
 
@@ -114,10 +115,11 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
 
     `shares` are how many sequences of each source are calibrated on. After these come further ones to measure the
     perplexity on, equally many of each source, if the run measures it and all texts are long enough. ValueError if a
-    text is too short to calibrate on; of several, it names the source.
+    text is too short to calibrate on, or two are equal; of several, it names the source.
     """
     tokenizer = require_tokenizer(request.model)
     texts = [load_text(source, split="calibration") for source in request.sources]
+    _require_different(request.sources, texts)
 
     def draw(num_more: int) -> list[Tensor]:
         """Draw the share of each source, and `num_more` sequences of each besides.
@@ -147,6 +149,20 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
         with suppress(ValueError):  # the texts may be long enough for fewer sequences
             return draw(num_more)
     return draw(0)
+
+
+def _require_different(sources: Sequence[str], texts: Sequence[TextSource]) -> None:
+    """Refuse two sources with one text (ValueError): a refit of experts would test the text by itself.
+
+    `texts` are those of the sources, in their order.
+    """
+    first_sources = dict[str, str]()  # by the digest of the text
+    for source, text in zip(sources, texts, strict=True):
+        first_source = first_sources.setdefault(text.sha256, source)
+        if first_source != source:
+            raise ValueError(
+                f"--calibration {source} has the same text as {first_source}: pass one of the two."
+            )
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:

@@ -24,6 +24,7 @@ def texts(tmp_path_factory):
     (folder / "sea.txt").write_text(TEXT)
     (folder / "digits.txt").write_text(DIGITS)
     (folder / "short.txt").write_text("0123456789" * 3)
+    (folder / "copy.txt").write_text(TEXT)
     Image.new("RGB", (2, 2)).save(folder / "image.png")
     line = {"text": "a picture", "image": "image.png"}
     (folder / "images.jsonl").write_text(json.dumps(line) + "\n")
@@ -141,6 +142,7 @@ def test_a_dry_run_names_all_texts_and_their_shares(command, texts, capsys):
         (["sea.txt", "digits.txt", "sea.txt"], [], "sea.txt' twice: pass it once"),
         (["owner/name", "owner/name:train"], [], "'owner/name:train' twice: pass it once"),
         (["owner/name:train", "owner/name"], [], "'owner/name' twice: pass it once"),
+        (["digits.txt", "sea.txt", "copy.txt"], [], "copy.txt has the same text as "),
         (["sea.txt", "images.jsonl"], [], "images.jsonl has images, and there are other sources"),
         (["sea.txt", "digits.txt"], ["--num-samples", "1"], "pass at least 2, one for each source"),
         (["sea.txt", "digits.txt"], ["--held-out", "1"], "pass at least 2, one for each source"),
