@@ -152,7 +152,6 @@ def complete_report(plan: Plan, report: PruningReport, held_out: HeldOut | None)
     report.warnings.extend(
         f"{mixture.name}: {mixture.message}" for mixture in report.mixtures if mixture.message
     )
-    _warn_of_experts_without_refit(plan, report)
     _warn_of_under_calibrated_experts(plan, report)
     if held_out is not None:
         _note_perplexity(plan, report, held_out)
@@ -204,19 +203,6 @@ def _warn_of_operators_left_dense(plan: Plan, report: PruningReport) -> None:
     if reasons:
         names = first_names([f"{name} ({reason})" for name, reason in reasons.items()])
         report.warn(f"{len(reasons)} operators were left dense: {names}")
-
-
-def _warn_of_experts_without_refit(plan: Plan, report: PruningReport) -> None:
-    """Add a warning to the report if experts were to be refitted, and the calibration is a single text."""
-    if not report.mixtures or not plan.config.expert_refit:
-        return
-    is_one_text = all(not mixture.tokens_of_sources for mixture in report.mixtures)
-    if is_one_text:
-        report.warn(
-            "the experts that stay are not refitted, because the calibration is one text: a refit to one text mostly "
-            "harms others. Pass a text of each kind that the model will read (--calibration once for each, or a "
-            "'source' in each batch), or expert_refit=False (--no-expert-refit)."
-        )
 
 
 def _warn_of_overflown_errors(report: PruningReport) -> None:

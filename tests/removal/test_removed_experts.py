@@ -265,6 +265,22 @@ def test_with_one_text_no_expert_is_refitted_and_a_warning_says_so():
     assert "refitted" not in report.experts_left
 
 
+def test_the_warning_of_one_text_comes_before_the_run_removes_anything():
+    class Interrupting(PruningCallback):
+        def on_layer_end(self, *_):
+            raise KeyboardInterrupt
+
+    pruner = FistaPruner(
+        FistaPruningConfig(pattern="experts:0.5"), progress=False, callbacks=[Interrupting()]
+    )
+
+    with (
+        pytest.warns(UserWarning, match="because the calibration is one text"),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        pruner.prune(tiny_model("mixtral"), family_tokens())
+
+
 def test_without_refits_the_report_counts_no_refitted_expert():
     _, report = prune_quietly(tiny_model("mixtral"), expert_refit=False)
 
