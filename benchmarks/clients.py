@@ -129,7 +129,11 @@ CLIENTS = {
         "llm-compressor, W4A16", "llm_compressor", ("llmcompressor",), WIDE, rounds_weights=True
     ),
     "fp8": Client(
-        "llm-compressor, FP8", "llm_compressor", ("llmcompressor",), WIDE, rounds_weights=True
+        "llm-compressor, FP8",
+        "llm_compressor",
+        ("llmcompressor",),
+        ("dense", "channels", "heads", "layers", "tokens", *WIDE),
+        rounds_weights=True,
     ),
     "peft": Client("peft, a LoRA adapter", "peft", ("peft",)),
 }
