@@ -311,6 +311,34 @@ def test_the_smaller_share_removes_fewer_experts_and_a_whole_number_of_them(
         assert num_experts - num_removed < share.num_kept(num_experts) < num_experts
 
 
+@pytest.mark.parametrize(
+    ("asked", "pattern", "smaller"),
+    [
+        # 0.95 of the 384 channels that went are 364. The next number that a run removes is 320, a multiple of 64.
+        ("channels:0.25", "columns:1152of1536", "channels:0.21"),
+        ("channels:0.25/16", "columns:1152of1536", "channels:0.23/16"),
+        ("channels:0.25", "columns:30of40", "channels:0.22"),
+        ("heads:0.5", "columns:4of8x64", "heads:0.38"),
+        ("heads:0.5", "columns:1of2x64", None),
+    ],
+)
+def test_the_smaller_share_of_channels_or_heads_is_one_that_a_run_takes(asked, pattern, smaller):
+    keeps_all = small_reports.operator("layers.0.o_proj", pattern="columns:48of48")
+    loses_columns = small_reports.operator("layers.0.down_proj", pattern=pattern)
+    report = small_reports.report(keeps_all, loses_columns)
+    report.config = {"pattern": asked}
+    report.texts = [measured_text("sea.txt", 1.0, 2.0, at_most=1.95)]
+
+    named = measuring.pattern_within_limits(report)
+
+    assert named == smaller
+    if named is not None:
+        columns = parse_pattern(pattern, None)
+        num_kept = round((1 - columns.sparsity) * columns.groups)
+        (share,) = parse_pattern(named, None).shares
+        assert num_kept < share.num_kept(columns.groups) < columns.groups
+
+
 def test_after_two_runs_the_loss_before_is_that_of_the_first_dense_model(
     dense, texts, tmp_path, capsys
 ):
