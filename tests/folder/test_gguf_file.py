@@ -3,14 +3,14 @@
 import hashlib
 import json
 import random
+from argparse import Namespace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from rare_tokens import RARE, TEXT, bpe_tokenizer, save, text_of
 from tiny_llama import tiny_llama
-from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, pack_folder
 from optimum_fista.cli.main import main
@@ -124,45 +124,6 @@ def test_a_model_that_lost_tokens_is_written_with_the_pretokenizer_of_the_dense_
     assert [path.name for path in file.parent.iterdir()] == ["smaller.gguf"]
 
 
-def save_with_pieces(folder: Path) -> Path:
-    """Save a tiny model whose tokenizer is converted from SentencePiece: characters, bytes, and all merges."""
-    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    special = ["<unk>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=[*special, *byte_tokens], show_progress=False
-    )
-    words = [f" {word}" for word in f"{TEXT} {text_of(RARE)}".split()]
-    tokenizer.train_from_iterator(words, trainer)
-
-    content = json.loads(tokenizer.to_str())
-    content["added_tokens"] = [
-        token for token in content["added_tokens"] if token["content"] in special
-    ]
-    vocabulary = content["model"]["vocab"]
-    merges = []
-    for token in sorted(vocabulary, key=vocabulary.__getitem__):
-        for place in range(1, len(token)):
-            if token[:place] in vocabulary and token[place:] in vocabulary:
-                merges.append([token[:place], token[place:]])
-    content["model"]["merges"] = merges
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(content)),
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-    )
-    tiny_llama(vocab_size=len(fast), pad_token_id=None).save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return folder
-
-
 def tokens_by_scores(text: str, scores: dict[str, float]) -> list[str]:
     """Cut a text as llama.cpp does: merge the adjacent tokens whose union has the highest score, from left to right."""
     tokens = [*f"▁{text.replace(' ', '▁')}"]
@@ -177,9 +138,14 @@ def tokens_by_scores(text: str, scores: dict[str, float]) -> list[str]:
 
 @pytest.mark.parametrize("pattern", [None, "vocab:unused"])
 def test_without_tokenizer_model_the_scores_of_pieces_are_the_order_of_their_merges(
-    pattern, tmp_path
+    pattern, benchmark, tmp_path
 ):
-    folder = save_with_pieces(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(f"{TEXT} {text_of(RARE)}")
+    arguments = Namespace(calibration=str(tmp_path / "text.txt"))
+    pieces = benchmark("clients").tokenizer_of_pieces(arguments)
+    folder = tmp_path / "dense"
+    tiny_llama(vocab_size=len(pieces), pad_token_id=None).save_pretrained(folder)
+    pieces.save_pretrained(folder)
     if pattern is not None:
         pruner = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
         pruner.prune(folder, (TEXT,), output_dir=tmp_path / "smaller")
@@ -192,7 +158,10 @@ def test_without_tokenizer_model_the_scores_of_pieces_are_the_order_of_their_mer
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     letters = "".join(random.Random(0).choices(TEXT, k=300))
     for line in (TEXT[:200], letters):
-        assert tokens_by_scores(line, scores) == tokenizer.encode(line).tokens
+        assert (
+            tokens_by_scores(line, scores)
+            == tokenizer.encode(line, add_special_tokens=False).tokens
+        )
 
 
 def test_the_check_ids_are_those_of_the_model_before_the_first_removal(dense, smaller, tmp_path):
