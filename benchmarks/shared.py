@@ -156,7 +156,8 @@ def settings_of(arguments: Namespace, *without: str) -> dict[str, str]:
         if name in (*without, "output", "plot"):
             continue
         if name in ("model", "calibration", "other") and value:
-            settings[name] = Path(value).name
+            # Some scripts take several texts, divided by commas.
+            settings[name] = ",".join(Path(source).name for source in value.split(","))
         elif name == "texts":
             settings[name] = ",".join(Path(source).name for source in value)
         elif isinstance(value, list):
