@@ -15,6 +15,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +88,15 @@ def write_gguf(
     known_tokenizer = _tokenizer_before(folder, tokenizer)
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    # Beside the file, so that the finished one only takes another name.
+    with tempfile.TemporaryDirectory(prefix=".gguf-", dir=file.parent) as unfinished:
+        partial = Path(unfinished) / file.name
         _convert(
             script,
             known_tokenizer,
             [str(folder), "--outfile", str(partial), "--outtype", kind],
         )
         partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def find_converter(place: Path | None) -> Path:

@@ -242,6 +242,18 @@ def test_the_file_of_a_dense_model_is_replaced_only_on_request(dense, tmp_path, 
     assert file.read_text() == "words auto"
 
 
+def test_other_files_beside_the_new_one_stay(dense, tmp_path):
+    converter = write_converter(tmp_path / "llama.cpp")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    (folder / ".a.gguf.partial").write_text("mine")
+
+    write_gguf(dense, folder / "a.gguf", converter=converter)
+
+    assert (folder / ".a.gguf.partial").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == [".a.gguf.partial", "a.gguf"]
+
+
 def test_a_packed_folder_is_refused(dense, tmp_path, capsys):
     config = FistaPruningConfig(pattern="2:4", method="magnitude")
     FistaPruner(config, progress=False).prune(
