@@ -349,7 +349,8 @@ def _prepare(
         print(*lines, sep="\n", file=sys.stderr)
         print(
             "the model writes this text first, and the bar shows how long that takes: a text of your own "
-            "(--calibration FILE) saves the time, and after Ctrl-C the same command goes on",
+            "(--calibration FILE) saves the time, and may give a far better model. After Ctrl-C the same command "
+            "goes on",
             file=sys.stderr,
         )
         batches = calibration_batches(chosen, device, keep_in)

@@ -198,7 +198,7 @@ def test_a_text_that_is_interrupted_goes_on_with_the_next_batch(
     monkeypatch.setattr(ModelWriter, "write", write_or_stop)
 
     assert prune("--calibration", "self", "--method", "wanda") == 130
-    assert "after Ctrl-C the same command goes on" in capsys.readouterr().err
+    assert "After Ctrl-C the same command goes on" in capsys.readouterr().err
     assert prune("--calibration", "self", "--method", "wanda") == 0
 
     assert written == ["batch", "batch", "batch", "stopped", "batch"]  # of 8 sequences
