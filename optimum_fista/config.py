@@ -347,6 +347,15 @@ class FistaPruningConfig(PruningOptions):
             return method.defaults_of_parts
         return method.defaults
 
+    @property
+    def may_refit_experts(self) -> bool:
+        """Whether experts are removed, and those that stay are refitted if the calibration has several texts."""
+        parts = self.whole_parts
+        removes_experts = parts is not None and any(
+            share.kind == "experts" for share in parts.shares
+        )
+        return removes_experts and self.expert_refit
+
     def shares_budget(self, name: str) -> bool:
         """Tell whether the number of zeros of the operator called `name` is decided by the allocation "fisher".
 

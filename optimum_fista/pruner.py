@@ -26,6 +26,7 @@ from optimum_fista.folder.checkpoint import CONFIG_KEY
 from optimum_fista.folder.hub import push_folder, require_repo_id
 from optimum_fista.folder.output import new_output
 from optimum_fista.folder.writing import summary, write_checkpoint
+from optimum_fista.model.calibration import count_texts
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import offload_hook
 from optimum_fista.prune.batches import read_calibration
@@ -263,7 +264,10 @@ class FistaPruner:
                 f"pattern={self.config.pattern!r}: the model is offloaded, so it can't be made smaller in place: pass "
                 "its name or folder and output_dir instead."
             )
-        removal = plan_removal(prunable_layers(model), self.config)
+        num_texts = 1
+        if self.config.may_refit_experts:
+            calib_dataloader, num_texts = count_texts(calib_dataloader)
+        removal = plan_removal(prunable_layers(model), self.config, num_texts=num_texts)
         source = _loaded_source(model, removal)
         # `save_pretrained` writes in the dtypes of the files, unless the model was loaded in another dtype.
         in_files_dtypes = bool(source.loaded_in_dtypes_of_files(model.dtype))

@@ -209,7 +209,9 @@ class RunSizes:
         `config` has a value for each option. `folder` holds the model's files; `None`: they are not known.
         `files_dtypes`: tensors keep the dtypes that they have in the files, because the user asks for no other.
         """
-        removal = plan_removal(prunable_layers(self.model, loaded=False), config)
+        removal = plan_removal(
+            prunable_layers(self.model, loaded=False), config, num_texts=self.num_sources
+        )
         source = None
         if folder is not None:
             # Tensors stay as they are stored if the run only removes parts.

@@ -195,6 +195,19 @@ def sources_of(batches: Iterable[CalibrationBatch]) -> list[str | None]:
     return list(dict.fromkeys(batch.source for batch in batches))
 
 
+def count_texts(loader: Iterable[Any]) -> tuple[Sequence[Any], int]:
+    """Read a user's `calib_dataloader` to its end, and count the texts that its batches name.
+
+    A run must know of how many texts its calibration is before `read_batches` reads it. Returns the batches as the
+    loader gives them, because a generator can't be read again, and the number of different `"source"` entries of those
+    that are not held out. The number is 1 if none is named. Whether the batches make sense is not checked here.
+    """
+    items = list(_items_of(loader))
+    fitted = [item for item in items if isinstance(item, Mapping) and not item.get("held_out")]
+    names = {str(item["source"]) for item in fitted if item.get("source") is not None}
+    return items, max(1, len(names))
+
+
 def _items_of(loader: Any) -> Iterable[Any]:
     """Iterate over the batches of the user's `calib_dataloader`; a single sequence of ids is one batch.
 

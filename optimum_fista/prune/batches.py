@@ -34,7 +34,6 @@ from optimum_fista.prune.notes import begin_report
 from optimum_fista.prune.plan import Plan
 from optimum_fista.public_names import public_name
 from optimum_fista.report import PruningReport
-from optimum_fista.source.quantization import quantized_source
 
 T = TypeVar("T")
 
@@ -168,18 +167,14 @@ def _warn_of_experts_without_refit(
 ) -> None:
     """Add a warning to the report if experts were to be refitted, and the calibration is a single text.
 
-    `batches` are those of the calibration. If the model was quantized, the warning says what it loses by that option: a
-    run that may refit has decided, before it saw the text, to write all weights without quantization.
+    `batches` are those of the calibration.
     """
     if not plan.removal.mixtures or not plan.config.expert_refit or len(sources_of(batches)) > 1:
         return
-    stays_quantized = ""
-    if quantized_source(plan.layers.model):
-        stays_quantized = ", with which experts that stay can keep their quantization"
     report.warn(
         "the experts that stay are not refitted, because the calibration is one text: a refit to one text mostly "
         "harms others. Pass a text of each kind that the model will read (--calibration once for each, or a 'source' "
-        f"in each batch), or expert_refit=False (--no-expert-refit){stays_quantized}."
+        "in each batch), or expert_refit=False (--no-expert-refit)."
     )
 
 

@@ -22,6 +22,7 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import storage_place, usable_device
 from optimum_fista.folder.output import JOURNAL, locked_output, require_output
 from optimum_fista.folder.packed_folder import require_packable
+from optimum_fista.model.calibration import count_texts
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.batches import read_calibration
@@ -104,6 +105,9 @@ def prune_named(
         )
     usable_device(device)
     storage = storage_place(storage_device)
+    num_texts = 1
+    if config.may_refit_experts:
+        calib_dataloader, num_texts = count_texts(calib_dataloader)
 
     # If the run fails, these are closed from the last to the first. `offloaded` deletes the folder of weights that
     # can't be read from the files in parts; each rank has one. `locked` then unlocks the unfinished folder: only rank 0
@@ -118,8 +122,8 @@ def prune_named(
 
             From the outer function: `ranks` are the processes of the run. `unfinished` is the locked folder beside the
             output. `offloaded` deletes the folder to offload to at the end of the run. `storage` is `storage_device` as
-            a device or a folder. `name`, `config`, `dtype`, `packed`, `storage_device`, `progress` and `callbacks` are
-            its arguments.
+            a device or a folder, and `num_texts` the number of calibration texts. `name`, `config`, `dtype`, `packed`,
+            `storage_device`, `progress` and `callbacks` are its arguments.
             """
             # Rank 0 has made this folder; another rank may run on another machine.
             if not (unfinished / JOURNAL).exists():
@@ -134,6 +138,7 @@ def prune_named(
             return _read_model(
                 name,
                 config,
+                num_texts=num_texts,
                 offload_folder=Path(offload_folder),
                 device=ranks.device,
                 dtype=dtype,
@@ -194,6 +199,7 @@ def _read_model(
     name: str,
     config: FistaPruningConfig,
     *,
+    num_texts: int,
     offload_folder: Path,
     device: str | None,
     dtype: str | torch.dtype,
@@ -205,7 +211,8 @@ def _read_model(
 ) -> _ReadModel:
     """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
 
-    `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `offload_folder`
+    `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `num_texts` says
+    of how many texts the calibration is, which matters only if experts are removed. `offload_folder`
     gets copies of weights that can't be read from the files in parts, and of layers that predict more tokens and lose
     experts, too. `storage` is where the user wants activations to be kept; if the user does not say (`None`) and
     computes on the CPU, they go to the folder `disk`. `progress` says whether bars are shown. `device` is where to
@@ -219,7 +226,7 @@ def _read_model(
         storage = disk
 
     files_dtypes = dtype == "auto"  # the result keeps the dtypes of the files
-    removal = plan_removal(prunable_layers(model), config)
+    removal = plan_removal(prunable_layers(model), config, num_texts=num_texts)
     with reading(str(files)):  # errors on damaged files name the folder
         source = source_tensors(
             model,

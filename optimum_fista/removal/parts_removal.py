@@ -67,16 +67,20 @@ class PartsRemoval(Removal):
     smaller_plan: Shrinking
     columns_plan: Shrinking  # of a model that keeps all experts, for the proof of the other kinds
     experts_plan: Shrinking  # of a model that loses experts only, to run a layer without them
+    # Whether experts that stay are refitted: the user wants it, and several texts can test it (`mixture_refit`).
+    refits_experts: bool
     # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
     proven: set[object] = field(default_factory=set, compare=False)
 
     @classmethod
-    def planned(cls, layers: DecoderLayers, config: FistaPruningConfig) -> "PartsRemoval":
+    def planned(
+        cls, layers: DecoderLayers, config: FistaPruningConfig, *, num_texts: int
+    ) -> "PartsRemoval":
         """Plan the removal of the parts that the pattern of `config` names, such as "heads:0.25".
 
         An operator that reads a removed part gets a pattern of whole columns. No other operator is pruned; some may be
         refitted (`_with_compensation`). `layers` are those of the model, which is not changed; the masks of an earlier
-        run are looked for in its folder.
+        run are looked for in its folder. `num_texts` says of how many texts the calibration is.
         """
         pattern = config.whole_parts
         assert pattern is not None
@@ -116,6 +120,7 @@ class PartsRemoval(Removal):
             columns_plan=columns,
             # for the experts, which are removed after the columns
             experts_plan=_plan_fewer_experts(outline, num_kept_by_kind, otherwise=columns),
+            refits_experts=bool(mixtures) and config.expert_refit and num_texts > 1,
             earlier_masks=EarlierMasks.find(layers),
         )
         return removal._with_compensation()
@@ -145,13 +150,12 @@ class PartsRemoval(Removal):
         correction = self.config.correction
         loses_columns = "channels" in self.num_kept_by_kind or "heads" in self.num_kept_by_kind
         method_updates_weights = loses_columns and METHODS[self.config.method].updates_weights
-        refits_experts = bool(self.mixtures) and self.config.expert_refit
         # With "full", decoder layers see the error of those before them, as of a removed one, and can compensate.
         follows_removed_layer = self.num_removed_layers > 0 and correction.carry == "full"
         loses_heads = "heads" in self.num_kept_by_kind
         # the last operator of a decoder layer is refitted (`_with_compensation`)
         compensates = correction.residual_share > 0 and (loses_heads or follows_removed_layer)
-        return not (method_updates_weights or refits_experts or compensates)
+        return not (method_updates_weights or self.refits_experts or compensates)
 
     def is_asked_dense(self, name: str) -> bool:
         """Tell whether the user's pattern leaves the operator `name` dense: it names only those that read parts."""
@@ -387,7 +391,7 @@ class PartsRemoval(Removal):
             targets=targets,
             count=self.smaller_plan.num_kept[part.name],
             plan=self.experts_plan,
-            write=sink.write if self.config.expert_refit else None,
+            write=sink.write if self.refits_experts else None,
         )
         return LeavingLayer(targets.leave(smaller_layer), smaller_operators, mixture)
 

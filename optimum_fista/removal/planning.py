@@ -18,11 +18,13 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.source.names import divided_weights
 
 
-def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
+def plan_removal(
+    layers: DecoderLayers, config: FistaPruningConfig, *, num_texts: int = 1
+) -> Removal:
     """Decide what a run takes from a model: which operators get zeros, and which parts are removed.
 
-    `config` is the user's; `layers` are those of the model, as `prunable_layers` finds them. Nothing is changed, and no
-    weight is read except to refuse NaN and Inf. The loss of the model decides later which decoder layers are removed
+    `config` is the user's; `layers` are those of the model, as `prunable_layers` finds them. `num_texts` says of how
+    many texts the calibration is: experts are refitted to several texts only. Nothing is changed, and no weight is read except to refuse NaN and Inf. The loss of the model decides later which decoder layers are removed
     (`Removal.without_layers`). Raises ValueError if the pattern does not fit the model, and
     UnsupportedArchitectureError if there is nothing to prune or to remove.
     """
@@ -34,7 +36,7 @@ def plan_removal(layers: DecoderLayers, config: FistaPruningConfig) -> Removal:
     config = config.resolved()  # a copy with a choice for every option
     removal: Removal
     if config.whole_parts is not None:
-        removal = PartsRemoval.planned(layers, config)
+        removal = PartsRemoval.planned(layers, config, num_texts=num_texts)
     else:
         removal = _removal_of_zeros(layers, config)
     for operators in removal.operators.values():  # those of each decoder layer

@@ -29,10 +29,14 @@ TOKENS = torch.randint(0, VOCAB_SIZE, (8, 16), generator=torch.Generator().manua
 LAYERS = {"pattern": "layers:0.34", "residual_correction": 0.0}
 
 
-def prune(source: Path, output: Path, dtype: str = "auto", **options) -> PruningReport:
+def prune(
+    source: Path, output: Path, dtype: str = "auto", batches=None, **options
+) -> PruningReport:
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
+    if batches is None:
+        batches = TOKENS.split(4)
     return pruner.prune(
-        str(source), TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype, overwrite=True
+        str(source), batches, output_dir=output, device="cpu", dtype=dtype, overwrite=True
     )
 
 
@@ -157,6 +161,28 @@ def test_experts_are_removed_from_a_quantized_model_that_stays_quantized(tmp_pat
     # activations.
     logits = read_model(str(tmp_path / "out"))(TOKENS).logits
     assert torch.equal(logits, logits_of(tmp_path / "dense"))
+
+
+def test_the_number_of_texts_decides_whether_a_quantized_mixture_stays_quantized(tmp_path):
+    """One text refits no expert, so nothing has to be dequantized; several texts may."""
+    source = fp8_deepseek(tmp_path / "source")
+    # A generator, which can be read only once.
+    one_text = ({"input_ids": batch, "source": "a"} for batch in TOKENS.split(4))
+    two_texts = [
+        {"input_ids": batch, "source": name}
+        for name, batch in zip(("a", "b"), TOKENS.split(4), strict=True)
+    ]
+
+    prune(source, tmp_path / "unrefitted", pattern="experts:0.25", expert_refit=False)
+    prune(source, tmp_path / "one", batches=one_text, pattern="experts:0.25")
+    prune(source, tmp_path / "two", batches=two_texts, pattern="experts:0.25")
+
+    expected = tensors_of(tmp_path / "unrefitted")
+    found = tensors_of(tmp_path / "one")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(raw(found[name]), raw(expected[name])) for name in expected)
+    assert settings_of(tmp_path / "one") == settings_of(source)
+    assert "quantization_config" not in json.loads((tmp_path / "two" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("write", [fp8_with_more_tokens, mxfp4_gpt_oss])
