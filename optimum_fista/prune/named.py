@@ -212,12 +212,12 @@ def _read_model(
     """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
 
     `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `num_texts` says
-    of how many texts the calibration is, which matters only if experts are removed. `offload_folder`
-    gets copies of weights that can't be read from the files in parts, and of layers that predict more tokens and lose
-    experts, too. `storage` is where the user wants activations to be kept; if the user does not say (`None`) and
-    computes on the CPU, they go to the folder `disk`. `progress` says whether bars are shown. `device` is where to
-    compute, such as "cuda:0"; `None`: the accelerator if there is one. A Hub id is downloaded into the cache; nothing
-    else is written but the copies.
+    of how many texts the calibration is, which matters only if experts are removed. `offload_folder` gets copies of
+    weights that can't be read from the files in parts, and of layers that predict more tokens and lose experts, too.
+    `storage` is where the user wants activations to be kept; if the user does not say (`None`) and computes on the CPU,
+    they go to the folder `disk`. `progress` says whether bars are shown. `device` is where to compute, such as
+    "cuda:0"; `None`: the accelerator if there is one. A Hub id is downloaded into the cache; nothing else is written
+    but the copies.
     """
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
     model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)

@@ -24,7 +24,8 @@ def plan_removal(
     """Decide what a run takes from a model: which operators get zeros, and which parts are removed.
 
     `config` is the user's; `layers` are those of the model, as `prunable_layers` finds them. `num_texts` says of how
-    many texts the calibration is: experts are refitted to several texts only. Nothing is changed, and no weight is read except to refuse NaN and Inf. The loss of the model decides later which decoder layers are removed
+    many texts the calibration is: experts are refitted to several texts only. Nothing is changed, and no weight is read
+    except to refuse NaN and Inf. The loss of the model decides later which decoder layers are removed
     (`Removal.without_layers`). Raises ValueError if the pattern does not fit the model, and
     UnsupportedArchitectureError if there is nothing to prune or to remove.
     """
