@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+from unittest.mock import patch
 
 import pytest
 from doc_pages import PAGES, QUICKSTART, python_snippets
@@ -11,6 +12,7 @@ from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_
 
 from optimum_fista.evaluate.verification import verify_checkpoint
 from optimum_fista.folder.packed_folder import pack_folder
+from optimum_fista.solve.methods import METHODS
 
 SNIPPETS = [
     pytest.param(snippet, id=f"{page.stem}-{number}")
@@ -42,7 +44,8 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
         prune_and_save(tiny_llama(), tmp_path / "pruned-2-4", pattern="2:4", method="wanda")
         pack_folder(tmp_path / "pruned-2-4", tmp_path / "model-50-packed")
 
-    with HubStandIn(user="your-name") as hub:
+    # A snippet registers a method of its own, which other tests should not see.
+    with HubStandIn(user="your-name") as hub, patch.dict(METHODS):
         connect(hub, monkeypatch)
         exec(compile(snippet, "snippet", "exec"), names)
 
