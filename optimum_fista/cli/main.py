@@ -50,9 +50,12 @@ _COMMANDS: dict[str, Any] = {  # modules, by the name of their subcommand
 _DESCRIPTION = """\
 Prune large language models after training, in one shot, one linear operator after another.
 
-  optimum-fista prune MODEL
-  optimum-fista evaluate DIR --text wikitext2
+  optimum-fista prune MODEL --calibration texts.txt --output DIR
   optimum-fista verify DIR
+  optimum-fista evaluate DIR --text wikitext2
+  optimum-fista recover DIR --teacher MODEL --calibration texts.txt
+
+optimum-fista COMMAND --help shows the options of a command, with examples.
 """
 
 

@@ -32,9 +32,10 @@ Prune a model and save it as a folder that plain Transformers loads.
 Half of the weights in the decoder layers become zeros. A --pattern such as channels:0.25 or layers:0.1 removes whole
 parts instead, so the model becomes smaller.
 
-MODEL is a Hub id, a model folder, or a folder with one GGUF file. No other argument is needed: the model writes its own
-calibration text (--calibration self) if all of it fits into memory, and the output folder is named after MODEL and the
-pattern. For a model that does not fit, the text is c4, or pydoc if the package `datasets` is not installed.
+MODEL is a Hub id, a model folder, or a folder with one GGUF file. Pass a text of the kind that the model will read
+(--calibration): the run decides by it which weights matter, and fits the others to it. Without a text the model writes
+its own (self). That takes time, and may give a far worse model. If the model does not fit into memory, it can't write,
+and the text is c4, or pydoc if the package `datasets` is not installed.
 
 The model is read, pruned and written one decoder layer at a time. It is loaded whole only if it is a GGUF file, or
 writes its own text. If a run is interrupted, give the same command again: it resumes after the last finished decoder
@@ -42,11 +43,12 @@ layer. With --error-correction none or intra (what the default method has for ze
 accelerate launch or torchrun starts share the decoder layers (docs/ranks.md).
 
 examples:
-  optimum-fista prune meta-llama/Llama-3.2-1B
+  optimum-fista prune meta-llama/Llama-3.2-1B --calibration texts.txt
   optimum-fista prune ./model --pattern 2:4 --calibration texts.jsonl --num-samples 64
   optimum-fista prune ./model --output smaller --pattern channels:0.25 --calibration texts.jsonl
-  optimum-fista prune ./model --output model-50 --method wanda --device cpu --dtype float32
-  accelerate launch --num_processes 8 -m optimum_fista prune ./model
+  optimum-fista prune ./mixture --pattern experts:0.25 --calibration chat.jsonl --calibration code.txt
+  optimum-fista prune ./model --output model-50 --method wanda --calibration texts.txt --device cpu --dtype float32
+  accelerate launch --num_processes 8 -m optimum_fista prune ./model --calibration texts.txt
   optimum-fista prune meta-llama/Llama-3.1-70B --dry-run --calibration c4 --device cuda --storage-device cpu
 """
 
@@ -79,8 +81,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="SOURCE",
-        help="self (the model writes it; default if it fits), .txt, .jsonl (text, messages, images), wikitext2, c4, "
-        "ptb, pydoc, or OWNER/NAME of the Hub; "
+        help="text of the kind that the model will read: .txt, .jsonl (text, messages, images), wikitext2, c4, ptb, "
+        "pydoc, OWNER/NAME of the Hub, or self (the model writes it; default if it fits); "
         "repeatable: each text gives an equal share (all of each for vocab:)",
     )
     add(

@@ -20,7 +20,7 @@ class RecoveryOptions:
     tokens: int = option(262_144, "tokens to train on", limits=(1, None))
     train: Literal["auto", "all", "norms"] = option(
         "auto",
-        "all: kept weights but embeddings and head; norms: norms and biases; auto: all if that fits into memory",
+        "all: kept weights except embeddings and head; norms: norms and biases; auto: all if that fits into memory",
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto",
