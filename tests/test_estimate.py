@@ -117,6 +117,22 @@ def test_every_expert_has_gram_matrices():
     assert sizes[1] - sizes[0] == 2 * 4 * (32**2 + 48**2)
 
 
+def test_the_copy_of_a_layer_without_its_removed_experts_is_counted():
+    model = tiny_model("mixtral").config  # 4 experts a layer, in 2 layers
+    config = FistaPruningConfig(pattern="experts:0.5")
+
+    one_text = estimated(config, model, measures_perplexity=False).memory["host"]
+    two_texts = estimated(config, model, measures_perplexity=False, num_sources=2).memory["host"]
+
+    layer = tiny_model("mixtral").model.layers[0]
+    of_experts = sum(parameter.nbytes for parameter in layer.mlp.experts.parameters())
+    of_router = sum(parameter.nbytes for parameter in layer.mlp.gate.parameters())
+    assert one_text["experts that stay"] == (of_experts + of_router) / 2
+    assert one_text["refit of an expert"] == 0
+    # Two Gram matrices [48, 48] and targets [32, 48] of float32, one for each text, and four copies of each.
+    assert two_texts["refit of an expert"] == 4 * (2 + 4) * (48 * 48 + 32 * 48)
+
+
 def test_activations_are_counted_where_the_storage_device_puts_them():
     near, far, disk = (
         estimated(**LARGE_RUN, storage_device=place) for place in (None, "cpu", "disk")

@@ -110,8 +110,10 @@ def moments(run: RunSizes, *, writes_own_text: bool) -> Iterator[Moment]:
         yield _choosing_layers(run)
     if run.allocates:
         yield _allocating(run)
-    for (_, layer), names in zip(run.layers, run.operators_of_layers, strict=True):
+    for (layer_name, layer), names in zip(run.layers, run.operators_of_layers, strict=True):
         yield from _pruning_layer(run, layer, names)
+        if layer_name in run.kept_expert_bytes:
+            yield _removing_experts(run, layer_name, layer)
     if run.num_held_out:
         yield from _measuring(run)
 
@@ -253,6 +255,23 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         together = _groups_solved_together(run, groups, module, columns)
         yield Moment({**parts, **_solving(run, outputs, columns, together)}, waiting)
+
+
+def _removing_experts(run: RunSizes, layer_name: str, layer: torch.nn.Module) -> Moment:
+    """Count the moment at which a copy of a decoder layer, without its removed experts, runs beside the layer itself.
+
+    `run.kept_expert_bytes` are those of the experts in the copy, and `run.refit_bytes` those of the refit of one.
+    """
+    layer_bytes = 0 if run.is_loaded_whole else sum(p.nbytes for p in layer.parameters())
+    parts: dict[str, float] = {
+        "decoder layer": layer_bytes,
+        "experts that stay": run.kept_expert_bytes[layer_name],
+        "refit of an expert": run.refit_bytes,
+        **_running_layer(run, [], {}),
+    }
+    # Hidden states of each stream, what the mixture should return, and its inputs and errors.
+    streams = run.num_streams + 3
+    return Moment(parts, streams * run.stream_bytes)
 
 
 def _running_layer(

@@ -61,6 +61,8 @@ class RunSizes:
         left_dense: Reasons why other operators stay dense, by name.
         num_removed: Parameters that the result lacks.
         num_removed_layers, removes_experts, removed_parts: What whole parts the run removes.
+        kept_expert_bytes: Of the experts that stay in a layer that loses some, by the name of the decoder layer.
+        refit_bytes: Of the matrices of the refit of one expert, if experts are refitted.
         prediction_experts: Of layers that predict more tokens: how many experts stay, and of how many, by the name of
             their mixture.
         prediction_bytes: Of the copies of these layers from which they run, before any expert is removed.
@@ -245,7 +247,7 @@ class RunSizes:
         self.left_dense = removal.left_dense
         self.num_removed = self.model.num_parameters() - removal.num_parameters
         self.removed_parts = removal.removed_parts
-        self.removes_experts = bool(removal.mixtures)
+        self._take_mixtures(removal)
 
         self.operators = _operators_to_solve(removal)
         self.operators_of_layers = [  # names, by the number of the layer
@@ -266,6 +268,33 @@ class RunSizes:
         self.num_streams = int(correction.needs_dense) + int(has_pruned_stream)
         self.sequence_bytes = self.value_bytes * self.length * self.hidden  # of hidden states
         self.stream_bytes = self.num_samples * self.sequence_bytes
+
+    def _take_mixtures(self, removal: Removal) -> None:
+        """Set what is known of mixtures that lose experts: `removes_experts`, `kept_expert_bytes`, `refit_bytes`.
+
+        `removal` is what the run takes from the model, and `self.model` has the shapes of its tensors.
+        """
+        self.removes_experts = bool(removal.mixtures)
+        self.kept_expert_bytes: dict[str, float] = {}
+        self.refit_bytes = 0.0
+        state = self.model.state_dict()
+        for layer_name, part in removal.mixtures.items():
+            tensors = {name: state[name] for name in part.tensors}
+            share = removal.num_groups_kept[part.name] / part.groups
+            all_bytes = sum(tensor.nbytes for tensor in tensors.values())
+            self.kept_expert_bytes[layer_name] = share * all_bytes
+            if not removal.refits_experts:
+                continue
+            down_projections = [
+                tensor for name, tensor in tensors.items() if name.endswith("down_proj")
+            ]
+            for tensor in down_projections:  # [experts, out, in], or [experts, in, out]
+                _, *sizes = tensor.shape
+                # Some models store them transposed: the larger matrices are counted.
+                num_inputs = max(sizes)
+                matrices = num_inputs**2 + math.prod(sizes)
+                # A Gram matrix and targets in float32, for each text, and four copies of their sums.
+                self.refit_bytes = max(self.refit_bytes, 4 * (self.num_sources + 4) * matrices)
 
     def _take_prediction_layers(self, plan: Plan) -> None:
         """Set `source`, and what is known of layers that predict more tokens and lose experts with the model.

@@ -163,11 +163,14 @@ class _Loop:
         name = f"{self.plan.layers.name}.{index}"
         layer = self.plan.layers.modules[index]
         layer_record = LayerRecord(LayerReport(name, hidden_state_error=None, seconds=0.0))
-        # Before its weights are on the device: offloaded ones are hashed where they are.
-        dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
+        # Before the weights of this layer are read: a copy of the layer before, without its removed experts, may be in
+        # a cycle of Python objects, and the allocator still holds other memory of that layer.
+        release_memory(layer)
         held_out = self.held_out if is_mine else None
 
         with onloaded(layer.modules()), split_experts(self.plan.removal.operators[name].values()):
+            # Of the weights on the device, so that quantized ones are dequantized once.
+            dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
             if held_out is not None:
                 held_out.run(index, "dense")
             if is_needed:
@@ -315,8 +318,6 @@ def prune_layer(
     """
     name = f"{plan.layers.name}.{index}"
     layer = plan.layers.modules[index]
-    # The allocator still holds memory of the decoder layer before.
-    release_memory(layer)
     # The arguments of the layers are recorded already, unless memory ran out and the batches are smaller now.
     calibration = record_arguments(plan, calibration)
     states = calibration.states

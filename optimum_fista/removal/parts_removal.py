@@ -67,8 +67,6 @@ class PartsRemoval(Removal):
     smaller_plan: Shrinking
     columns_plan: Shrinking  # of a model that keeps all experts, for the proof of the other kinds
     experts_plan: Shrinking  # of a model that loses experts only, to run a layer without them
-    # Whether experts that stay are refitted: the user wants it, and several texts can test it (`mixture_refit`).
-    refits_experts: bool
     # Kinds of layers that are proved to return the same without removed groups; only this changes during the run.
     proven: set[object] = field(default_factory=set, compare=False)
 

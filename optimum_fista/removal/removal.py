@@ -88,6 +88,8 @@ class Removal:
     channels: Mapping[str, Part] = field(default_factory=dict)
     # Mixtures that lose experts, by the name of their decoder layer.
     mixtures: Mapping[str, Part] = field(default_factory=dict)
+    # Whether experts that stay are refitted: the user wants it, and several texts can test it (`mixture_refit`).
+    refits_experts: bool = False
     # How many parts of each kind are removed, such as "1 of 3 heads of every decoder layer (33.33%)".
     removed_parts: Sequence[RemovedParts] = ()
     num_removed_layers: int = 0

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,8 @@ from optimum_fista import FistaPruner, FistaPruningConfig, PruningCallback
 from optimum_fista.evaluate.verification import VerificationError, verify_checkpoint
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import UnsupportedArchitectureError
+from optimum_fista.model.offload import onloaded
+from optimum_fista.removal.smaller_modules import smaller_copy
 
 IDLE = (1, 2)
 SOON = ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")
@@ -279,6 +282,34 @@ def test_the_warning_of_one_text_comes_before_the_run_removes_anything():
         pytest.raises(KeyboardInterrupt),
     ):
         pruner.prune(tiny_model("mixtral"), family_tokens())
+
+
+def test_no_copy_of_a_layer_lives_when_the_weights_of_the_next_layer_are_read(
+    monkeypatch, tmp_path
+):
+    """Otherwise a run holds two decoder layers and the experts that stay in a third."""
+    copies = []
+    living = []
+
+    def copy_layer(*arguments):
+        copy = smaller_copy(*arguments)
+        copies.append(weakref.ref(copy))
+        return copy
+
+    def read_weights(modules):
+        living.append([copy for copy in copies if copy() is not None])
+        return onloaded(modules)
+
+    monkeypatch.setattr("optimum_fista.removal.experts.smaller_copy", copy_layer)
+    monkeypatch.setattr("optimum_fista.prune.loop.onloaded", read_weights)
+    # In tiny models unused cycles are not looked for.
+    monkeypatch.setattr("optimum_fista.memory._WORTH_A_SEARCH", 0)
+    tiny_model("mixtral").save_pretrained(tmp_path / "source")
+
+    prune_quietly(str(tmp_path / "source"), output=tmp_path / "out")
+
+    assert len(copies) == 2
+    assert living == [[], []]
 
 
 def test_without_refits_the_report_counts_no_refitted_expert():
