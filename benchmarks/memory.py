@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from shared import parse_arguments, save, save_llama, watched
+from shared import parse_arguments, save, save_llama, thinned, watched
 
 _HELP = {
     "layers": "decoder layers of each run",
@@ -45,20 +45,6 @@ def measure(arguments: Namespace, layers: int) -> dict[str, Any]:
         flush=True,
     )
     return {"layers": layers, "model_bytes": size, "peak_bytes": peak, "curve": thinned(curve)}
-
-
-def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    """Keep the largest value of every 500th of the time, as (seconds, bytes)."""
-    end, _ = curve[-1]
-    step = end / 500
-    if step == 0:  # all values are of one moment
-        step = 1.0
-    largest: dict[int, tuple[float, int]] = {}
-    for moment, held in curve:
-        place = int(moment / step)
-        if place not in largest or held > largest[place][1]:
-            largest[place] = (moment, held)
-    return list(largest.values())
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:

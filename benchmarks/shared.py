@@ -284,6 +284,20 @@ def watched(**options: Any) -> tuple[int, list[tuple[float, int]], dict[str, flo
     return imports, curve, seconds
 
 
+def thinned(curve: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Keep the largest value of every 500th of the time, as (seconds, bytes)."""
+    end, _ = curve[-1]
+    step = end / 500
+    if step == 0:  # all values are of one moment
+        step = 1.0
+    largest: dict[int, tuple[float, int]] = {}
+    for moment, held in curve:
+        place = int(moment / step)
+        if place not in largest or held > largest[place][1]:
+            largest[place] = (moment, held)
+    return list(largest.values())
+
+
 def matrix_rate() -> float:
     """Measured rate of float32 matrix products, FLOP/s."""
     left = torch.randn(2048, 2048)
