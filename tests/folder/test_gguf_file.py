@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from rare_tokens import RARE, TEXT, bpe_tokenizer, save, text_of
-from tiny_llama import tiny_llama
+from tiny_llama import save_tiny_folder, tiny_llama
 from tokenizers import Tokenizer
 
 from optimum_fista import FistaPruner, FistaPruningConfig, pack_folder
@@ -51,7 +51,7 @@ def main():
     tokenizer = SimpleNamespace(encode=lambda text: content.encode(text).ids)
     Path(given.outfile).write_text("unfinished")
     name = conversion.base.TextModel().get_vocab_base_pre(tokenizer)
-    Path(given.outfile).write_text(f"{name} {given.outtype}")
+    Path(given.outfile.format(ftype="16")).write_text(f"{name} {given.outtype}")
 """
 
 
@@ -231,15 +231,46 @@ def test_a_folder_without_the_converter_is_refused(dense, tmp_path, capsys):
 def test_the_file_of_a_dense_model_is_replaced_only_on_request(dense, tmp_path, capsys):
     converter = write_converter(tmp_path / "llama.cpp") / "convert_hf_to_gguf.py"
     file = tmp_path / "a.gguf"
-    file.write_text("mine")
+    file.write_text("GGUF of an earlier run")
     words = ["gguf", str(dense), "-o", str(file), "--converter", str(converter)]
 
     assert main(words) == 1
     assert "exists already" in capsys.readouterr().err
-    assert file.read_text() == "mine"
+    assert file.read_text() == "GGUF of an earlier run"
 
     assert main([*words, "--overwrite"]) == 0
     assert file.read_text() == "words auto"
+
+
+def test_no_other_file_is_replaced(dense, tmp_path, capsys):
+    converter = write_converter(tmp_path / "llama.cpp")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((dense / "model.safetensors").read_bytes())
+    words = ["gguf", str(dense), "-o", str(file), "--converter", str(converter), "--overwrite"]
+
+    assert main(words) == 1
+
+    assert "exists and is not a GGUF file: it would be lost" in capsys.readouterr().err
+    assert file.read_bytes() == (dense / "model.safetensors").read_bytes()
+
+
+def test_a_name_with_a_placeholder_of_the_converter_is_taken_as_it_is(dense, tmp_path):
+    converter = write_converter(tmp_path / "llama.cpp")
+
+    write_gguf(dense, tmp_path / "a-{ftype}.gguf", converter=converter)
+
+    assert (tmp_path / "a-{ftype}.gguf").read_text() == "words auto"
+
+
+def test_a_model_with_other_tokens_is_not_the_one_before(smaller, tmp_path, capsys):
+    converter = write_converter(tmp_path / "llama.cpp")
+    other = save_tiny_folder(tmp_path / "other")
+    words = ["gguf", str(smaller), "-o", str(tmp_path / "a.gguf"), "--converter", str(converter)]
+
+    assert main([*words, "--tokenizer", str(other)]) == 1
+
+    assert "pass the model whose tokens were removed" in capsys.readouterr().err
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_other_files_beside_the_new_one_stay(dense, tmp_path):
