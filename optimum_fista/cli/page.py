@@ -22,24 +22,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         type=Path,
         metavar="FILE.html",
-        help="page to write (default DIR/fista/report.html)",
+        help="page to write, in place of an earlier one (default DIR/fista/report.html)",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page of a folder, by default into it, and print where it is; returns the exit code.
 
-    A page in the folder is noted in the list of its files. `arguments` are those that `add_arguments` describes.
+    It may take the place of an earlier page, but of no other file. A page in the folder is noted in the list of its
+    files. `arguments` are those that `add_arguments` describes.
     """
     # These imports take seconds, and `--help` must not wait for them.
-    from optimum_fista.atomic import require_writable
+    from optimum_fista.atomic import require_same_kind, require_writable
     from optimum_fista.folder.output import write_about
     from optimum_fista.page.render import read_pruned_report, render_page
     from optimum_fista.source.model_folder import bytes_of_weight_files
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
-    # Before the page is made.
+    # Before the page is made. `page.html` has this title.
     require_writable(output)
+    require_same_kind(output, "a page of this command", b": pruning report</title>")
     report = read_pruned_report(arguments.folder)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_about(output, render_page(report, bytes_of_weight_files(arguments.folder)))

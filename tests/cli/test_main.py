@@ -140,6 +140,21 @@ def test_a_report_is_written_without_transformers(pruned_folder, tmp_path):
     assert process.stdout.splitlines()[-1] == "loaded:", process.stderr
 
 
+def test_a_page_takes_the_place_of_an_earlier_page_alone(pruned_folder, tmp_path, capsys):
+    notes = tmp_path / "notes.html"
+    notes.write_text("<!doctype html><title>mine</title>")
+    page = tmp_path / "page.html"
+
+    assert main(["report", str(pruned_folder), "--output", str(notes)]) == 1
+    assert "is not a page of this command: it would be lost" in capsys.readouterr().err
+    assert notes.read_text() == "<!doctype html><title>mine</title>"
+
+    page.touch()
+    assert main(["report", str(pruned_folder), "--output", str(page)]) == 0
+    assert main(["report", str(pruned_folder), "--output", str(page)]) == 0
+    assert page.stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     "flags",
     [
