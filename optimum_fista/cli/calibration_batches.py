@@ -119,7 +119,7 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
     """
     tokenizer = require_tokenizer(request.model)
     texts = [load_text(source, split="calibration") for source in request.sources]
-    _require_different(request.sources, texts)
+    require_different(request.sources, texts)
 
     def draw(num_more: int) -> list[Tensor]:
         """Draw the share of each source, and `num_more` sequences of each besides.
@@ -151,10 +151,11 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
     return draw(0)
 
 
-def _require_different(sources: Sequence[str], texts: Sequence[TextSource]) -> None:
-    """Refuse two sources with one text (ValueError): a refit of experts would test the text by itself.
+def require_different(sources: Sequence[str], texts: Sequence[TextSource]) -> None:
+    """Refuse two sources with one text (ValueError), on which a text would be tested by itself.
 
-    `texts` are those of the sources, in their order.
+    Experts are refitted to all texts but one, and tested on that one. Tokens are counted on one part of the text, and
+    the loss without the others is measured on another part. `texts` are those of the sources, in their order.
     """
     first_sources = dict[str, str]()  # by the digest of the text
     for source, text in zip(sources, texts, strict=True):

@@ -366,14 +366,16 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     """Read the texts of all sources of the request, for a run that removes tokens.
 
     Returns an iterator of their documents (texts), and the names of the sources for a report, such as "c4, code.txt".
-    All sources are read before the first document is taken, so that an error of one comes at once. Texts of the Hub are
-    downloaded into its cache.
+    All sources are read before the first document is taken, so that an error of one comes at once. ValueError if two
+    have the same text. Texts of the Hub are downloaded into its cache.
     """
+    from optimum_fista.cli.calibration_batches import require_different
     from optimum_fista.text.calibration_tokens import text_of_model
 
     texts = [
         text_of_model(request.model, source, split="calibration") for source in request.sources
     ]
+    require_different(request.sources, texts)
     documents = itertools.chain.from_iterable(text.documents for text in texts)
     return documents, request.public_sources
 

@@ -9,6 +9,7 @@ channels, attention heads, experts or decoder layers; "vocab:0.35" removes token
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import math
 import os
@@ -192,21 +193,11 @@ class PruneRequest:
     def require_sources(self) -> None:
         """Refuse sources of calibration text that do not go together, or not with this run (ValueError).
 
-        `self.sources` are such as ("c4", "code.txt"). If tokens are removed, all texts are counted, but "self", the
-        model's own text, is refused. Otherwise each of several sources gives an equal share of the sequences. `.jsonl`
-        files among several sources are read, to find out whether they have images.
+        `self.sources` are such as ("c4", "code.txt"). No text may be there twice. If tokens are removed, all texts are
+        counted, but "self", the model's own text, is refused. Otherwise each of several sources gives an equal share of
+        the sequences. `.jsonl` files among several sources are read, to find out whether they have images.
         """
         from optimum_fista.text.sources import require_source
-
-        number = len(self.sources)
-        if self.config.tokens_removal is not None:
-            if "self" in self.sources:
-                raise ValueError(
-                    "--calibration self: a model's own text is too short for rare tokens, pass files or c4."
-                )
-            return
-        if number < 2:
-            return
 
         for index, source in enumerate(self.sources):
             earlier_sources = self.sources[:index]
@@ -218,6 +209,16 @@ class PruneRequest:
             )
             if is_again or source in earlier_sources:
                 raise ValueError(f"--calibration has the text {source!r} twice: pass it once.")
+        if self.config.tokens_removal is not None:
+            if "self" in self.sources:
+                raise ValueError(
+                    "--calibration self: a model's own text is too short for rare tokens, pass files or c4."
+                )
+            return
+        number = len(self.sources)
+        if number < 2:
+            return
+
         if "self" in self.sources:
             raise ValueError(
                 "--calibration self with other sources: a model's own text is not mixed with others, pass it alone or "
@@ -294,11 +295,15 @@ def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None
     """Refuse texts to measure on that are among the calibration text, too (ValueError).
 
     `measured` are the sources of `--measure` and `--protect`, such as "code.txt" or "wikitext2", and `calibrated` those
-    of the calibration text.
+    of the calibration text. A copy of a file is the same text.
     """
     sources = list(calibrated)
     for source in measured:
-        if any(_are_one_text(source, calibrated=other) for other in sources):
+        is_calibrated_on = any(
+            _are_one_text(source, calibrated=other) or _have_same_content(source, other)
+            for other in sources
+        )
+        if is_calibrated_on:
             raise ValueError(
                 f"--measure or --protect: {source!r} is among the calibration text, so it is not held out: pass "
                 "another text."
@@ -330,6 +335,12 @@ def _are_one_text(source: str, *, calibrated: str) -> bool:
 
     are_files = Path(source).is_file() and Path(calibrated).is_file()
     return are_files and os.path.samefile(source, calibrated)
+
+
+def _have_same_content(source: str, other: str) -> bool:
+    """Tell whether two sources are files with the same bytes. Only files of equal size are read."""
+    are_files = Path(source).is_file() and Path(other).is_file()
+    return are_files and filecmp.cmp(source, other, shallow=False)
 
 
 def pattern_of_run(model: str, config: FistaPruningConfig) -> str:

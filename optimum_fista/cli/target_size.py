@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import fmean
 
 from optimum_fista.atomic import read_record
+from optimum_fista.cli.calibration_batches import require_different
 from optimum_fista.cli.flags import given_options
 from optimum_fista.cli.overview import cost_of_tokens
 from optimum_fista.cli.prune_request import (
@@ -65,11 +66,11 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     if not sources:
         sources = [usual_texts().to_calibrate_on]
     # Errors of the files are errors of the command; those below only mean that no token can be removed.
+    counted_sources = [source for source in sources if source != "self"]
     counted_texts = [
-        text_of_model(arguments.model, source, split="calibration")
-        for source in sources
-        if source != "self"
+        text_of_model(arguments.model, source, split="calibration") for source in counted_sources
     ]
+    require_different(counted_sources, counted_texts)
     measured = measured_sources(arguments)
     require_held_out(measured, sources)
     texts = require_texts(
