@@ -39,7 +39,7 @@ from optimum_fista.folder.checkpoint import (
     read_recoveries,
     read_report,
 )
-from optimum_fista.folder.output import folder_beside, require_output
+from optimum_fista.folder.output import folder_beside, require_output, unfinished_folder
 from optimum_fista.memory import available_bytes, size_text
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
@@ -170,7 +170,10 @@ def plan_recovery(
         # are removed.
         require_output(output, overwrite, source=name)
     if checked.teacher_logits is not None:
-        _require_apart(Path(checked.teacher_logits), (output, Path(source), Path(teacher_name)))
+        _require_apart(
+            Path(checked.teacher_logits),
+            (output, unfinished_folder(output), Path(source), Path(teacher_name)),
+        )
     teacher_writes_text = calibration == "self"
     if teacher_writes_text and checked.answers_only:
         raise ValueError(
@@ -483,14 +486,15 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
 def _require_apart(teacher_logits: Path, folders: Sequence[Path]) -> None:
     """Refuse a folder for the teacher's predictions that is one of the `folders`, or in one; ValueError.
 
-    These are the output, which may hold no other files at the end, and the models, which may not change meanwhile.
+    These are the output, which may hold no other files at the end, its unfinished folder, which is deleted then, and
+    the models, which may not change meanwhile.
     """
     real = Path(os.path.realpath(teacher_logits))
     for folder in folders:
         if real.is_relative_to(os.path.realpath(folder)):
             raise ValueError(
-                f"teacher_logits={str(teacher_logits)!r} lies in {str(folder)!r}, the output or a model: pass a folder "
-                "outside of it (--teacher-logits)."
+                f"teacher_logits={str(teacher_logits)!r} lies in {str(folder)!r}, which is the output, its "
+                "unfinished folder or a model: pass a folder outside of it (--teacher-logits)."
             )
 
 

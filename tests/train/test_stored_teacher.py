@@ -298,12 +298,12 @@ def test_other_sequences_of_the_same_tokens_are_another_text(run, tmp_path, othe
         run("two", calibration=str(documents), **other_shape)
 
 
-@pytest.mark.parametrize("folder", ["out", "out/teacher", "dense"])
+@pytest.mark.parametrize("folder", ["out", "out/teacher", "out.unfinished/journal", "dense"])
 def test_a_folder_in_the_output_or_in_a_model_is_refused_at_once(
     folder, run, tmp_path, monkeypatch
 ):
     dense = save_tiny_folder(tmp_path / "dense")
     monkeypatch.setattr(recovery, "shared_files", fail)
 
-    with pytest.raises(ValueError, match="the output or a model: pass a folder outside of it"):
+    with pytest.raises(ValueError, match="unfinished folder or a model: pass a folder outside"):
         run("out", source=dense, teacher=None, teacher_logits=tmp_path / folder)
