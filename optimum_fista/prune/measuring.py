@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from accelerate.utils import get_int_from_env
 
@@ -21,7 +20,7 @@ from optimum_fista.folder.writing import summary
 from optimum_fista.records import LayerReport
 from optimum_fista.report import PruningReport
 from optimum_fista.run_record import words_of_pattern
-from optimum_fista.solve.patterns import Columns, PartShare, WholeParts, parse_pattern
+from optimum_fista.solve.patterns import PartShare, WholeParts, parse_pattern
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 from optimum_fista.text.loss import (
@@ -147,21 +146,14 @@ def note_losses(
         )
 
 
-class _Numbers(NamedTuple):
-    """How many parts of one kind, such as experts, a decoder layer has."""
-
-    before: int  # the run
-    after: int
-
-
 def pattern_within_limits(report: PruningReport) -> str | None:
     """Name the pattern, with a smaller share, that is likely to keep to all limits of the texts that broke them.
 
     The loss of each text is taken to grow in proportion to the share. In the measured tables (docs/results.md, experts;
     docs/should-you-prune.md) twice the share costs about twice the loss or more, so this is careful. Returns words such
-    as "experts:0.11", with a share that removes a whole number of parts; `None` if no text broke its limit, if even 1%
-    is too much, or if the pattern has no share of its own ("2:4"), several ("heads:0.3+channels:0.1"), or removes
-    tokens. Changes nothing.
+    as "experts:0.11", with a share that removes a whole number of parts, or "30% unstructured", in whole percent;
+    `None` if no text broke its limit, if even one part or 1% is too much, or if the pattern has no share of its own
+    ("2:4"), several ("heads:0.3+channels:0.1"), or removes tokens. Changes nothing.
     """
     # How much of the share each text allows, from 0 to 1.
     fractions = list[float]()
@@ -182,59 +174,43 @@ def pattern_within_limits(report: PruningReport) -> str | None:
         )
     except ValueError:  # a pattern that removes tokens
         return None
-    # Rounded down to whole percent.
-    share = math.floor(100 * min(fractions) * pattern.sparsity) / 100
-    if share == 0:
-        return None
     if isinstance(pattern, WholeParts):
         if len(pattern.shares) > 1:
             return None
         (part,) = pattern.shares
-        numbers = _numbers_of_parts(report)
-        if numbers is None:
-            return str(replace(part, share=share))
-        divisible_by = report.config.get("keep_divisible")
-        return _fewer_parts(part, numbers, min(fractions), divisible_by)
+        counted = report.model["parts_counted"][part.kind]
+        return _fewer_parts(part, counted, min(fractions), report.config.get("keep_divisible"))
     if pattern.fixed:
+        return None
+    # Rounded down to whole percent.
+    share = math.floor(100 * min(fractions) * pattern.sparsity) / 100
+    if share == 0:
         return None
     return words_of_pattern(str(pattern), share)
 
 
 def _fewer_parts(
-    share: PartShare, numbers: _Numbers, fraction: float, divisible_by: int | None
+    share: PartShare, counted: Mapping[str, int], fraction: float, divisible_by: int | None
 ) -> str | None:
     """Name the pattern that removes this fraction, from 0 to 1, of the parts that a run has removed, or fewer.
 
-    `share` is what the run was asked to remove, and `numbers` are those of the parts that it had and left. Of the
-    numbers that a run takes, with the user's `divisible_by` for experts, the largest one goes. `None` if there is none.
+    `share` is what the run was asked to remove. `counted` has the numbers of the parts "before" and "after" the run,
+    and "router_groups", of which each keeps equally many. Of the numbers that a run takes, with the user's
+    `divisible_by` for experts, the largest one goes. `None` if there is none.
     """
-    num_removed = math.floor(fraction * (numbers.before - numbers.after))
-    for kept in range(numbers.before - num_removed, numbers.before):
-        smaller = PartShare.keeping(share.kind, kept, numbers.before, share.multiple_of)
+    number = counted["before"]
+    # The small number is for fractions that are rounded, such as 0.49999999999999994.
+    num_removed = math.floor(fraction * (number - counted["after"]) + 1e-9)
+    for kept in range(number - num_removed, number):
+        smaller = PartShare.keeping(share.kind, kept, number, share.multiple_of)
         try:
-            num_left = replace(smaller, divisible_by=divisible_by).num_kept(numbers.before)
+            num_left = replace(smaller, divisible_by=divisible_by).num_kept(
+                number, counted["router_groups"]
+            )
         except ValueError:  # the share is too far from the numbers that may stay
             continue
         if num_left == kept:
             return str(smaller)
-    return None
-
-
-def _numbers_of_parts(report: PruningReport) -> _Numbers | None:
-    """Return how many parts of one kind each decoder layer had before a run, and has now; `None` if it is not known.
-
-    `report` is that of the run, which has removed experts, channels or heads. Of removed layers it is not known.
-    """
-    if report.mixtures:
-        # All mixtures lose as many experts. `saliency` has a number for each expert before the run.
-        first = report.mixtures[0]
-        return _Numbers(len(first.saliency), len(first.groups_kept))
-
-    for operator in report.operators:
-        pattern = parse_pattern(operator.pattern, None)  # its text has the numbers
-        # Such an operator reads the parts. Others keep all columns.
-        if isinstance(pattern, Columns) and pattern.groups is not None and pattern.sparsity > 0:
-            return _Numbers(pattern.groups, round((1 - pattern.sparsity) * pattern.groups))
     return None
 
 

@@ -501,6 +501,14 @@ class PartsRemoval(Removal):
 
         model.config = self.smaller_plan.model.config
         report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
+        report.model["parts_counted"] = {
+            removed.share.kind: {
+                "before": removed.number,
+                "after": removed.kept,
+                "router_groups": removed.num_router_groups,
+            }
+            for removed in self.removed_parts
+        }
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller_plan.model.num_parameters()
         # Nothing is known of the routers of removed layers.

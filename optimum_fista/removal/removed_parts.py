@@ -21,6 +21,7 @@ class RemovedParts:
     share: PartShare  # that was asked for
     number: int  # of all
     kept: int
+    num_router_groups: int = 1  # of experts; each keeps equally many
 
     def __str__(self) -> str:
         """Write it for people, such as `1 of 3 heads of every decoder layer (33.33%; asked for: 34%)`.
@@ -75,14 +76,13 @@ def removed_parts(outline: ModelOutline, pattern: WholeParts) -> list[RemovedPar
     for share in pattern.shares:
         if share.kind == "layers":
             number = len(outline.layers)
-            kept = share.num_kept(number)
-        else:
-            parts = outline.parts(share.kind)
-            number = parts.groups
-            # Raises ValueError. Equally many experts stay in each group of a router, and at least as many as a token is
-            # sent to.
-            kept = share.num_kept(number, parts.num_router_groups, parts.at_least)
-        removed.append(RemovedParts(share, number, kept))
+            removed.append(RemovedParts(share, number, share.num_kept(number)))
+            continue
+        parts = outline.parts(share.kind)
+        # Raises ValueError. Equally many experts stay in each group of a router, and at least as many as a token is
+        # sent to.
+        kept = share.num_kept(parts.groups, parts.num_router_groups, parts.at_least)
+        removed.append(RemovedParts(share, parts.groups, kept, parts.num_router_groups))
     return removed
 
 

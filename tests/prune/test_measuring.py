@@ -241,18 +241,22 @@ def test_a_run_that_breaks_its_promise_is_kept_and_not_called_good(dense, texts,
 @pytest.mark.parametrize(
     ("pattern", "sparsity", "smaller"),
     [
-        ("experts:0.25", None, "experts:0.12"),  # half of the rise is allowed: 0.125, rounded down
+        ("experts:0.25", None, "experts:0.12"),  # half of the rise is allowed: 1 of 8 experts
         ("channels:0.25/64", None, "channels:0.12/64"),
         ("unstructured", 0.5, "25% unstructured"),
         ("2:4", None, None),
         ("heads:0.25+channels:0.25", None, None),
         ("vocab:0.25", None, None),
-        ("experts:0.01", None, None),  # less than 1% would be left
+        ("unstructured", 0.01, None),  # less than 1% would be left
     ],
 )
 def test_a_smaller_share_is_named_if_a_text_lost_too_much(pattern, sparsity, smaller):
     report = mixture_report()
     report.config = {"pattern": pattern, "sparsity": sparsity}
+    report.model["parts_counted"] = {
+        "experts": {"before": 8, "after": 6, "router_groups": 1},
+        "channels": {"before": 1536, "after": 1152, "router_groups": 1},
+    }
     report.texts = [
         measured_text("sea.txt", 1.0, 1.2, at_most=1.1),  # half of the rise is allowed
         measured_text("sky.txt", 1.0, 1.4, at_most=1.3),  # three quarters of it are
@@ -273,32 +277,46 @@ def test_what_an_earlier_run_has_cost_counts_for_the_smaller_share():
     report = mixture_report()
     report.texts = [measured_text("sea.txt", 1.2, 1.6, at_most=1.4)]
     report.origin = OriginReport(texts={"sea.txt": 1.0})
+    report.model["parts_counted"]["experts"] = {"before": 8, "after": 6, "router_groups": 1}
 
     # From 1.2 to 1.4, and not to 1.6: half of the share.
     assert measuring.pattern_within_limits(report) == "experts:0.12"
 
 
 @pytest.mark.parametrize(
-    ("num_experts", "num_removed", "keep_divisible", "smaller"),
+    ("asked", "before", "after", "smaller", "options"),
     [
         # 0.95 of the experts that went, rounded down: 1, 4 and 7
-        (8, 2, None, "experts:0.12"),
-        (16, 5, None, "experts:0.25"),
-        (60, 8, None, "experts:0.12"),
+        ("experts:0.25", 8, 6, "experts:0.12", {}),
+        ("experts:0.31", 16, 11, "experts:0.25", {}),
+        ("experts:0.13", 60, 52, "experts:0.12", {}),
         # 7 would stay, which is no multiple of 2
-        (8, 2, 2, None),
-        (16, 5, 4, "experts:0.25"),
-        (8, 1, None, None),
+        ("experts:0.25", 8, 6, None, {"keep_divisible": 2}),
+        ("experts:0.31", 16, 11, "experts:0.25", {"keep_divisible": 4}),
+        ("experts:0.12", 8, 7, None, {}),
+        # each of 4 groups of the router loses one expert, and not two
+        ("experts:0.5", 16, 8, "experts:0.25", {"router_groups": 4}),
+        ("experts:0.25", 16, 12, None, {"router_groups": 4}),
+        # 0.95 of the 384 channels that went are 364. The next number that a run removes is 320, a multiple of 64.
+        ("channels:0.25", 1536, 1152, "channels:0.21", {}),
+        ("channels:0.25/16", 1536, 1152, "channels:0.23/16", {}),
+        ("channels:0.25", 40, 30, "channels:0.22", {}),
+        ("heads:0.5", 8, 4, "heads:0.38", {}),
+        ("heads:0.5", 2, 1, None, {}),
+        ("layers:0.5", 6, 3, "layers:0.33", {}),
+        ("layers:0.17", 6, 5, None, {}),
     ],
 )
-def test_the_smaller_share_removes_fewer_experts_and_a_whole_number_of_them(
-    num_experts, num_removed, keep_divisible, smaller
+def test_the_smaller_share_removes_fewer_parts_and_as_many_as_a_run_takes(
+    asked, before, after, smaller, options
 ):
-    kept = tuple(range(num_removed, num_experts))
-    report = mixture_report(small_reports.mixture("layers.0.mlp", kept, (1,) * num_experts))
-    report.config = {
-        "pattern": f"experts:{num_removed / num_experts}",
-        "keep_divisible": keep_divisible,
+    kind = asked.partition(":")[0]
+    router_groups = options.get("router_groups", 1)
+    keep_divisible = options.get("keep_divisible")
+    report = small_reports.report()
+    report.config = {"pattern": asked, "keep_divisible": keep_divisible}
+    report.model["parts_counted"] = {
+        kind: {"before": before, "after": after, "router_groups": router_groups}
     }
     report.texts = [measured_text("sea.txt", 1.0, 2.0, at_most=1.95)]
 
@@ -308,35 +326,23 @@ def test_the_smaller_share_removes_fewer_experts_and_a_whole_number_of_them(
     if named is not None:
         (share,) = parse_pattern(named, None).shares
         share = dataclasses.replace(share, divisible_by=keep_divisible)
-        assert num_experts - num_removed < share.num_kept(num_experts) < num_experts
+        assert after < share.num_kept(before, router_groups) < before
 
 
-@pytest.mark.parametrize(
-    ("asked", "pattern", "smaller"),
-    [
-        # 0.95 of the 384 channels that went are 364. The next number that a run removes is 320, a multiple of 64.
-        ("channels:0.25", "columns:1152of1536", "channels:0.21"),
-        ("channels:0.25/16", "columns:1152of1536", "channels:0.23/16"),
-        ("channels:0.25", "columns:30of40", "channels:0.22"),
-        ("heads:0.5", "columns:4of8x64", "heads:0.38"),
-        ("heads:0.5", "columns:1of2x64", None),
-    ],
-)
-def test_the_smaller_share_of_channels_or_heads_is_one_that_a_run_takes(asked, pattern, smaller):
-    keeps_all = small_reports.operator("layers.0.o_proj", pattern="columns:48of48")
-    loses_columns = small_reports.operator("layers.0.down_proj", pattern=pattern)
-    report = small_reports.report(keeps_all, loses_columns)
-    report.config = {"pattern": asked}
-    report.texts = [measured_text("sea.txt", 1.0, 2.0, at_most=1.95)]
+@pytest.mark.parametrize("parts", ["experts:0.5", "layers:0.5"])
+def test_a_run_counts_the_parts_from_which_the_smaller_share_is_found(parts):
+    # two decoder layers with 8 experts in two groups of the router
+    model = tiny_model("deepseek_v3", n_routed_experts=8, n_group=2, topk_group=2)
+    tokens = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
 
-    named = measuring.pattern_within_limits(report)
+    report = FistaPruner(FistaPruningConfig(pattern=parts), progress=False).prune(model, [tokens])
 
-    assert named == smaller
-    if named is not None:
-        columns = parse_pattern(pattern, None)
-        num_kept = round((1 - columns.sparsity) * columns.groups)
-        (share,) = parse_pattern(named, None).shares
-        assert num_kept < share.num_kept(columns.groups) < columns.groups
+    kind = parts.partition(":")[0]
+    expected = {
+        "experts": {"before": 8, "after": 4, "router_groups": 2},
+        "layers": {"before": 2, "after": 1, "router_groups": 1},
+    }
+    assert report.model["parts_counted"] == {kind: expected[kind]}
 
 
 def test_after_two_runs_the_loss_before_is_that_of_the_first_dense_model(
@@ -451,6 +457,14 @@ def test_pydoc_is_refused_as_calibration_and_measured_text_at_once():
     with pytest.raises(ValueError, match=message):
         require_held_out(["pydoc"], ["c4", "pydoc"])
     require_held_out(["wikitext2"], ["wikitext2"])  # which has two splits
+
+
+def test_a_copy_of_the_calibration_text_is_not_held_out(texts, tmp_path):
+    copy = tmp_path / "copy.txt"
+    copy.write_bytes((texts / "text.txt").read_bytes())
+
+    with pytest.raises(ValueError, match=r"copy\.txt' is among the calibration text"):
+        require_held_out([str(copy)], [str(texts / "sky.txt"), str(texts / "text.txt")])
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,7 @@ def mixture_report(*mixtures: MixtureReport) -> PruningReport:
             "num_parameters": 400,
             "dense_num_parameters": 500,
             "parts_removed": ["1 of 4 experts of every decoder layer (25.00%)"],
+            "parts_counted": {"experts": {"before": 4, "after": 3, "router_groups": 1}},
         },
         calibration={"sha256": "ab", "num_tokens": 128, "num_sequences": 8, "source": "sea.txt"},
         layers=[
