@@ -8,6 +8,8 @@ from optimum_fista.cli.flags import DEVICE, DTYPE
 if TYPE_CHECKING:
     from optimum_fista.evaluate.perplexity import PerplexityResult
 
+_USUAL_LENGTH = 1024  # tokens in a window
+
 DESCRIPTION = """\
 Measure the perplexity of a model on a text.
 
@@ -34,7 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SOURCE",
         help="a .txt or .jsonl file (text or messages), wikitext2, c4, ptb, pydoc, or OWNER/NAME of the Hub",
     )
-    add("--sequence-length", type=int, default=1024, help="tokens in a window (default 1024)")
+    add(
+        "--sequence-length",
+        type=int,
+        help=f"tokens in a window (default: {_USUAL_LENGTH}, or the model's limit)",
+    )
     add("--max-windows", type=int, help="stop after this many windows (default: the whole text)")
     add("--batch-size", type=int, default=1, help="windows in a forward pass (default 1)")
     add(
@@ -60,10 +66,15 @@ def run(arguments: argparse.Namespace) -> int:
 
     from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.source.loading import load_model
+    from optimum_fista.text.calibration_tokens import usual_length
     from optimum_fista.text.windows import evaluation_windows
 
     model, tokenizer = load_model(arguments.model, device=arguments.device, dtype=arguments.dtype)
-    windows = evaluation_windows(tokenizer, text, arguments.sequence_length, arguments.max_windows)
+    text = text.written_by(tokenizer)  # conversations
+    length = arguments.sequence_length
+    if length is None:
+        length = min(_USUAL_LENGTH, usual_length(model.config))
+    windows = evaluation_windows(tokenizer, text, length, arguments.max_windows)
     # The text and the tokenizer say how many bytes the windows stand for, for the bits per byte.
     result = evaluate_perplexity(
         model, windows, batch_size=arguments.batch_size, text=text, tokenizer=tokenizer

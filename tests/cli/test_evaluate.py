@@ -1,11 +1,15 @@
+import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
 from tiny_llama import tiny_llama, tiny_tokenizer
 
 from optimum_fista.cli.main import main
+from optimum_fista.records import LoopCount
+from optimum_fista.text import loops
 
 
 def test_the_command_prints_the_perplexity_of_the_model(tiny_folder, text_file, capsys):
@@ -24,6 +28,42 @@ def test_the_command_prints_the_perplexity_of_the_model(tiny_folder, text_file, 
     assert float(words[1].rstrip(",")) == pytest.approx(math.exp(expected), abs=2e-3)
     # A token is a letter, so bits per byte are bits per token.
     assert float(words[2]) == pytest.approx(expected / math.log(2), abs=2e-4)
+
+
+def test_windows_are_no_longer_than_the_model_takes(tiny_folder, text_file, capsys):
+    arguments = ["evaluate", str(tiny_folder), "--text", str(text_file), "--max-windows", "2"]
+
+    assert main([*arguments, "--device", "cpu"]) == 0
+
+    assert ": 2 windows of 64 tokens, 126 predicted" in capsys.readouterr().out
+
+
+def test_loops_are_counted_in_conversations_as_the_chat_template_writes_them(
+    tiny_folder, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    messages = [{"role": "user", "content": "the sea"}, {"role": "assistant", "content": "is deep"}]
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text(20 * f"{json.dumps({'messages': messages})}\n")
+    prompts = []
+
+    def count(model, tokenizer, stretches, **_):
+        prompts.extend(stretches)
+        return [LoopCount(num_prompts=1, num_new_tokens=1, num_loops=0)]
+
+    monkeypatch.setattr(loops, "count_loops", count)
+    arguments = ["evaluate", str(folder), "--text", str(chats), "--max-windows", "2", "--loops"]
+
+    assert main([*arguments, "--device", "cpu"]) == 0
+
+    ((stretch,),) = prompts
+    assert stretch.startswith("user: the sea assistant: is deep")
 
 
 def mean_loss(text: str, num_windows: int, length: int) -> float:
