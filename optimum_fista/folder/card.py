@@ -201,12 +201,13 @@ def _distribution_of_zeros(report: PruningReport) -> str:
     is_shared = (
         report.config["allocation"] == "fisher" and report.config["pattern"] == "unstructured"
     )
+    sparsities = [operator.sparsity for operator in report.operators]
+    least = f"{min(sparsities):.1%}"
+    most = f"{max(sparsities):.1%}"
     if is_shared:
-        sparsities = [operator.sparsity for operator in report.operators]
-        return (
-            "shared over the operators by gradients of the loss, "
-            f"{min(sparsities):.1%} to {max(sparsities):.1%}"
-        )
+        return f"shared over the operators by gradients of the loss, {least} to {most}"
+    if least != most:
+        return f"{least} to {most} of an operator, as the configuration says"
     return "the same share in every operator"
 
 

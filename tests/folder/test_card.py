@@ -44,7 +44,15 @@ def test_the_saved_card_has_the_numbers_of_the_report(saved):
     assert saved.report.calibration["sha256"] in text
     assert f"torch {saved.report.versions['torch']}" in text
     assert "| pattern | 2:4 |" in text
+    # 2:4, and 1:4 in the down projections
+    assert "| zeros | 50.0% to 75.0% of an operator, as the configuration says |" in text
+
+
+def test_the_card_tells_if_all_operators_have_the_same_share_of_zeros(saved_gpt2):
+    text = text_of_saved_card(saved_gpt2)
+
     assert "| zeros | the same share in every operator |" in text
+    assert "weights of the linear operators that this run pruned are zero" in text
 
 
 def test_the_card_tells_how_the_zeros_were_shared(saved_by_rows):
