@@ -404,6 +404,7 @@ class FistaPruningConfig(PruningOptions):
             "expert_refit",
             "keep_divisible",
             "reorder_channels",
+            "held_out",  # a part of the text is always held out
         ):
             value = getattr(self, name)
             is_set_by_user = value != getattr(_DEFAULTS, name)

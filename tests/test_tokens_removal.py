@@ -51,6 +51,7 @@ def test_tokens_and_other_parts_need_two_runs():
         ({"include": ["*.q_proj"]}, r"include=\('\*.q_proj',\) has no meaning"),
         ({"expert_refit": False}, "expert_refit=False has no meaning"),
         ({"keep_divisible": 8}, "keep_divisible=8 has no meaning"),
+        ({"held_out": 8}, "held_out=8 has no meaning"),
     ],
 )
 def test_options_of_weights_have_no_meaning_for_tokens(options, message):
