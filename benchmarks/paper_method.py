@@ -348,8 +348,6 @@ def parts_of_models(results: Results) -> list[str]:
         cells = []
         for pattern in ("0.5", "2:4"):
             rows = results.part("models", method=method, pattern=pattern)
-            # `compare.py` has measured the default and some of its parts.
-            rows += results.of_file("correction.json", method=method, pattern=pattern, seed=0)
             if not rows:
                 cells.append("")
                 continue
