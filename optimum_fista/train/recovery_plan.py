@@ -175,13 +175,13 @@ def plan_recovery(
             (output, unfinished_folder(output), Path(source), Path(teacher_name)),
         )
     teacher_writes_text = calibration == "self"
-    if teacher_writes_text and checked.answers_only:
+    if not teacher_writes_text:
+        require_source(calibration)
+    elif checked.answers_only:
         raise ValueError(
             "answers_only=True: a text that the teacher writes itself has no conversations: pass calibration "
             "(--calibration), a text that has some."
         )
-    if not teacher_writes_text:
-        require_source(calibration)
 
     configs = {name: read_config(name) for name in (source, teacher_name)}
     tokenizers = {name: load_tokenizer(name) for name in (source, teacher_name)}
@@ -199,23 +199,12 @@ def plan_recovery(
 
     length = _sequence_length(checked.sequence_length, configs)
     passes_of_step = _passes_of_step(checked, length, processes)
-    tokens_of_step = length * checked.batch_size * passes_of_step
-    if checked.tokens < tokens_of_step:
-        raise ValueError(
-            f"tokens={checked.tokens}: one step takes {passes_of_step} passes of {checked.batch_size} sequences of "
-            f"{length} tokens: pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
-        )
-
+    steps = _num_steps(checked, length, passes_of_step)
     used_device = usable_device(device)
-    if checked.compute_dtype == "auto":
-        use_bfloat16 = is_fast(torch.bfloat16, used_device)
-    else:
-        use_bfloat16 = checked.compute_dtype == "bfloat16"
+    compute_dtype = _compute_dtype(checked, used_device)
 
     # Everything is checked: weights of models of the Hub are downloaded now.
-    source_folder = source
-    if not Path(source).is_dir():
-        source_folder = snapshot_download(source)
+    source_folder = _folder_of_student(source)
     teacher_folder = _folder_of_teacher(teacher_name)
     return RecoveryPlan(
         source=source_folder,
@@ -227,9 +216,9 @@ def plan_recovery(
         options=checked,
         length=length,
         passes_of_step=passes_of_step,
-        steps=checked.tokens // tokens_of_step,
+        steps=steps,
         device=used_device,
-        compute_dtype=torch.bfloat16 if use_bfloat16 else torch.float32,
+        compute_dtype=compute_dtype,
         report=report,
         recoveries=read_recoveries(Path(source_folder)) if report is None else [],
         kept_tokens=kept_tokens,
@@ -272,8 +261,15 @@ def _teacher_name(source: str, report: PruningReport | None, teacher: str | Path
     return name
 
 
+def _folder_of_student(name: str) -> str:
+    """The folder of a model that is given as folder or Hub id; all files of the latter are downloaded."""
+    if Path(name).is_dir():
+        return name
+    return snapshot_download(name)
+
+
 def _folder_of_teacher(name: str) -> str:
-    """The folder of a model that is given as folder or Hub id; the latter is downloaded into the Hub's cache."""
+    """The folder of a model that is given as folder or Hub id; of the latter, only the model is downloaded."""
     if Path(name).is_dir():
         return name
     # Only to download the files that a model needs; the model is dropped.
@@ -299,37 +295,53 @@ def _match_vocabularies(
     sizes = {
         name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()
     }
-    tokens_were_removed = sizes[source] < sizes[teacher]
     kept_tokens = None
-    if tokens_were_removed:  # still None if the folders do not say which tokens stay
+    if sizes[source] == sizes[teacher]:
+        sizes_agree = True
+    elif sizes[source] > sizes[teacher]:
+        sizes_agree = False
+    else:  # tokens were removed from the student
         kept_tokens = _kept_tokens_of(source, teacher, sizes)
-    agree = sizes[source] == sizes[teacher] or kept_tokens is not None
+        sizes_agree = kept_tokens is not None
 
-    students_tokenizer = tokenizers[source]
-    teachers_tokenizer = tokenizers[teacher]
-    if students_tokenizer is not None and teachers_tokenizer is not None:
-        # Ids by token.
-        students_ids = students_tokenizer.get_vocab()
-        teachers_ids = teachers_tokenizer.get_vocab()
-        if kept_tokens is not None:
-            # Both in the ids of the teacher. Its other tokens do not count, nor do ids of the student's tokenizer that
-            # have no row in its embedding.
-            students_ids = {
-                token: int(kept_tokens[index])
-                for token, index in students_ids.items()
-                if index < len(kept_tokens)
-            }
-            teachers_ids = {
-                token: index for token, index in teachers_ids.items() if token in students_ids
-            }
-        agree = agree and students_ids == teachers_ids
-
-    if not agree:
+    if not sizes_agree or not _have_same_tokens(
+        tokenizers[source], tokenizers[teacher], kept_tokens
+    ):
         raise ValueError(
             f"teacher={teacher!r} has another vocabulary ({sizes[teacher]:,} tokens) than {source!r} "
             f"({sizes[source]:,}): pass the dense model that this one was pruned from."
         )
     return kept_tokens
+
+
+def _have_same_tokens(
+    students_tokenizer: PreTrainedTokenizerBase | None,
+    teachers_tokenizer: PreTrainedTokenizerBase | None,
+    kept_tokens: Tensor | None,
+) -> bool:
+    """Tell whether every token of the student has the same id in both tokenizers; True if one of them is missing.
+
+    `kept_tokens` has the teacher's id of each token of the student, int64 [student's tokens]; `None`: both have the
+    same ids.
+    """
+    if students_tokenizer is None or teachers_tokenizer is None:
+        return True
+    # Ids by token.
+    students_ids = students_tokenizer.get_vocab()
+    teachers_ids = teachers_tokenizer.get_vocab()
+    if kept_tokens is None:
+        return students_ids == teachers_ids
+
+    # Ids of the student's tokenizer that have no row in its embedding do not count.
+    translated_ids = {
+        token: int(kept_tokens[index])
+        for token, index in students_ids.items()
+        if index < len(kept_tokens)
+    }
+    return all(
+        teachers_ids.get(token) == index_of_teacher
+        for token, index_of_teacher in translated_ids.items()
+    )
 
 
 def _kept_tokens_of(source: str, teacher: str, sizes: Mapping[str, int]) -> Tensor | None:
@@ -398,6 +410,29 @@ def _passes_of_step(options: RecoveryOptions, length: int, processes: int) -> in
     return processes * passes_of_process
 
 
+def _num_steps(options: RecoveryOptions, length: int, passes_of_step: int) -> int:
+    """Count the whole steps in the tokens that the user wants to train on; ValueError if there is none.
+
+    `length` is the number of tokens of a sequence.
+    """
+    tokens_of_step = length * options.batch_size * passes_of_step
+    if options.tokens < tokens_of_step:
+        raise ValueError(
+            f"tokens={options.tokens}: one step takes {passes_of_step} passes of {options.batch_size} sequences of "
+            f"{length} tokens: pass at least {tokens_of_step} (--tokens), or shorter sequences (--sequence-length)."
+        )
+    return options.tokens // tokens_of_step
+
+
+def _compute_dtype(options: RecoveryOptions, device: torch.device) -> torch.dtype:
+    """The dtype of products that the user wants; "auto" is bfloat16 if the device is fast in it, else float32."""
+    if options.compute_dtype == "auto":
+        uses_bfloat16 = is_fast(torch.bfloat16, device)
+    else:
+        uses_bfloat16 = options.compute_dtype == "bfloat16"
+    return torch.bfloat16 if uses_bfloat16 else torch.float32
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Numbers of a student from which the memory of its training follows."""
@@ -458,12 +493,13 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     if plan.device.type == "cpu":
         processes_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free)))
 
-    kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
-    # whether activations are computed twice
-    ways = [False, True] if sizes.can_checkpoint else [False]
     limit_of_process = math.inf
     if limits:
         limit_of_process = _MARGIN * min(limits) / processes_sharing
+
+    kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
+    # whether activations are computed twice
+    ways = [False, True] if sizes.can_checkpoint else [False]
     # After the loop, the variables are those of the first kind that fits, or of the last one.
     for train, checkpointed in itertools.product(kinds, ways):
         needed = _needed_bytes(
