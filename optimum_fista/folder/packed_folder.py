@@ -165,14 +165,13 @@ def packed_operators(
         for operator in operators:
             by_tensor[is_of_this_run, _tensor_of(operator.name)].append(operator)
     for (is_of_this_run, name), operators_of_tensor in by_tensor.items():
-        # A run that removes parts sets no zeros. So only weights with zeros of an earlier run are packed, and the
-        # others are stored as usual.
-        is_dense = bool(report.removed) and name in files
         if name in names:
             packed = read_packed(files, name)
             dense = unpack(packed)
             mask = packed_mask(packed)
-        elif is_dense:
+        elif report.removed and name in files:
+            # A run that removes parts sets no zeros. So only weights with zeros of an earlier run are packed, and the
+            # others are stored as usual.
             with safe_open(files[name], "pt") as file:
                 dense = file.get_tensor(name)
             mask = torch.ones(dense.shape, dtype=torch.bool)
@@ -283,19 +282,11 @@ def pack_folder(
 
     with safe_open(folder / MASKS_FILE, "pt") as masks:
         packer = Packer(operators, files, masks.get_tensor)
-
-        def convert(file: Any, names: Iterable[str]) -> dict[str, Tensor]:
-            """Return the tensors `names` of an open weight file as they are stored in the packed folder.
-
-            `packer`, of the outer function, packs those that hold pruned weights.
-            """
-            return packer.pack({name: file.get_tensor(name) for name in names})
-
         _convert_folder(
             folder,
             output,
             files=files,
-            convert=convert,
+            convert=packer.pack_from,
             masks={},  # they are in the packed weights
             packed=packer.names,
             overwrite=overwrite,
@@ -330,55 +321,13 @@ def unpack_folder(
             f"folder {str(folder)!r} is not packed: pass a folder made by `optimum-fista pack`."
         )
     files = packed_files(folder)
-    # Reports of all operators with a mask, by the tensor that holds them.
-    operators = _operators_by_tensor(read_report(folder).masked)
-    dense_names = {}  # names of the dense tensors, by those of their three packed parts
-    for name in packed_names(files):
-        for suffix in SUFFIXES:
-            dense_names[name + suffix] = name
-    masks: dict[str, Tensor] = {}
-
-    def convert(file: Any, stored_names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the tensors `stored_names` of an open weight file in their dense form, by their dense names.
-
-        Adds the mask of each operator in them to `masks`, by the operator's name.
-
-        From the outer function: `dense_names` has the dense name of each stored part of a packed tensor; a tensor that
-        is not in it is not packed. `operators` has the reports of the operators that each dense tensor holds, and
-        `files` the path of the file of each stored tensor.
-        """
-        dense: dict[str, Tensor] = {}
-        for stored_name in stored_names:
-            is_packed_part = stored_name in dense_names
-            if not is_packed_part:
-                tensor = file.get_tensor(stored_name)
-                dense[stored_name] = tensor
-                # Most such tensors hold no operator with a mask. Operators that only lost columns are here, too: they
-                # are not packed, and their masks keep all weights.
-                for operator in operators.get(stored_name, []):
-                    _, index = split_index(operator.name)  # an empty tuple for the whole tensor
-                    all_kept = torch.ones(tensor[index].shape, dtype=torch.bool)
-                    masks[operator.name] = pack_mask(all_kept)
-                continue
-
-            # A packed tensor is read once, when its values are met. Its mask and its layout are skipped.
-            if not stored_name.endswith(VALUES_SUFFIX):
-                continue
-            name = dense_names[stored_name]
-            packed = read_packed(files, name)  # opens the same file again
-            dense[name] = unpack(packed)
-            mask = packed_mask(packed)
-            for operator in operators.get(name, []):
-                _, index = split_index(operator.name)
-                masks[operator.name] = pack_mask(mask[index])
-        return dense
-
+    unpacker = _Unpacker(files, read_report(folder).masked)
     _convert_folder(
         folder,
         output,
         files=files,
-        convert=convert,
-        masks=masks,  # which `convert` fills
+        convert=unpacker.unpack_from,
+        masks=unpacker.masks,  # all are there after the last file
         packed=None,
         overwrite=overwrite,
         progress=progress,
@@ -423,30 +372,50 @@ def _convert_folder(
     others = _other_files(folder, {index.name, FILES_FILE, *old_names, *new_names.values()})
 
     require_output(output, overwrite, source=folder)
-    with new_output(output, overwrite, folder) as partial:
-        (partial / MASKS_FILE).parent.mkdir(exist_ok=True)
+    with new_output(output, overwrite, folder) as unfinished:
+        (unfinished / MASKS_FILE).parent.mkdir(exist_ok=True)
         for name in others:
             if name not in _REWRITTEN:
-                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
                 # With its time of change, which `fista/files.json` notes of weights.
-                shutil.copy2(folder / name, partial / name)
+                shutil.copy2(folder / name, unfinished / name)
 
-        weight_map: dict[str, str] = {}  # file names by the names of the new tensors
-        for file, new_name in new_names.items():
-            with safe_open(file, "pt") as opened:
-                names_of_file = [name for name in files if files[name] == file]
-                tensors = convert(opened, names_of_file)
-                write_file(partial / new_name, tensors, opened.metadata() or {})
-            weight_map |= dict.fromkeys(tensors, new_name)
-            progress(new_name)
-
+        weight_map = _convert_weights(
+            unfinished, files=files, new_names=new_names, convert=convert, progress=progress
+        )
         weights_name = f"{new_stem}.safetensors"
         if index.exists():
             metadata = read_json(index).get("metadata", {})
-            weights_name = write_index(partial, new_stem, weight_map, metadata)
+            weights_name = write_index(unfinished, new_stem, weight_map, metadata)
+
+        config = read_json(folder / CONFIG_FILE)
         card = (folder / CARD_FILE).read_text("utf-8") if CARD_FILE in others else None
         settings = None if packed is None else packed_settings(weights_name, packed)
-        write_masks_card_and_config(partial, read_json(folder / CONFIG_FILE), card, masks, settings)
+        write_masks_card_and_config(unfinished, config, card, masks, settings)
+
+
+def _convert_weights(
+    unfinished: Path,
+    *,
+    files: Mapping[str, Path],
+    new_names: Mapping[Path, str],
+    convert: Callable[[Any, Iterable[str]], dict[str, Tensor]],
+    progress: Callable[[str], None],
+) -> dict[str, str]:
+    """Write the new weight files of `_convert_folder` into the new folder, `unfinished`, one after the other.
+
+    `new_names` has the name of each new file, by the path of the old one. `files`, `convert` and `progress` are those
+    of `_convert_folder`. Returns the name of the new file of each new tensor, by the tensor's name.
+    """
+    weight_map: dict[str, str] = {}
+    for file, new_name in new_names.items():
+        names_of_file = [name for name in files if files[name] == file]
+        with safe_open(file, "pt") as opened:
+            tensors = convert(opened, names_of_file)
+            write_file(unfinished / new_name, tensors, opened.metadata() or {})
+        weight_map |= dict.fromkeys(tensors, new_name)
+        progress(new_name)
+    return weight_map
 
 
 def _other_files(folder: Path, excluded: set[str]) -> list[str]:
@@ -503,6 +472,10 @@ class Packer:
             if _EXPERT.sub(".experts.*.", name) in merged_names:
                 self.names.add(name)
 
+    def pack_from(self, file: Any, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the tensors `names` of an open weight file, and return them as a packed folder stores them (`pack`)."""
+        return self.pack({name: file.get_tensor(name) for name in names})
+
     def pack(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors of the checkpoint as a packed folder stores them: three for each that is packed.
 
@@ -532,6 +505,59 @@ class Packer:
                 raise ValueError(f"{name}: {error}") from error
             stored |= packed.named(name)
         return stored
+
+
+class _Unpacker:
+    """Unpacks the weights of a packed folder, the inverse of `Packer`.
+
+    Attributes:
+        masks: The masks of all operators that were in the tensors so far, packed to one bit a weight (`pack_mask`), by
+            the operator's name.
+    """
+
+    def __init__(self, files: Mapping[str, Path], operators: Iterable[OperatorReport]) -> None:
+        """Find the packed tensors among those of a folder; nothing is read yet.
+
+        Args:
+            files: The weight file of every stored tensor.
+            operators: Reports of all operators with a mask.
+        """
+        self.masks: dict[str, Tensor] = {}
+        self._files = files
+        self._operators = _operators_by_tensor(operators)
+        # Names of the dense tensors, by those of their three packed parts.
+        self._dense_names: dict[str, str] = {}
+        for name in packed_names(files):
+            for suffix in SUFFIXES:
+                self._dense_names[name + suffix] = name
+
+    def unpack_from(self, file: Any, stored_names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the tensors `stored_names` of an open weight file in their dense form, by their dense names.
+
+        Adds the mask of each operator in them to `self.masks`.
+        """
+        dense: dict[str, Tensor] = {}
+        for stored_name in stored_names:
+            if stored_name not in self._dense_names:  # it is not packed
+                tensor = file.get_tensor(stored_name)
+                dense[stored_name] = tensor
+                # Most such tensors hold no operator with a mask. Operators that only lost columns are here, too: they
+                # are not packed, and their masks keep all weights.
+                if stored_name in self._operators:
+                    self._add_masks(stored_name, torch.ones(tensor.shape, dtype=torch.bool))
+            elif stored_name.endswith(VALUES_SUFFIX):
+                # A packed tensor is read once, when its values are met. Its mask and its layout are skipped.
+                name = self._dense_names[stored_name]
+                packed = read_packed(self._files, name)  # opens the same file again
+                dense[name] = unpack(packed)
+                self._add_masks(name, packed_mask(packed))
+        return dense
+
+    def _add_masks(self, name: str, mask: Tensor) -> None:
+        """Add the masks of the operators in the dense tensor `name`, whose mask is `mask`, to `self.masks`."""
+        for operator in self._operators.get(name, []):
+            _, index = split_index(operator.name)  # an empty tuple for the whole tensor
+            self.masks[operator.name] = pack_mask(mask[index])
 
 
 def _operators_by_tensor(operators: Iterable[OperatorReport]) -> dict[str, list[OperatorReport]]:
