@@ -385,46 +385,60 @@ def _pruned_layer(
         orders = reorder_channels(plan, sink, name, activations, states.to_prune_on)
     # Runs the layer once to see which operators have the same inputs, and in which order they are called.
     trace = trace_groups(activations.layer, operators, activations.calls[0], hidden)
-    # Which groups are pruned, the reasons of operators that are not, and the module of experts that are removed.
-    groups, others, experts = plan.removal.before(name, trace.groups, activations, hidden)
+    chosen = plan.removal.before(name, trace.groups, activations, hidden)
 
-    reports: list[OperatorReport] = []
     with watched_memory(activations.device) as peak:
         targets = LayerTargets(
             activations,
-            groups,
+            chosen.groups,
             plan.config.correction,
             entering=states,
             ends=trace.ends,
-            experts=experts,
+            experts=chosen.experts,
         )
-        reports_by_group: dict[int, list[OperatorReport]] = {}
-        for numbers in solved_together(groups, activations.device):
-            # A call of its own, so that the matrices of these groups are freed before the next ones are made.
-            reports_of_groups = prune_groups(
-                plan, sink, [targets.problems(number) for number in numbers]
-            )
-            reports_by_group.update(zip(numbers, reports_of_groups, strict=True))
-            for callback in callbacks:
-                for operator_report in chain.from_iterable(reports_of_groups):
-                    callback.on_operator_end(operator_report)
-        # in execution order
-        for number in range(len(groups)):
-            for operator_report in reports_by_group[number]:
-                input_order = orders.get(operator_report.name)  # None: the same as before
-                reports.append(replace(operator_report, input_order=input_order))
+        reports = _pruned_groups(plan, sink, callbacks, targets, chosen.groups)
+        reports = [  # with the order of the inputs; None: the same as before
+            replace(operator_report, input_order=orders.get(operator_report.name))
+            for operator_report in reports
+        ]
         # Removes experts, if the pattern says so, and runs the pruned layer.
-        states, reports, mixture = plan.removal.after(name, sink, targets, reports)
+        leaving = plan.removal.after(name, sink, targets, reports)
 
-    is_pruned = bool(operators) or mixture is not None
+    is_pruned = bool(operators) or leaving.mixture is not None
     layer_report = LayerReport(
         name,
-        hidden_state_error=activations.hidden_state_error(states),
+        hidden_state_error=activations.hidden_state_error(leaving.states),
         seconds=0.0,
         memory=peak if is_pruned else None,
-        mixture=mixture,
+        mixture=leaving.mixture,
     )
-    return states, LayerRecord(layer_report, reports, trace.left_dense | others)
+    left_dense = trace.left_dense | chosen.left_dense
+    return leaving.states, LayerRecord(layer_report, leaving.operators, left_dense)
+
+
+def _pruned_groups(
+    plan: Plan,
+    sink: Sink,
+    callbacks: Sequence[PruningCallback],
+    targets: LayerTargets,
+    groups: Sequence[Group],
+) -> list[OperatorReport]:
+    """Prune the groups of a decoder layer through the sink; return the reports of their operators, in execution order.
+
+    `groups` are in execution order, and `targets` makes their problems. Groups of some experts are solved together, and
+    may come out of this order. `callbacks` are called after each operator.
+    """
+    reports: dict[int, list[OperatorReport]] = {}  # by the number of the group
+    for numbers in solved_together(groups, targets.activations.device):
+        # A call of its own, so that the matrices of these groups are freed before the next ones are made.
+        reports_of_groups = prune_groups(
+            plan, sink, [targets.problems(number) for number in numbers]
+        )
+        reports.update(zip(numbers, reports_of_groups, strict=True))
+        for callback in callbacks:
+            for operator_report in chain.from_iterable(reports_of_groups):
+                callback.on_operator_end(operator_report)
+    return [operator_report for number in sorted(reports) for operator_report in reports[number]]
 
 
 def prune_groups(
@@ -566,13 +580,17 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
         patterns = [_pattern(plan, operator) for operator in problems.operators]
         group = ProblemGroup(problems.fitted, patterns)
         problem_groups.append(group)
-        if all(pattern.whole_columns and not pattern.sparsity for pattern in patterns):
+        keeps_all_columns = all(
+            pattern.whole_columns and pattern.sparsity == 0 for pattern in patterns
+        )
+        is_weighted = all(operator.name in output_weights for operator in problems.operators)
+        if keeps_all_columns:
             # The operators compensate for removed heads, or for a removed decoder layer before their own.
             refitted = [_refitted(problem) for problem in problems.fitted]
             solutions[number] = GroupSolution(refitted, patterns, "refit")
         elif _is_under_calibrated(problems):
             solutions[number] = _pruned_by_magnitude(group)
-        elif all(operator.name in output_weights for operator in problems.operators):
+        elif is_weighted:
             weighted.append(number)
         else:
             others.append(number)
@@ -580,10 +598,7 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
     solutions_of_weighted = _solved_by_competing_rows(
         plan,
         [problem_groups[number] for number in weighted],
-        [
-            [output_weights[operator.name] for operator in groups[number].operators]
-            for number in weighted
-        ],
+        [groups[number].operators for number in weighted],
     )
     solutions.update(zip(weighted, solutions_of_weighted, strict=True))
 
@@ -603,14 +618,17 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
 def _solved_by_competing_rows(
     plan: Plan,
     problem_groups: Sequence[ProblemGroup],
-    output_weights: Sequence[Sequence[Tensor]],
+    groups: Sequence[Group],
 ) -> list[GroupSolution]:
     """Solve groups in which the rows of all operators compete for the zeros of the group (`prune_weighted`).
 
     So the result decides how many zeros each operator gets, and the patterns of a solution have these shares.
-    `output_weights` has for each operator of each group what an error in each output costs, [out]. The weights and
-    targets in the problems change by rounding.
+    `problem_groups` have the problems of the operators in `groups`. The plan has what an error in each output of an
+    operator costs, [out]. The weights and targets in the problems change by rounding.
     """
+    output_weights = [
+        [plan.budgets.output_weights[operator.name] for operator in group] for group in groups
+    ]
     results = prune_weighted(plan.method, problem_groups, output_weights)
     solutions: list[GroupSolution] = []
     for group, operators, counts in zip(
