@@ -116,23 +116,33 @@ def solved_together(groups: Sequence[Group], device: torch.device) -> list[list[
     ):
         if mixture is None:
             sets += [[number] for number in numbers]
-            continue
-        numbers_by_form: dict[tuple[Any, ...], list[int]] = {}
-        for number in numbers:
-            form = tuple((operator.tensor, operator.shape) for operator in groups[number])
-            numbers_by_form.setdefault(form, []).append(number)
+        else:
+            sets += _sets_of_experts({number: groups[number] for number in numbers}, device)
+    return sets
 
-        # Down projections come last: their inputs are the outputs of the other matrices of their experts.
-        forms = sorted(numbers_by_form, key=_has_down_projection)
-        for form in forms:
-            shapes = [shape for _, shape in form]  # [out, in] of each operator
-            num_inputs = shapes[0][1]  # all operators of a group have the same inputs
-            num_outputs = sum(rows for rows, _ in shapes)
-            # the Gram matrix is one of the matrices of a group, and all weights together are another
-            largest_matrix = max(num_inputs, num_outputs) * num_inputs
-            size = matrices_in_stack(largest_matrix, on_cpu=device.type == "cpu")
-            of_form = numbers_by_form[form]
-            sets += [of_form[start : start + size] for start in range(0, len(of_form), size)]
+
+def _sets_of_experts(groups: Mapping[int, Group], device: torch.device) -> list[list[int]]:
+    """Divide the groups of one mixture into sets that are solved together (`solved_together`), on a device.
+
+    `groups` are by their numbers among those of the decoder layer, in execution order. The sets are of these numbers.
+    """
+    # A form has the names of the parameters that the operators of a group are in, such as "down_proj", and the shapes.
+    numbers_by_form: dict[tuple[Any, ...], list[int]] = {}
+    for number, group in groups.items():
+        form = tuple((operator.tensor, operator.shape) for operator in group)
+        numbers_by_form.setdefault(form, []).append(number)
+
+    sets: list[list[int]] = []
+    # Down projections come last: their inputs are the outputs of the other matrices of their experts.
+    for form in sorted(numbers_by_form, key=_has_down_projection):
+        shapes = [shape for _, shape in form]  # [out, in] of each operator
+        num_inputs = shapes[0][1]  # all operators of a group have the same inputs
+        num_outputs = sum(rows for rows, _ in shapes)
+        # the Gram matrix is one of the matrices of a group, and all weights together are another
+        largest_matrix = max(num_inputs, num_outputs) * num_inputs
+        size = matrices_in_stack(largest_matrix, on_cpu=device.type == "cpu")
+        numbers = numbers_by_form[form]
+        sets += [numbers[start : start + size] for start in range(0, len(numbers), size)]
     return sets
 
 
