@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -350,58 +350,94 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     """
     model = loss.layers.model
     layers = loss.layers.modules
-    device = execution_device(model.get_input_embeddings())
-    hidden_states = ActivationStore(loss.storage or device, device)
-    # then the graph itself keeps hidden states, and the store stays empty
-    is_on_device = loss.storage is None or loss.storage == device
+    embedding = model.get_input_embeddings()
+    device = execution_device(embedding)
+    storage = loss.storage or device
+    store = ActivationStore(storage, device)
+    # On the device the graph itself keeps the hidden states, and the store stays empty.
+    waiting_states = None if storage == device else _WaitingStates(store, device)
 
-    def keep(tensor: Tensor) -> int | Tensor:
-        """Replace a tensor that the graph saves: hidden states by their number in the store `hidden_states`.
+    forwards: list[Callable[..., Any]] = []
+    for layer in layers:
+        run = partial(_run_layer, bar, layer, layer.forward)
+        forwards.append(partial(_run_recomputed, waiting_states, run))
+    with (
+        _weights_without_gradients(model),
+        embedding.register_forward_hook(_begin_graph),
+        replaced_forwards(layers, forwards),
+    ):
+        yield store
 
-        All other tensors are returned as they are. `device` is the one that hidden states are on.
+
+class _WaitingStates:
+    """Hidden states that the graph needs for the backward pass, and that wait in a store until then."""
+
+    def __init__(self, store: ActivationStore, device: torch.device) -> None:
+        """`store` gets hidden states from `device`, on which the model computes, and gives them back to it."""
+        self._store = store
+        self._device = device
+
+    def keep(self, tensor: Tensor) -> int | Tensor:
+        """Replace a tensor that the graph saves: hidden states by their number in the store, which gets them.
+
+        All other tensors are returned as they are.
         """
         # other tensors are masks and positions, the same in every layer
-        is_hidden_states = tensor.requires_grad and tensor.device == device
+        is_hidden_states = tensor.requires_grad and tensor.device == self._device
         if not is_hidden_states:
             return tensor
-        hidden_states.append(tensor)
-        return len(hidden_states) - 1
+        self._store.append(tensor)
+        return len(self._store) - 1
 
-    def hand_out(kept: int | Tensor) -> Tensor:
-        """Return the tensor that `keep` got, from what it returned: a number in `hidden_states`, or the tensor."""
-        return kept if isinstance(kept, Tensor) else hidden_states[kept]
+    def hand_out(self, kept: int | Tensor) -> Tensor:
+        """Return the tensor that `keep` got, from what it returned: a number in the store, or the tensor itself."""
+        return kept if isinstance(kept, Tensor) else self._store[kept]
 
-    def recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Run a decoder layer so that the backward pass computes it again; in place of its forward pass.
 
-        `forward` is `run` for this layer; the other arguments are those of the layer. If hidden states wait elsewhere
-        than on the device (not `is_on_device`), `keep` and `hand_out` take them there and back.
-        """
-        with (
+def _run_recomputed(
+    waiting_states: _WaitingStates | None,
+    run: Callable[..., Any],
+    *arguments: Any,
+    **keywords: Any,
+) -> Any:
+    """Run a decoder layer so that the backward pass computes it again; in place of its forward pass.
+
+    `run` is `_run_layer` for this layer; the other arguments are those of the layer. `waiting_states` takes hidden
+    states to where they wait, and back; `None`: they stay on the device.
+    """
+    with ExitStack() as contexts:
+        if waiting_states is not None:
             # These hooks see only the arguments of the layer. `checkpoint` has hooks of its own for what the layer
             # saves while it runs, and drops that.
-            nullcontext() if is_on_device else saved_tensors_hooks(keep, hand_out),
-            # a recomputed layer runs to its end: stopped early, it would keep weights that Accelerate loaded
-            set_checkpoint_early_stop(False),
-        ):
-            return checkpoint(forward, *arguments, use_reentrant=False, **keywords)
+            contexts.enter_context(
+                saved_tensors_hooks(waiting_states.keep, waiting_states.hand_out)
+            )
+        # a recomputed layer runs to its end: stopped early, it would keep weights that Accelerate loaded
+        contexts.enter_context(set_checkpoint_early_stop(False))
+        return checkpoint(run, *arguments, use_reentrant=False, **keywords)
 
-    def run(layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-        """Run the forward pass of a decoder layer with its weights on the device, and count it on `bar`."""
-        # Entered anew for each run: a layer that `backward` recomputes is outside of the contexts of the forward pass.
-        with onloaded([*layer.modules()], read_only=True), quick_products():
-            output = forward(*arguments, **keywords)
-        bar.update()
-        return output
 
-    def require_gradient(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        """Make the embedding's output a tensor with a gradient, so that the graph begins there; a forward hook."""
-        # a clone, because the model may change it in place, which PyTorch forbids for the tensor itself
-        return output.requires_grad_(True).clone()
+def _run_layer(
+    bar: tqdm, layer: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any
+) -> Any:
+    """Run the forward pass of a decoder layer with its weights on the device, and count it on `bar`."""
+    # Entered anew for each run: a layer that `backward` recomputes is outside of the contexts of the forward pass.
+    with onloaded([*layer.modules()], read_only=True), quick_products():
+        output = forward(*arguments, **keywords)
+    bar.update()
+    return output
 
-    # for each layer, `recomputed` around `run` around its own forward pass
-    forwards = [partial(recomputed, partial(run, layer, layer.forward)) for layer in layers]
-    # parameters that require a gradient now; by name, because Accelerate makes new ones whenever it moves a weight
+
+def _begin_graph(_: nn.Module, __: object, output: Tensor) -> Tensor:
+    """Make the embedding's output a tensor with a gradient, so that the graph begins there; a forward hook."""
+    # a clone, because the model may change it in place, which PyTorch forbids for the tensor itself
+    return output.requires_grad_(True).clone()
+
+
+@contextmanager
+def _weights_without_gradients(model: nn.Module) -> Iterator[None]:
+    """Set `requires_grad` of all parameters of `model` to False inside, and back at the end."""
+    # by name, because Accelerate makes new parameters whenever it moves a weight
     trained = [
         (module, name)
         for module in model.modules()
@@ -411,11 +447,7 @@ def _recomputed_layers(loss: DenseLoss, bar: tqdm) -> Iterator[ActivationStore]:
     try:
         for module, name in trained:
             getattr(module, name).requires_grad_(False)
-        with (
-            model.get_input_embeddings().register_forward_hook(require_gradient),
-            replaced_forwards(layers, forwards),
-        ):
-            yield hidden_states
+        yield
     finally:
         for module, name in trained:
             getattr(module, name).requires_grad_(True)
