@@ -12,7 +12,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DESCRIPTION = """\
 Prune a real model in a few minutes and show what is left: perplexities, sizes, and what the models write.
@@ -64,7 +64,6 @@ def run(arguments: argparse.Namespace) -> int:
     Model and text of the Hub are downloaded into its cache.
     """
     from optimum_fista.config import FistaPruningConfig
-    from optimum_fista.evaluate.perplexity import evaluate_perplexity
     from optimum_fista.folder.card import markdown_lines
     from optimum_fista.folder.output import require_output
     from optimum_fista.pruner import FistaPruner
@@ -78,54 +77,69 @@ def run(arguments: argparse.Namespace) -> int:
         require_output(folder, arguments.overwrite)
     require_source(arguments.text)
 
-    def say(step: str) -> None:
-        """Print the name of a step, and the time since the start (`started`)."""
-        print(f"[{time.perf_counter() - started:3.0f} s] {step}", flush=True)
-
-    say("reading the model")
+    _say("reading the model", started)
     # float32: processors without AVX512-BF16 or AMX multiply bfloat16 several times more slowly.
     dense, tokenizer = load_model(arguments.model or _smollm2_folder(), dtype="float32")
-    calibration, windows, text = _windows(arguments.text, dense, tokenizer)
+    windows = _windows(arguments.text, dense, tokenizer)
 
-    def measured(model: Any) -> list[str]:
-        """Measure a model: its perplexity and its bits per byte, as text; "nan" if the tokenizer can't count bytes.
-
-        The model runs, and is not changed. From the outer function: `windows` are token ids [windows, tokens], which
-        are cut from `text`, and `tokenizer` has made them.
-        """
-        measure = evaluate_perplexity(
-            model, windows, progress=False, text=text, tokenizer=tokenizer
-        )
-        bits_per_byte = math.nan if measure.bits_per_byte is None else measure.bits_per_byte
-        return [f"{measure.perplexity:.2f}", f"{bits_per_byte:.3f}"]
-
-    say("measuring the dense model")
-    rows = [["dense", "", *measured(dense)]]
+    _say("measuring the dense model", started)
+    rows = [["dense", "", *_measured(dense, windows, tokenizer)]]
     for method, pattern, folder in _RUNS:
         config = FistaPruningConfig(method=method, pattern=pattern)
         words = words_of_pattern(config.pattern, config.sparsity)
-        say(f"pruning by {method}, {words}")
+        _say(f"pruning by {method}, {words}", started)
         pruned = copy.deepcopy(dense)
         pruner = FistaPruner(config)
-        batches = calibration.split(1)  # of one window
+        batches = windows.to_calibrate_on.split(1)  # of one window
         pruner.prune(pruned, batches, calibration_source=arguments.text)
-        rows.append([method, words, *measured(pruned)])
+        rows.append([method, words, *_measured(pruned, windows, tokenizer)])
         if folder:
             # If the folder existed and must not be replaced, `require_output` has refused it above.
             pruner.save_pretrained(pruned, arguments.output / folder, tokenizer, overwrite=True)
 
-    count, length = windows.shape
+    count, length = windows.to_measure_on.shape
     print(
         f"\nPerplexity on {arguments.text} ({count} windows of {length} tokens), lower is better\n"
     )
     table = markdown_lines(["method", "pattern", "perplexity", "bits per byte"], rows)
     print(*table, sep="\n", end="\n\n")
 
-    say("verifying and reloading")
+    _say("verifying and reloading", started)
     _show_models(dense, saved, tokenizer)
     model_name = arguments.model or os.path.relpath(_smollm2_folder())
     _show_next(model_name, pruned=saved[0])
     return 0
+
+
+def _say(step: str, started: float) -> None:
+    """Print the name of a step, and the time since the demo was `started` (`time.perf_counter`)."""
+    print(f"[{time.perf_counter() - started:3.0f} s] {step}", flush=True)
+
+
+class _Windows(NamedTuple):
+    """Windows of one text, token ids [windows, tokens]."""
+
+    to_calibrate_on: Any
+    to_measure_on: Any
+    text: Any  # a `TextSource`
+
+
+def _measured(model: Any, windows: _Windows, tokenizer: Any) -> list[str]:
+    """Measure a model: its perplexity and its bits per byte, as text; "nan" if the tokenizer can't count bytes.
+
+    The model runs, and is not changed. `tokenizer` has made the windows.
+    """
+    from optimum_fista.evaluate.perplexity import evaluate_perplexity
+
+    measure = evaluate_perplexity(
+        model,
+        windows.to_measure_on,
+        progress=False,
+        text=windows.text,
+        tokenizer=tokenizer,
+    )
+    bits_per_byte = math.nan if measure.bits_per_byte is None else measure.bits_per_byte
+    return [f"{measure.perplexity:.2f}", f"{bits_per_byte:.3f}"]
 
 
 def _show_next(model: str, pruned: Path) -> None:
@@ -144,10 +158,10 @@ def _show_next(model: str, pruned: Path) -> None:
     print(f"  {program} prune MODEL --output pruned    # a model of your own: Hub id or folder")
 
 
-def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
-    """Draw windows [windows, tokens] to calibrate on, and others from the start of the text to measure on.
+def _windows(source: str, model: Any, tokenizer: Any) -> _Windows:
+    """Draw windows to calibrate on, and others from the start of the text to measure on.
 
-    Returns both, and the text (`TextSource`). ValueError if the text is too short. `source` is the name of a text or a
+    ValueError if the text is too short. `source` is the name of a text or a
     file; of `model`, whose tokenizer is `tokenizer`, only the context length counts. A text of the Hub, such as
     wikitext2, is downloaded into the Hub's cache; nothing else is changed.
     """
@@ -162,12 +176,14 @@ def _windows(source: str, model: Any, tokenizer: Any) -> tuple[Any, Any, Any]:
             f"--text {source} has {len(windows)} windows, and the demo calibrates on {_WINDOWS} windows and measures "
             f"on {_WINDOWS}: pass a longer text."
         )
-    measured = windows[:_WINDOWS]
     # The windows to calibrate on are spread over the rest of the text.
     rest = windows[_WINDOWS:]
     distance = len(rest) // _WINDOWS
-    calibration = rest[::distance][:_WINDOWS]
-    return calibration, measured, text
+    return _Windows(
+        to_calibrate_on=rest[::distance][:_WINDOWS],
+        to_measure_on=windows[:_WINDOWS],
+        text=text,
+    )
 
 
 def _show_models(dense: Any, folders: list[Path], tokenizer: Any) -> None:
