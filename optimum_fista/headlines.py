@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from optimum_fista.memory import size_text
 from optimum_fista.origin import MeasuredPerplexity, patterns_of
+from optimum_fista.records import TextReport
 from optimum_fista.report import COST_OF_TOKENS_ELSEWHERE, PruningReport
 
 _UNBROKEN = "\u00a0"  # a blank at which no line is broken
@@ -53,63 +54,23 @@ def headlines(report: PruningReport) -> Iterator[Headline]:
     Args:
         report: Of a finished run. Numbers that it lacks are left out.
     """
-    totals = report.totals
-    before = ", before retraining" if report.retrained else ""
     if report.measured("pruned") is not None:
         yield _perplexity(report)
     if report.bits_per_byte is not None:
-        bits = report.bits_per_byte
-        yield Headline(
-            name="Bits per byte",
-            value=f"{bits['pruned']:.3f}",
-            remark=f"{report.verdict_of_tokens}; {report.cost_of_tokens}; {COST_OF_TOKENS_ELSEWHERE}",
-        )
+        yield _bits_per_byte(report)
     for text in report.texts:
-        # None if the bits per byte of the first model are not known.
-        times_as_many_bits = report.times_of(text)
-        lost_too_much = text in report.unprotected  # more than the user allowed
-        yield Headline(
-            name=f"Bits per byte of {text.name}{before}",
-            value=f"{text.pruned:.3f}",
-            remark=report.words_on(text),
-            is_alert=lost_too_much or times_as_many_bits is None,
-        )
+        yield _bits_per_byte_of_text(report, text)
     if report.removed or report.removed_before:
         yield _removed(report)
     if not report.removed:
-        in_all = f"; {report.zeros_in_all}" if report.zeros_in_all else ""
-        yield Headline(
-            name="Zeros",
-            value=share(totals["sparsity"], 2),
-            remark=(
-                f"{count(totals['num_zeros'])} of {count(totals['num_weights'])} weights in "
-                f"{totals['num_operators']:,} operators; {share(totals['model_sparsity'])} of all parameters{in_all}"
-            ),
-        )
+        yield _zeros(report)
     if report.operators:
         yield from _errors(report)
-    yield Headline(
-        name="Time",
-        value=duration(report.seconds.get("total", 0.0)),
-        remark=f"of which solving {duration(totals['solve_seconds'])}",
-    )
-    peaks = memory_peaks(report)
-    if peaks:
-        # The memory of the GPU is shown first. Without a GPU, it is the first of `MEMORY_KINDS` that was measured.
-        kind_to_show = "on the GPU" if "on the GPU" in peaks else next(iter(peaks))
-        kinds = ", ".join(f"{size_text(peak)} {kind}" for kind, peak in peaks.items())
-        yield Headline(
-            name="Peak memory",
-            value=size_text(peaks[kind_to_show]),
-            remark=f"{kinds}, while a layer was pruned",
-        )
-    if totals["num_not_converged"]:
-        yield Headline(
-            name="Not converged",
-            value=f"{totals['num_not_converged']:,}",
-            remark=f"of {totals['num_operators']:,} operators",
-            is_alert=True,
-        )
+    yield _time(report)
+    if memory_peaks(report):
+        yield _peak_memory(report)
+    if report.totals["num_not_converged"]:
+        yield _not_converged(report)
 
 
 def _perplexity(report: PruningReport) -> Headline:
@@ -125,6 +86,34 @@ def _perplexity(report: PruningReport) -> Headline:
         name="Perplexity, before retraining" if report.retrained else "Perplexity",
         value=f"{pruned.perplexity:.2f}",
         remark=f"{'; '.join(remarks)}, on {report.measured_on}",
+    )
+
+
+def _bits_per_byte(report: PruningReport) -> Headline:
+    """Show what the removal of tokens costs.
+
+    Args:
+        report: Of a run that removed tokens.
+    """
+    bits = report.bits_per_byte
+    assert bits is not None
+    return Headline(
+        name="Bits per byte",
+        value=f"{bits['pruned']:.3f}",
+        remark=f"{report.verdict_of_tokens}; {report.cost_of_tokens}; {COST_OF_TOKENS_ELSEWHERE}",
+    )
+
+
+def _bits_per_byte_of_text(report: PruningReport, text: TextReport) -> Headline:
+    """Show the loss of the result on one of the texts that the user named, `report.texts`."""
+    before = ", before retraining" if report.retrained else ""
+    lost_too_much = text in report.unprotected  # more than the user allowed
+    first_model_is_not_known = report.times_of(text) is None
+    return Headline(
+        name=f"Bits per byte of {text.name}{before}",
+        value=f"{text.pruned:.3f}",
+        remark=report.words_on(text),
+        is_alert=lost_too_much or first_model_is_not_known,
     )
 
 
@@ -199,17 +188,9 @@ def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
     first = report.first_model
     unknown = "not measured" if report.perplexity is None else "not known on this text"
 
-    def perplexity_text(measured: MeasuredPerplexity | None) -> str:
-        """Write a cell of the last column; `unknown` is the outer function's text for a missing number."""
-        return unknown if measured is None else f"{measured.perplexity:.2f}"
-
-    def parameters_text(number: int | None) -> str:
-        """Write a cell of the last column but one."""
-        return "not known" if number is None else f"{number:,}"
-
     name = first.name or "the first model, whose name is not known"
-    first_perplexity = perplexity_text(report.first_perplexity)
-    rows = [(name, "", "", parameters_text(first.num_parameters), first_perplexity)]
+    first_perplexity = _perplexity_cell(report.first_perplexity, unknown)
+    rows = [(name, "", "", _parameters_cell(first.num_parameters), first_perplexity)]
     for step, perplexity in zip(report.steps, report.perplexities_of_steps, strict=True):
         method = f"{step.method}, then retrained" if step.retrained else step.method
         rows.append(
@@ -217,11 +198,21 @@ def step_rows(report: PruningReport) -> list[tuple[str, str, str, str, str]]:
                 step.pattern,
                 method,
                 step.removal,
-                parameters_text(step.num_parameters),
-                perplexity_text(perplexity),
+                _parameters_cell(step.num_parameters),
+                _perplexity_cell(perplexity, unknown),
             )
         )
     return rows
+
+
+def _perplexity_cell(measured: MeasuredPerplexity | None, unknown: str) -> str:
+    """Write a perplexity into a cell; `unknown` is what stands there if it was not measured."""
+    return unknown if measured is None else f"{measured.perplexity:.2f}"
+
+
+def _parameters_cell(number: int | None) -> str:
+    """Write a number of parameters into a cell."""
+    return "not known" if number is None else f"{number:,}"
 
 
 def _removed(report: PruningReport) -> Headline:
@@ -247,6 +238,24 @@ def _removed(report: PruningReport) -> Headline:
         name="Removed",
         value=share(removed / first, 2),
         remark=f"{count(removed)} of {count(first)} parameters; {count(remaining)} are left{zeros}{growth}",
+    )
+
+
+def _zeros(report: PruningReport) -> Headline:
+    """Show how many weights are zero.
+
+    Args:
+        report: Of a run that removed no parts.
+    """
+    totals = report.totals
+    in_all = f"; {report.zeros_in_all}" if report.zeros_in_all else ""
+    return Headline(
+        name="Zeros",
+        value=share(totals["sparsity"], 2),
+        remark=(
+            f"{count(totals['num_zeros'])} of {count(totals['num_weights'])} weights in "
+            f"{totals['num_operators']:,} operators; {share(totals['model_sparsity'])} of all parameters{in_all}"
+        ),
     )
 
 
@@ -286,6 +295,43 @@ def _errors(report: PruningReport) -> Iterator[Headline]:
                 f"{totals['held_out_ratio']:.2f} times that on the calibration tokens"
             ),
         )
+
+
+def _time(report: PruningReport) -> Headline:
+    """Show how long the run took, and how much of that the methods."""
+    return Headline(
+        name="Time",
+        value=duration(report.seconds.get("total", 0.0)),
+        remark=f"of which solving {duration(report.totals['solve_seconds'])}",
+    )
+
+
+def _not_converged(report: PruningReport) -> Headline:
+    """Show how many operators a method gave up on before it converged."""
+    totals = report.totals
+    return Headline(
+        name="Not converged",
+        value=f"{totals['num_not_converged']:,}",
+        remark=f"of {totals['num_operators']:,} operators",
+        is_alert=True,
+    )
+
+
+def _peak_memory(report: PruningReport) -> Headline:
+    """Show the highest peak of memory, that of the GPU if there was one.
+
+    Args:
+        report: Of a run that measured a peak.
+    """
+    peaks = memory_peaks(report)
+    # Without a GPU, the first of `MEMORY_KINDS` that was measured.
+    kind_to_show = "on the GPU" if "on the GPU" in peaks else next(iter(peaks))
+    kinds = ", ".join(f"{size_text(peak)} {kind}" for kind, peak in peaks.items())
+    return Headline(
+        name="Peak memory",
+        value=size_text(peaks[kind_to_show]),
+        remark=f"{kinds}, while a layer was pruned",
+    )
 
 
 def memory_peaks(report: PruningReport) -> dict[str, int]:
