@@ -154,31 +154,36 @@ def coloured(
     finite = []
     for numbers in shown.values():
         finite += [n for n in numbers if n is not None and math.isfinite(n)]
-    low = min(finite, default=0.0)
-    high = max(finite, default=0.0)
-    # If all numbers are equal, any width gives them the first colour.
-    width = high - low if high > low else 1.0
-
-    def cell(number: float | None) -> tuple[str, int | None]:
-        """Return the text of a number and the index of its colour, `None` if it has none.
-
-        From the outer function: `text_of` writes a number, and `low` and `width` are the scale, the lowest number and
-        the highest one minus the lowest (1 if both are equal).
-        """
-        if number is None:
-            return "", None
-        if not math.isfinite(number):
-            return text_of(number), None
-        colour = int(STEPS * (number - low) / width)
-        # The highest number has the last colour, not one of its own.
-        return text_of(number), min(colour, STEPS - 1)
+    scale = _Scale(low=min(finite, default=0.0), high=max(finite, default=0.0))
 
     rows = []
     for index, layer in enumerate(layers):
-        cells = [cell(numbers[index]) for numbers in shown.values()]
+        cells = []
+        for numbers in shown.values():
+            number = numbers[index]
+            text = "" if number is None else text_of(number)
+            cells.append((text, scale.colour_of(number)))
         layer_number = layer.rpartition(".")[2]
         rows.append((layer_number, cells))
-    return Coloured(name, list(shown), rows, low=text_of(low), high=text_of(high))
+    return Coloured(name, list(shown), rows, low=text_of(scale.low), high=text_of(scale.high))
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Colours for the numbers from a lowest to a highest one: the first for the lowest, the last for the highest."""
+
+    low: float
+    high: float
+
+    def colour_of(self, number: float | None) -> int | None:
+        """Return the index of the colour of a number; `None` if it is not known or not finite."""
+        if number is None or not math.isfinite(number):
+            return None
+        # If all numbers are equal, any width gives them the first colour.
+        width = self.high - self.low if self.high > self.low else 1.0
+        colour = int(STEPS * (number - self.low) / width)
+        # The highest number has the last colour, not one of its own.
+        return min(colour, STEPS - 1)
 
 
 def by_operator(
