@@ -41,3 +41,9 @@ class PruningCallback:
 
     def on_prune_end(self, report: PruningReport) -> None:
         """The run is done; the report is complete."""
+
+
+def tell_begin(callbacks: Sequence[PruningCallback], report: PruningReport) -> None:
+    """Tell all callbacks that a run begins; its plan is made, and `report` describes it."""
+    for callback in callbacks:
+        callback.on_prune_begin(report)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ from optimum_fista.model.calibration import count_texts
 from optimum_fista.model.layers import prunable_layers
 from optimum_fista.model.offload import execution_device
 from optimum_fista.prune.batches import read_calibration
-from optimum_fista.prune.callback import PruningCallback
+from optimum_fista.prune.callback import PruningCallback, tell_begin
 from optimum_fista.prune.files import FileSink, Output
 from optimum_fista.prune.identity import join_run, run_fingerprint
 from optimum_fista.prune.journal import Journal
 from optimum_fista.prune.plan import Plan, plan_run, prediction_layers_of
-from optimum_fista.prune.ranks import RankError, joined_ranks, require_independent_layers
+from optimum_fista.prune.ranks import (
+    RankError,
+    Ranks,
+    joined_ranks,
+    require_independent_layers,
+)
 from optimum_fista.prune.run import run
 from optimum_fista.prune.source_files import shared_files
 from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
@@ -84,13 +90,6 @@ def prune_named(
     require_output(output_dir, overwrite, source=name)
     require_zeros_to_pack(config, packed)
     if config.tokens_removal is not None:
-        # In all other runs, `run` calls `on_prune_begin` itself.
-
-        def tell_begin(report: PruningReport) -> None:
-            """Call `on_prune_begin` of the callbacks, when the plan is made."""
-            for callback in callbacks:
-                callback.on_prune_begin(report)
-
         return remove_tokens(
             name,
             calib_dataloader,
@@ -101,7 +100,8 @@ def prune_named(
             dtype=dtype,
             overwrite=overwrite,
             progress=progress,
-            on_begin=tell_begin,
+            # In all other runs, `run` calls `tell_begin` itself.
+            on_begin=partial(tell_begin, callbacks),
         )
     usable_device(device)
     storage = storage_place(storage_device)
@@ -117,40 +117,24 @@ def prune_named(
         # Another run may just have ended.
         ranks.first(lambda: require_output(output_dir, overwrite))
 
-        def read() -> _ReadModel:
-            """Read the model, and make the plan of this process, with a folder in the unfinished one to offload to.
-
-            From the outer function: `ranks` are the processes of the run. `unfinished` is the locked folder beside the
-            output. `offloaded` deletes the folder to offload to at the end of the run. `storage` is `storage_device` as
-            a device or a folder, and `num_texts` the number of calibration texts. `name`, `config`, `dtype`, `packed`,
-            `storage_device`, `progress` and `callbacks` are its arguments.
-            """
-            # Rank 0 has made this folder; another rank may run on another machine.
-            if not (unfinished / JOURNAL).exists():
-                raise ValueError(
-                    f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
-                )
-            # Several processes can't share decoder layers of which each waits for the one before.
-            require_independent_layers(config, ranks.count)
-            offload_folder = offloaded.enter_context(
-                tempfile.TemporaryDirectory(prefix="offload-", dir=unfinished / JOURNAL)
-            )
-            return _read_model(
+        if storage_device == "disk":
+            # `storage_place` takes it as the temporary folder of the system.
+            storage = unfinished / JOURNAL
+        model = ranks.each(
+            lambda: _read_model(
                 name,
                 config,
+                ranks=ranks,
+                unfinished=unfinished,
+                offloaded=offloaded,
                 num_texts=num_texts,
-                offload_folder=Path(offload_folder),
-                device=ranks.device,
                 dtype=dtype,
                 packed=packed,
-                # By itself, `storage_place` takes "disk" as the temporary folder of the system.
-                storage=unfinished / JOURNAL if storage_device == "disk" else storage,
-                disk=unfinished / JOURNAL,  # for activations on a CPU if the user names no storage
-                progress=progress and ranks.index == 0,
+                storage=storage,
+                progress=progress,
                 callbacks=callbacks,
             )
-
-        model = ranks.each(read)
+        )
         plan = model.plan
         # The batches as the run needs them, what measures the perplexity (or `None`), and a new report.
         calibration, held_out, report = ranks.each(
@@ -199,31 +183,47 @@ def _read_model(
     name: str,
     config: FistaPruningConfig,
     *,
+    ranks: Ranks,
+    unfinished: Path,
+    offloaded: ExitStack,
     num_texts: int,
-    offload_folder: Path,
-    device: str | None,
     dtype: str | torch.dtype,
     packed: bool,
     storage: torch.device | Path | None,
-    disk: Path,
     progress: bool,
     callbacks: Sequence[PruningCallback],
 ) -> _ReadModel:
     """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
 
-    `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. `num_texts` says
-    of how many texts the calibration is, which matters only if experts are removed. `offload_folder` gets copies of
-    weights that can't be read from the files in parts, and of layers that predict more tokens and lose experts, too.
-    `storage` is where the user wants activations to be kept; if the user does not say (`None`) and computes on the CPU,
-    they go to the folder `disk`. `progress` says whether bars are shown. `device` is where to compute, such as
-    "cuda:0"; `None`: the accelerator if there is one. A Hub id is downloaded into the cache; nothing else is written
-    but the copies.
+    `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. A Hub id is
+    downloaded into the cache; nothing else is written, except into the folder for offloaded weights.
+
+    Args:
+        ranks: The processes of the run, with the device where this one computes; rank 0 shows bars, if `progress`.
+        unfinished: The locked folder beside the output, which rank 0 has made.
+        offloaded: Gets a folder in the unfinished one, which is deleted at the end of the run. In it are copies of
+            weights that can't be read from the files in parts, and of layers that predict more tokens and lose experts.
+        num_texts: Of how many texts the calibration is, which matters only if experts are removed.
+        storage: Where to keep activations between passes; `None`: on the disk if the run computes on a CPU, otherwise
+            on the device.
     """
+    journal = unfinished / JOURNAL
+    # Rank 0 has made this folder; another rank may run on another machine.
+    if not journal.exists():
+        raise ValueError(
+            f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
+        )
+    # Several processes can't share decoder layers of which each waits for the one before.
+    require_independent_layers(config, ranks.count)
+    offload_folder = Path(
+        offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=journal))
+    )
+
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
-    model, tokenizer, files = load_lazily(name, offload_folder, device=device, dtype=dtype)
+    model, tokenizer, files = load_lazily(name, offload_folder, device=ranks.device, dtype=dtype)
     on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
     if storage is None and on_cpu:
-        storage = disk
+        storage = journal
 
     files_dtypes = dtype == "auto"  # the result keeps the dtypes of the files
     removal = plan_removal(prunable_layers(model), config, num_texts=num_texts)
@@ -245,7 +245,7 @@ def _read_model(
         prediction_layers=prediction_layers,
         files_dtypes=files_dtypes,
         storage=storage,
-        progress=progress,
+        progress=progress and ranks.index == 0,
         callbacks=callbacks,
     )
     if packed:

@@ -11,9 +11,10 @@ from functools import partial
 from optimum_fista.model.held_out import HeldOut
 from optimum_fista.prune.batches import Calibration
 from optimum_fista.prune.budgets import share_budgets
+from optimum_fista.prune.callback import tell_begin
 from optimum_fista.prune.loop import prune_layers
 from optimum_fista.prune.plan import Plan
-from optimum_fista.prune.sink import Sink
+from optimum_fista.prune.sink import Sink, Work
 from optimum_fista.report import PruningReport
 
 
@@ -42,38 +43,32 @@ def run(
         sink: Where pruned weights go.
         started: The time of `time.perf_counter` at which the user's call began.
     """
-
-    def tell_begin() -> None:
-        """Call `on_prune_begin` of the callbacks of `plan`, with `report`."""
-        for callback in plan.callbacks:
-            callback.on_prune_begin(report)
-
     with sink.opened(plan.products):
-        sink.together(tell_begin)  # in every process of the run; each waits for the others
+        # `together`: in every process of the run, and each waits for the others.
+        sink.together(partial(tell_begin, plan.callbacks, report))
 
         # Measured on the dense model, so before any layer is pruned. The sink calls `share_budgets` in one process, and
         # only if no earlier start of the run did; the report gets the seconds.
         budgets = sink.budgets(partial(share_budgets, plan, calibration.batches, report))
         plan = plan.with_budgets(budgets)
         work = sink.share(plan, calibration, held_out, report)
+        sink.together(partial(_prune_share, plan, work, report, sink))
+        return sink.complete(plan, report, work.held_out, started)
 
-        def prune() -> None:
-            """Prune the decoder layers of this process (`work.todo`); it may have none.
 
-            Weights are overwritten through `sink`, and results are added to `report`. `plan` has its budgets by now.
-            The progress bar begins at `work.num_done`, the layers that earlier starts have finished.
-            """
-            if work.todo:
-                prune_layers(
-                    plan,
-                    work.calibration,
-                    report,
-                    sink,
-                    held_out=work.held_out,
-                    todo=work.todo,
-                    num_done=work.num_done,
-                )
+def _prune_share(plan: Plan, work: Work, report: PruningReport, sink: Sink) -> None:
+    """Prune the decoder layers of this process, `work.todo`; it may have none.
 
-        sink.together(prune)
-        report = sink.complete(plan, report, work.held_out, started)
-    return report
+    Weights are overwritten through `sink`, and results are added to `report`. `plan` has its budgets. The progress bar
+    begins at `work.num_done`, the layers that earlier starts have finished.
+    """
+    if work.todo:
+        prune_layers(
+            plan,
+            work.calibration,
+            report,
+            sink,
+            held_out=work.held_out,
+            todo=work.todo,
+            num_done=work.num_done,
+        )
