@@ -645,27 +645,26 @@ def cut_states(
     ones: an old batch of 8 sequences into 4 and 4. The old hidden states are freed if they are in stores: these are
     empty afterwards.
     """
-
-    def cut(stream: Sequence[Tensor] | None) -> ActivationStore | None:
-        """Return the hidden states of one stream in batches of the new `sizes`, and empty it if it is a store.
-
-        The new ones are kept at `storage` and returned on `device`, as the outer function says. `None` stays `None`.
-        """
-        if stream is None:
-            return None
-        store = ActivationStore(storage, device)
-        # the numbers of sequences; each batch is read for that, and once more for each of its pieces
-        lengths = [len(hidden) for hidden in stream]
-        # a piece is a new batch: sequences `start` to `end` of the old batch with a number
-        for number, start, end in pieces(lengths, sizes):
-            store.append(stream[number][start:end])  # [batch, sequence, hidden]
-        if isinstance(stream, ActivationStore):
-            stream.clear()  # otherwise the run would hold it until the layer is done
-        return store
-
     # Before the first pruned layer both streams are the same tensors: they are cut once. A store that was cut is empty.
     are_same = states.pruned is states.dense
-    dense = cut(states.dense)
+    dense = _cut_stream(states.dense, sizes, storage, device)
     if are_same:
         return HiddenStates(dense, dense)
-    return HiddenStates(dense, cut(states.pruned))
+    return HiddenStates(dense, _cut_stream(states.pruned, sizes, storage, device))
+
+
+def _cut_stream(
+    stream: Sequence[Tensor] | None, sizes: Sequence[int], storage: Storage, device: torch.device
+) -> ActivationStore | None:
+    """Cut the hidden states of one network, as `cut_states` does; `None` stays `None`."""
+    if stream is None:
+        return None
+    store = ActivationStore(storage, device)
+    # the numbers of sequences; each batch is read for that, and once more for each of its pieces
+    lengths = [len(hidden) for hidden in stream]
+    # a piece is a new batch: sequences `start` to `end` of the old batch with a number
+    for number, start, end in pieces(lengths, sizes):
+        store.append(stream[number][start:end])  # [batch, sequence, hidden]
+    if isinstance(stream, ActivationStore):
+        stream.clear()  # otherwise the run would hold it until the layer is done
+    return store
