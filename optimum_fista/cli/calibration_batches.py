@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,34 +122,40 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
     texts = [load_text(source, split="calibration") for source in request.sources]
     require_different(request.sources, texts)
 
-    def draw(num_more: int) -> list[Tensor]:
-        """Draw the share of each source, and `num_more` sequences of each besides.
-
-        From the outer function: `tokenizer` is that of the model, `texts` are those of the sources, `shares` their
-        numbers of sequences, and `request` has the length and the seed. ValueError if a text is too short; of several,
-        it names the source.
-        """
-        drawn = []
-        for source, text, share in zip(request.sources, texts, shares, strict=True):
-            try:
-                tokens = calibration_windows(
-                    tokenizer, text, share + num_more, _length(request), request.config.seed
-                )
-            except ValueError as error:
-                if len(request.sources) == 1:
-                    raise
-                raise ValueError(
-                    f"--calibration {source} gives {share} of {request.num_sequences} sequences: {error}"
-                ) from error
-            drawn.append(tokens)
-        return drawn
-
+    draw = partial(_windows_of_texts, request, tokenizer, texts, shares)
     # All sources together give as many as a perplexity needs.
     wanted = math.ceil(_num_measured(request) / len(request.sources))
     for num_more in _numbers_to_try(request, wanted):
         with suppress(ValueError):  # the texts may be long enough for fewer sequences
             return draw(num_more)
     return draw(0)
+
+
+def _windows_of_texts(
+    request: PruneRequest,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[TextSource],
+    shares: Sequence[int],
+    num_more: int,
+) -> list[Tensor]:
+    """Draw the share of each of the request's texts, and `num_more` sequences of each besides, ids [sequences, tokens].
+
+    ValueError if a text is too short; of several, it names the source.
+    """
+    drawn = []
+    for source, text, share in zip(request.sources, texts, shares, strict=True):
+        try:
+            tokens = calibration_windows(
+                tokenizer, text, share + num_more, _length(request), request.config.seed
+            )
+        except ValueError as error:
+            if len(request.sources) == 1:
+                raise
+            raise ValueError(
+                f"--calibration {source} gives {share} of {request.num_sequences} sequences: {error}"
+            ) from error
+        drawn.append(tokens)
+    return drawn
 
 
 def require_different(sources: Sequence[str], texts: Sequence[TextSource]) -> None:
@@ -242,21 +249,14 @@ def _image_batches(request: PruneRequest) -> list[dict[str, Any]]:
     lines = load_text(request.source, split="calibration", with_images=True)
     num_wanted = request.num_sequences
 
-    def draw(number: int) -> list[dict[str, Any]]:
-        """Draw `number` sequences of random `lines`; ValueError if there are too few lines.
-
-        Each is a dictionary of arguments of the model. From the outer function: `processor` makes them, and is that of
-        the model, and `request` has the length and the seed.
-        """
-        return image_sequences(
-            processor,
-            read_config(request.model),
-            lines,
-            number,
-            _length(request),
-            request.config.seed,
-        )
-
+    draw = partial(
+        image_sequences,
+        processor,
+        read_config(request.model),
+        lines,
+        length=_length(request),
+        seed=request.config.seed,
+    )
     for num_more in _numbers_to_try(request, _MEASURED_IMAGES):
         try:
             batches = draw(num_wanted + num_more)
