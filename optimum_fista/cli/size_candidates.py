@@ -177,26 +177,13 @@ def _token_plans(
     vocabulary = without_unused.report.model["vocabulary"]
     num_rows = vocabulary["before"]
 
-    def plan(removal: TokensRemoval) -> TokensPlan:
-        """Plan a removal of tokens, such as "vocab:0.5", with the other options of `without_unused`; changes nothing.
-
-        From the outer function: `counted` is the dense model with the counts of its tokens in a text, and
-        `without_unused` the plan that removes all tokens that this text does not use.
-        """
-        config = FistaPruningConfig(
-            pattern=str(removal),
-            keep_tokens=tuple(without_unused.report.config["keep_tokens"]),
-            compute_dtype=without_unused.report.config["compute_dtype"],
-        )
-        return plan_counted(counted, config)
-
     if without_unused.model.num_parameters() <= most:
         request = _fewer_tokens(without_unused, most)
     else:
         # As many tokens as the text uses stay, but not only those: by the share, tokens that other text is likely to
         # use stay instead of some that this text has once.
         request = TokensRemoval.keeping(vocabulary["kept"], num_rows)
-    plans = [plan(request)]
+    plans = [_plan_with_options_of(without_unused, counted, request)]
 
     num_removed = num_rows - plans[0].report.model["vocabulary"]["kept"]
     step = request.step(num_rows)  # the number of tokens that stay is a multiple of it
@@ -205,8 +192,23 @@ def _token_plans(
         half = TokensRemoval.keeping(num_kept, num_rows)
         with warnings.catch_warnings():  # the first plan has warned of a short text
             warnings.simplefilter("ignore")
-            plans.append(plan(half))
+            plans.append(_plan_with_options_of(without_unused, counted, half))
     return plans
+
+
+def _plan_with_options_of(
+    other: TokensPlan, counted: CountedModel, removal: TokensRemoval
+) -> TokensPlan:
+    """Plan a removal of tokens, such as "vocab:0.5", with all other options as in another plan; changes nothing.
+
+    `counted` is the dense model with the counts of its tokens in a text.
+    """
+    config = FistaPruningConfig(
+        pattern=str(removal),
+        keep_tokens=tuple(other.report.config["keep_tokens"]),
+        compute_dtype=other.report.config["compute_dtype"],
+    )
+    return plan_counted(counted, config)
 
 
 def _fewer_tokens(tokens: TokensPlan, most: float) -> TokensRemoval:
