@@ -5,6 +5,9 @@ The plan is a `Removal`. A *pattern* says which weights of a linear operator bec
 *left dense*, with a reason. Runs that remove tokens are planned by `tokens`.
 """
 
+from collections.abc import Collection
+from functools import partial
+
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.choice import choose_operators
@@ -75,23 +78,13 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         channels = {part.name: part for part in parts}
 
     divided = divided_weights(layers.model, layers.name)
-    # By the name of the operator; filled by the function that follows.
-    patterns: dict[str, SparsityPattern] = {}
-
-    def reason_left_dense(name: str) -> str | None:
-        """Say why the operator `name` stays dense; if it does not, add its pattern to `patterns`.
-
-        Either `config` leaves it dense, or its weight is among `divided`.
-        """
-        reason = config.reason_left_dense(name)
-        if reason is None and name in divided:
-            reason = "the files keep its weight as several matrices, so its mask can't be saved"
-        if reason is None:
+    operators, left_dense = choose_operators(
+        layers, config.exclude, partial(_reason_left_dense, config, divided)
+    )
+    patterns: dict[str, SparsityPattern] = {}  # by the name of the operator
+    for operators_of_layer in operators.values():
+        for name in operators_of_layer:
             patterns[name] = config.pattern_for(name)
-        return reason
-
-    # Asks for the reason of every operator, and so fills `patterns`.
-    operators, left_dense = choose_operators(layers, config.exclude, reason_left_dense)
     return Removal(
         layers=layers,
         config=config,
@@ -101,6 +94,19 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         channels=channels,
         earlier_masks=EarlierMasks.find(layers),
     )
+
+
+def _reason_left_dense(
+    config: FistaPruningConfig, divided: Collection[str], name: str
+) -> str | None:
+    """Say why the operator `name` stays dense; `None` if it is to be pruned.
+
+    Either `config` leaves it dense, or its weight is among those that the files divide (`divided`).
+    """
+    reason = config.reason_left_dense(name)
+    if reason is None and name in divided:
+        reason = "the files keep its weight as several matrices, so its mask can't be saved"
+    return reason
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:
