@@ -158,7 +158,7 @@ class Sweep:
         )
 
         def return_output(*_: Any, **__: Any) -> Any:
-            """Return `output` of the outer function, in place of the forward pass of a decoder layer."""
+            """Return what the last decoder layer returned, in place of the forward pass of each layer."""
             return output
 
         place = execution_device(model.get_input_embeddings())

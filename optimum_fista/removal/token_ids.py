@@ -68,7 +68,7 @@ def ids_in(values: Mapping[str, Any]) -> set[int]:
     ids = set[int]()
 
     def note(index: int) -> int:
-        """Add a number to `ids` of the outer function, and return it."""
+        """Add a number to `ids`, and return it."""
         ids.add(index)
         return index
 

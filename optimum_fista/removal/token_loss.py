@@ -131,7 +131,7 @@ def measure_plans(
         vocabulary, num_positions = token_limits(model)  # ids; tokens that a sequence may have
         longest = longest_sequence(num_positions)
 
-        # Each text in the tokens of each tokenizer. All are measured together, so each gets a key, such as "dense/0".
+        # Each text in the tokens of the dense model, and in those of each plan ("plan 0", "plan 1", ...).
         variants = {
             "dense": _texts_in_tokens(
                 texts,
@@ -141,45 +141,43 @@ def measure_plans(
                 old_ids=None,
             )
         }
-        removed: dict[str, Tensor] = {}  # ids that the model can't predict, by the key of a text
+        removed_ids: dict[str, Tensor] = {}  # that the model can't predict; by the plan
         for number, plan in enumerate(plans):
-            variant = f"plan {number}"
             old_ids = list(plan.new_ids)  # in the order of the new ids
-            variants[variant] = _texts_in_tokens(
+            variants[f"plan {number}"] = _texts_in_tokens(
                 texts, plan.tokenizer, bos=plan.bos, longest=longest, old_ids=old_ids
             )
-            removed_ids = _removed_ids(vocabulary, old_ids)
-            for index in range(len(texts)):
-                removed[f"{variant}/{index}"] = removed_ids
+            removed_ids[f"plan {number}"] = _removed_ids(vocabulary, old_ids)
+
+        # All are measured together, so each text gets a key, such as "dense/0".
         texts_by_key: dict[str, Tokenized] = {}
-        for variant, tokenized in variants.items():
-            for index, text in enumerate(tokenized):
-                texts_by_key[f"{variant}/{index}"] = text
+        removed_by_key: dict[str, Tensor] = {}
+        for variant, texts_in_tokens in variants.items():
+            for index, text in enumerate(texts_in_tokens):
+                key = f"{variant}/{index}"
+                texts_by_key[key] = text
+                if variant in removed_ids:
+                    removed_by_key[key] = removed_ids[variant]
 
         main_device = execution_device(model.get_input_embeddings())
         compute_dtype = first_plan.report.config["compute_dtype"]
         with products_as(choose_products(compute_dtype, main_device, model.dtype)):
-            bits = bits_per_byte(model, texts_by_key, removed=removed, progress=progress)
+            bits = bits_per_byte(model, texts_by_key, removed=removed_by_key, progress=progress)
 
-    def losses_of(variant: str) -> list[TextLoss]:
-        """Return the losses on all texts in the tokens of one tokenizer, such as "dense" or "plan 0".
-
-        From the outer function: `variants` has all texts in its tokens, `bits` the bits per byte by tokenizer and
-        number of the text, such as "plan 0/2", and `vocabulary` is the number of tokens that the dense model knows.
-        """
-        losses = []
-        for index, text in enumerate(variants[variant]):
-            loss = TextLoss(
+    losses: dict[str, list[TextLoss]] = {}  # on all texts, by the variant
+    for variant, texts_in_tokens in variants.items():
+        losses[variant] = [
+            TextLoss(
                 bits_per_byte=bits[f"{variant}/{index}"],
                 num_tokens=text.num_tokens,
                 num_bytes=text.num_bytes,
                 vocabulary=vocabulary,
             )
-            losses.append(loss)
-        return losses
-
-    dense = losses_of("dense")
-    return [compared(texts, dense, losses_of(f"plan {number}")) for number in range(len(plans))]
+            for index, text in enumerate(texts_in_tokens)
+        ]
+    return [
+        compared(texts, losses["dense"], losses[f"plan {number}"]) for number in range(len(plans))
+    ]
 
 
 def _removed_ids(num_rows: int, kept: list[int] | Tensor) -> Tensor:
