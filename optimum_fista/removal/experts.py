@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.experts import FusedExperts, split_experts
+from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.records import MixtureReport
 from optimum_fista.removal.mixture_refit import Refits, SmallerMixture
@@ -166,53 +167,61 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     runs, the forward pass of the mixture is replaced; nothing stays changed. The targets for the sum of all experts are
     kept as well, at the layer's storage (memory, or files).
     """
-    activations = targets.activations
-    norms = torch.zeros(len(experts), dtype=torch.float64, device=activations.device)
-    fitted_sources = [
-        source
-        for source, held_out in zip(activations.sources, activations.held_out, strict=True)
-        if not held_out
-    ]
-    num_tokens_of_texts = {
-        source: torch.zeros(len(experts), dtype=torch.int64, device=activations.device)
-        for source in dict.fromkeys(fitted_sources)  # each text once
-    }
-    expert_targets = activations.store()  # a list of tensors, one for each batch
-
-    def add_outputs(expert: int, tokens: Tensor, outputs: Tensor) -> None:
-        """Add outputs of an expert in one batch to `norms` and `num_tokens_of_texts` of the outer function.
-
-        It is called for every expert while the layer runs; `expert` is the number of the expert. `outputs`
-        [tokens, out] are weighted by the router; `tokens` are the numbers of their tokens in the batch. `activations`
-        says which batches are held out, of which text they are, and which tokens are padding.
-        """
-        # The number of this batch. `expert_targets` has a target of each batch before it: that of this batch is added
-        # after it has run.
-        batch = len(expert_targets)
-        if activations.held_out[batch]:
-            return
-        mask = activations.token_masks[batch]  # [batch, sequence], True = no padding
-        real_outputs = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
-        # Norms in float32, their sum over all tokens in float64: only that has many terms.
-        norms_of_tokens = torch.linalg.vector_norm(real_outputs.detach().float(), dim=-1)
-        norms[expert] += norms_of_tokens.sum(dtype=torch.float64)
-        # Some routers give a token that skips the mixture to an expert with the weight 0 (Zaya).
-        num_tokens = num_tokens_of_texts[activations.sources[batch]]
-        num_tokens[expert] += (norms_of_tokens > 0).sum()
-
+    sums = _ExpertSums(len(experts), targets.activations)
+    expert_targets = targets.activations.store()  # a list of tensors, one for each batch
     # Each target is made by a pass of the layer, in which `add_outputs` is called for every expert.
-    with split_experts(experts.operators, add_outputs):
+    with split_experts(experts.operators, sums.add_outputs):
         for target in targets.expert_targets():
             expert_targets.append(target)
-    if not bool(torch.isfinite(norms).all()):
+            sums.batch = len(expert_targets)
+    if not bool(torch.isfinite(sums.norms).all()):
         raise ValueError(
             f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or overflows its dtype: load "
             "it in float32 or bfloat16 (--dtype float32)."
         )
-    on_host = {source: numbers.cpu() for source, numbers in num_tokens_of_texts.items()}
+    on_host = {source: numbers.cpu() for source, numbers in sums.num_tokens_of_texts.items()}
     num_tokens = torch.stack([*on_host.values()]).sum(dim=0)
-    saliency = norms.cpu() / num_tokens.clamp_min(1)  # 0 for an expert without tokens
+    saliency = sums.norms.cpu() / num_tokens.clamp_min(1)  # 0 for an expert without tokens
     return ExpertScores(on_host, saliency, expert_targets)
+
+
+class _ExpertSums:
+    """Sums over the tokens that reach each expert of a mixture, on the device of its decoder layer.
+
+    Attributes:
+        batch: The number of the batch that runs, or runs next.
+        norms: Sum of the norms of the weighted outputs, float64 [experts].
+        num_tokens_of_texts: Numbers of tokens, int64 [experts], by the name of the text.
+    """
+
+    def __init__(self, num_experts: int, activations: LayerActivations) -> None:
+        """Begin with sums of zero; `activations` tells which batches are held out, and which tokens are padding."""
+        self._activations = activations
+        self.batch = 0
+        self.norms = torch.zeros(num_experts, dtype=torch.float64, device=activations.device)
+        self.num_tokens_of_texts: dict[str | None, Tensor] = {}
+        for source, held_out in zip(activations.sources, activations.held_out, strict=True):
+            if not held_out and source not in self.num_tokens_of_texts:
+                self.num_tokens_of_texts[source] = torch.zeros(
+                    num_experts, dtype=torch.int64, device=activations.device
+                )
+
+    def add_outputs(self, expert: int, tokens: Tensor, outputs: Tensor) -> None:
+        """Add outputs of an expert in the batch that runs; `expert` is its number.
+
+        It is called for every expert while the layer runs. `outputs` [tokens, out] are weighted by the router; `tokens`
+        are the numbers of their tokens in the batch. Outputs of held-out batches and of padding are left out.
+        """
+        if self._activations.held_out[self.batch]:
+            return
+        mask = self._activations.token_masks[self.batch]  # [batch, sequence], True = no padding
+        real_outputs = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
+        # Norms in float32, their sum over all tokens in float64: only that has many terms.
+        norms = torch.linalg.vector_norm(real_outputs.detach().float(), dim=-1)
+        self.norms[expert] += norms.sum(dtype=torch.float64)
+        # Some routers give a token that skips the mixture to an expert with the weight 0 (Zaya).
+        num_tokens = self.num_tokens_of_texts[self._activations.sources[self.batch]]
+        num_tokens[expert] += (norms > 0).sum()
 
 
 def experts_to_keep(
