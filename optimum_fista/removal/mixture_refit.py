@@ -14,6 +14,7 @@ sends to each expert.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,24 +83,32 @@ class SmallerMixture:
         # || Y ||^2 of tokens to fit (False), and of those held out (True)
         self._energies = {False: 0.0, True: 0.0}
         # Residuals wait where the layer's hidden states do, or on the device if these are in files.
-        keeps_in_file = isinstance(activations.storage, Path)
-        place = activations.device if keeps_in_file else activations.storage
-
-        def add_batch(batch: int, assigned: AssignedTokens) -> None:
-            """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`.
-
-            `assigned` has the inputs of the mixture in this batch, on which `experts` run. From the outer function:
-            `activations` are those of the decoder layer, `targets` are `Y`, and residuals wait on the device `place`.
-            """
-            target = targets[batch].to(activations.device)
-            num_tokens = target.shape[:2].numel()
-            output = sum_of_experts(experts.outputs(assigned), num_tokens).view(target.shape)
-            self._residuals.append((target - output).to(place))
-            held_out = activations.held_out[batch]
-            self._energies[held_out] += self._energy_without_padding(batch, target)
-
+        place = activations.storage
+        if isinstance(place, Path):
+            place = activations.device
         # inputs of the mixture, and which experts get which tokens
-        self._batches = activations.assigned_tokens(experts, hidden_states, add_batch)
+        self._batches = activations.assigned_tokens(
+            experts, hidden_states, partial(self._add_batch, targets, place)
+        )
+
+    def _add_batch(
+        self,
+        targets: ActivationStore,
+        place: torch.device,
+        batch: int,
+        assigned: AssignedTokens,
+    ) -> None:
+        """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`.
+
+        `targets` are `Y` of all batches. `assigned` has the inputs of the mixture in the batch, on which the experts
+        run. The residual waits on the device `place`.
+        """
+        target = targets[batch].to(self._activations.device)
+        num_tokens = target.shape[:2].numel()
+        output = sum_of_experts(self.experts.outputs(assigned), num_tokens).view(target.shape)
+        self._residuals.append((target - output).to(place))
+        held_out = self._activations.held_out[batch]
+        self._energies[held_out] += self._energy_without_padding(batch, target)
 
     def errors(self) -> MixtureErrors:
         """Measure how far the outputs of the mixture are from their targets now, on all batches.
