@@ -306,32 +306,23 @@ def is_added_to_output(
     be smaller than a rounding error of D in half precision. The wave is as large as D. A constant would not do either,
     because a norm may leave it as it is.
 
-    A hook on the module is removed at the end; nothing else is changed.
+    A hook is on the module while the layer runs; nothing else is changed.
     """
     call = activations.calls[0]
     hidden_states = hidden_states.to(activations.device)
-    module_outputs: list[Tensor] = []
-    wave: Tensor | None = None
-
-    def replace(_: nn.Module, __: object, output: Tensor) -> Tensor:
-        """Replace the output of the module by zeros, or by the `wave` as soon as there is one; a forward hook.
-
-        The original output is appended to `module_outputs`. The outer function sets `wave` between its two passes.
-        """
-        module_outputs.append(output)
-        # a clone, because some layers add to it in place
-        return torch.zeros_like(output) if wave is None else wave.view(output.shape).clone()
-
-    with module.register_forward_hook(replace):
+    outputs: list[Tensor] = []  # of the module
+    with module.register_forward_hook(partial(_replace_by_zeros, outputs)):
         rest = call.run(activations.layer, hidden_states).float()  # D
-        is_called_once = len(module_outputs) == 1
-        if not is_called_once or module_outputs[0].numel() != rest.numel():
-            return False
-        # At every token the wave is as large as the rest is there. Some tokens have huge activations: a wave of one
-        # size for all tokens would be lost in their rounding, or drown the others.
-        sizes = rest.abs().amax(-1, keepdim=True)
-        wave = torch.arange(rest.numel(), device=rest.device).float().sin_()
-        wave = wave.view(rest.shape).mul_(sizes).to(module_outputs[0].dtype)
+    is_called_once = len(outputs) == 1
+    if not is_called_once or outputs[0].numel() != rest.numel():
+        return False
+
+    # At every token the wave is as large as the rest is there. Some tokens have huge activations: a wave of one size
+    # for all tokens would be lost in their rounding, or drown the others.
+    sizes = rest.abs().amax(-1, keepdim=True)
+    wave = torch.arange(rest.numel(), device=rest.device).float().sin_()
+    wave = wave.view(rest.shape).mul_(sizes).to(outputs[0].dtype)
+    with module.register_forward_hook(partial(_replace_by_wave, wave)):
         # (D + wave) - D - wave
         error = call.run(activations.layer, hidden_states).float() - rest - wave.float()
 
@@ -341,6 +332,18 @@ def is_added_to_output(
     errors = torch.linalg.vector_norm(error, dim=-1) / norms.clamp_min(least_norm)
     rounding = torch.finfo(wave.dtype).eps
     return bool(errors.mean() <= _ROUNDED * rounding)
+
+
+def _replace_by_zeros(outputs: list[Tensor], _: nn.Module, __: object, output: Tensor) -> Tensor:
+    """Append the output of a module to `outputs`, and replace it by zeros; a forward hook."""
+    outputs.append(output)
+    return torch.zeros_like(output)
+
+
+def _replace_by_wave(wave: Tensor, _: nn.Module, __: object, output: Tensor) -> Tensor:
+    """Replace the output of a module by a wave with as many numbers; a forward hook."""
+    # a clone, because some layers add to it in place
+    return wave.view(output.shape).clone()
 
 
 @dataclass(frozen=True)
