@@ -246,16 +246,7 @@ class LayerTargets:
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer.
         """
         outputs = self.activations.store()
-        num_tokens = 0  # of the batch that runs, padding included
-
-        def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
-            """Append the sum of all experts to `self._expert_outputs`; a forward hook of the mixture.
-
-            `num_tokens` of the outer function is the number of tokens in the batch that runs.
-            """
-            # Llama-4 returns one output for each expert, [experts * tokens, out]: the number tells them apart.
-            self._expert_outputs.append(sum_of_experts(output, num_tokens))
-
+        expert_sums = _ExpertSums(self._expert_outputs)
         with ExitStack() as hooks:
             for record in self._records.values():
                 module = record.group[0].module
@@ -267,9 +258,9 @@ class LayerTargets:
                     see_output = partial(record.see_output, operator)
                     hooks.enter_context(operator.module.register_forward_hook(see_output))
             if self._experts is not None:
-                hooks.enter_context(self._experts.register_forward_hook(see_experts))
+                hooks.enter_context(self._experts.register_forward_hook(expert_sums.see_output))
             for batch, hidden in enumerate(hidden_states):
-                num_tokens = hidden.shape[:2].numel()
+                expert_sums.num_tokens = hidden.shape[:2].numel()
                 for record in self._records.values():
                     record.batch = batch  # its hooks need the number
                 outputs.append(self.activations.run(batch, hidden))
@@ -350,18 +341,10 @@ class LayerTargets:
         assert self._experts is not None
         correction = self._correction
         sums: list[Tensor] = []  # E(X*) of the batch that runs, [tokens, out]
-        num_tokens = 0  # of that batch, padding included
-
-        def see_experts(_: nn.Module, __: object, output: Tensor) -> None:
-            """Append the sum of all experts to `sums`, float32; a forward hook of the mixture.
-
-            `num_tokens` of the outer function is the number of tokens in the batch that runs.
-            """
-            sums.append(sum_of_experts(output, num_tokens).float())
-
-        with self._experts.register_forward_hook(see_experts):
+        expert_sums = _ExpertSums(sums)
+        with self._experts.register_forward_hook(expert_sums.see_output):
             for batch, hidden in enumerate(self.entering.to_prune_on):
-                num_tokens = hidden.shape[:2].numel()
+                expert_sums.num_tokens = hidden.shape[:2].numel()
                 output = self.activations.run(batch, hidden)
                 if len(sums) != 1:
                     raise UnsupportedArchitectureError(
@@ -369,7 +352,7 @@ class LayerTargets:
                         "decoder layer, so its experts can't be removed: use a pattern that removes no experts, "
                         "such as '2:4'."
                     )
-                same = sums.pop()  # E(X*)
+                same = sums.pop().float()  # E(X*)
                 target = same
                 if correction.needs_dense:  # otherwise a = b = 0, and the target is E(X*)
                     dense = self._expert_outputs[batch].float()  # E(X)
@@ -695,6 +678,24 @@ class _DenseRecord:
     def _real_tokens(self, tokens: Tensor, batch: int) -> Tensor:
         """Those of the `tokens` of an expert that are not padding."""
         return self._activations.rows(tokens[:, None], batch, self.group[0], tokens)[:, 0]
+
+
+class _ExpertSums:
+    """Collects the sum of the outputs of all experts of a mixture, [tokens, out] of each batch, by a forward hook.
+
+    Attributes:
+        num_tokens: The number of tokens in the batch that runs, padding included.
+    """
+
+    def __init__(self, sums: ActivationStore | list[Tensor]) -> None:
+        """`sums` gets the sum of each batch."""
+        self._sums = sums
+        self.num_tokens = 0
+
+    def see_output(self, _: nn.Module, __: object, output: Tensor) -> None:
+        """Append the sum of all experts in the batch that runs; a forward hook of the mixture."""
+        # Llama-4 returns one output for each expert, [experts * tokens, out]: the number tells them apart.
+        self._sums.append(sum_of_experts(output, self.num_tokens))
 
 
 def sum_of_experts(output: Tensor, num_tokens: int) -> Tensor:
