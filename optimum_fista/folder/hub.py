@@ -9,6 +9,7 @@ The list is `fista/files.json` in the folder; `folder.output` writes it. `requir
 
 import glob
 import logging
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -75,20 +76,14 @@ def push_folder(
         # An existing repository keeps its visibility, whatever was asked.
         is_private = None if private is None else api.model_info(repo_id).private
         if is_private == private:  # also if nothing was asked
-            # The ref of a pull request exists already.
-            if revision is not None and not revision.startswith("refs/"):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            # Patterns of all names that weights may have. Files that match are deleted, unless they are uploaded now.
-            weights = [stem + ending for stem in _STEMS for ending in _ENDINGS]
-            commit = api.upload_folder(
+            return _upload(
+                api,
                 repo_id=repo_id,
-                folder_path=folder,
+                folder=folder,
+                names=listed,
                 commit_message=commit_message,
                 revision=revision,
-                allow_patterns=[glob.escape(name) for name in sorted(listed)],
-                delete_patterns=[*weights, "fista/*"],
             )
-            return commit.commit_url
     except Exception as error:  # no common base: httpx errors, RuntimeError of threads, ValueError
         raise OSError(
             f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. Retry with `push_folder`. "
@@ -98,6 +93,32 @@ def push_folder(
         f"private={private} was passed, but {repo_id!r} exists with private={is_private}: omit `private` to keep "
         "that, change the repository's settings, or pass another `repo_id`"
     )
+
+
+def _upload(
+    api: HfApi,
+    *,
+    repo_id: str,
+    folder: Path,
+    names: Collection[str],
+    commit_message: str,
+    revision: str | None,
+) -> str:
+    """Upload the files `names` of a folder in one commit, and return its URL; other arguments as in `push_folder`."""
+    # The ref of a pull request exists already.
+    if revision is not None and not revision.startswith("refs/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    # Patterns of all names that weights may have. Files that match are deleted, unless they are uploaded now.
+    weights = [stem + ending for stem in _STEMS for ending in _ENDINGS]
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        allow_patterns=[glob.escape(name) for name in sorted(names)],
+        delete_patterns=[*weights, "fista/*"],
+    )
+    return commit.commit_url
 
 
 def _warn_of_others(folder: Path, listed: set[str], repo_id: str) -> None:
