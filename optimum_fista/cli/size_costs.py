@@ -138,13 +138,13 @@ def measure_costs(
         ValueError: If a loss is NaN or Inf, or a trial can't run.
         OSError: If the disk has too little room for a trial.
     """
-    of_dense = [1.0] * len(texts)
-    of_tokens: dict[int, Sequence[float]] = {0: of_dense}
-    of_channels: dict[int, Sequence[float]] = {0: of_dense}
     trials = dict[int, PruneRequest]()  # by the number of parameters that they remove
     if with_trials:
         trials = _trials(candidates)
 
+    of_dense = [1.0] * len(texts)
+    of_tokens: dict[int, Sequence[float]] = {0: of_dense}
+    of_channels: dict[int, Sequence[float]] = {0: of_dense}
     dense_bits: list[float] | None = None  # bits per byte of the dense model, for each text
     # The plans of tokens, by the number of parameters that they remove.
     plans = {other.num_in_tokens: other.tokens for other in candidates if other.tokens is not None}
@@ -155,16 +155,33 @@ def measure_costs(
         dense_bits = [loss.dense for loss in losses[0]]
         for num_removed, of_plan in zip(plans, losses, strict=True):
             of_tokens[num_removed] = [loss.pruned / loss.dense for loss in of_plan]
+    if trials:
+        of_channels |= _costs_of_trials(trials, texts, dense_bits)
+    return Costs(texts, of_tokens, of_channels)
 
+
+def _costs_of_trials(
+    trials: Mapping[int, PruneRequest],
+    texts: Sequence[MeasuredText],
+    dense_bits: Sequence[float] | None,
+) -> dict[int, list[float]]:
+    """Run the trials, and return what each costs on each text, by the number of parameters that it removes.
+
+    `trials` are by this number, too. `dense_bits` are the bits per byte of the dense model on each text; `None`: they
+    are measured here, first. Standard error says which trial runs.
+    """
+    if dense_bits is None:
+        request = next(iter(trials.values()))  # any: all are for one model
+        dense_bits = _bits_of(request.model, texts, request, "Measuring the dense model")
+
+    costs: dict[int, list[float]] = {}
     for number, (num_removed, request) in enumerate(trials.items(), start=1):
-        if dense_bits is None:
-            dense_bits = _bits_of(request.model, texts, request, "Measuring the dense model")
         print(f"trial {number} of {len(trials)}: {request.config.pattern}", file=sys.stderr)
         trial_bits = _bits_of_trial(request, texts)
-        of_channels[num_removed] = [
+        costs[num_removed] = [
             bits / dense for bits, dense in zip(trial_bits, dense_bits, strict=True)
         ]
-    return Costs(texts, of_tokens, of_channels)
+    return costs
 
 
 def _trials(candidates: Sequence[Candidate]) -> dict[int, PruneRequest]:
