@@ -138,20 +138,23 @@ class PartShare:
         return cls(kind, exact, multiple_of)
 
     def step(self, number: int, num_router_groups: int = 1) -> int:
-        """The divisor of the number of parts that stay, of `number` now; arguments as in `num_kept`.
+        """Return the step in which parts are removed: the number that stays of `number` is a multiple of it.
 
-        It is `self.multiple_of` if the user gave one. If not, it is `num_router_groups` for parts that are no channels.
-        A number of channels that is a multiple of 128 or 64 stays one: it is a multiple of 128 if one is near enough to
-        the share, otherwise of 64.
+        If the user gave `self.multiple_of`, the step is that. If not, channels go in steps of 128 or 64, as long as
+        `number` is such a multiple now (`multiples_of_channels`): of 128 if one of its multiples is near enough to the
+        share, otherwise of 64. All other parts go in steps of `num_router_groups`, as in `num_kept`.
         """
         if self.multiple_of is not None:
             return math.lcm(self.multiple_of, num_router_groups)
+
         multiples = self.multiples_of_channels(self.kind, number)
+        if not multiples:
+            return num_router_groups
         for multiple in multiples:
             kept = self._nearest(number, multiple)
             if 0 < kept < number and not self._is_far_from(kept, number):
                 return multiple
-        return multiples[-1] if multiples else num_router_groups
+        return multiples[-1]
 
     @staticmethod
     def multiples_of_channels(kind: PartKind, number: int) -> list[int]:
