@@ -148,27 +148,22 @@ class SmallerMixture:
 
         shares = dict[int, float]()  # of the refit that was taken, by the number of the expert
         messages = list[str]()
-        for round_number in range(ROUNDS):
-            is_first_round = round_number == 0
-            for expert in range(len(self._down)):
-                # Only experts that the first round has refitted are refitted again. A shrunk one is not: another step
-                # would take it further than the test allows.
-                if not is_first_round and shares.get(expert) != 1:
-                    continue
+        for expert in range(len(self._down)):
+            problems = self._problems_by_text(expert)
+            if len(problems) < 2:
+                continue
+            refit = refit_that_helps(problems, _SHARES)
+            if refit is not None:
+                shares[expert] = refit.share
+                messages += self._take(expert, refit, problems[0].weight)
+
+        # Without a test: the weights are fitted to all texts by now. A shrunk refit is not repeated: another step would
+        # take the expert further than the test allows.
+        refitted_whole = [expert for expert, share in shares.items() if share == 1]
+        for _ in range(ROUNDS - 1):
+            for expert in refitted_whole:
                 problems = self._problems_by_text(expert)
-                if len(problems) < 2:
-                    continue
-                if is_first_round:
-                    tested = refit_that_helps(problems, _SHARES)
-                    if tested is None:
-                        continue
-                    refit = tested
-                    shares[expert] = refit.share
-                else:  # without a test: the weights are fitted to all texts by now
-                    refit = refit_to_all(problems)
-                self._take(expert, refit, problems[0].weight)
-                if refit.message:
-                    messages.append(f"expert {expert}: {refit.message}")
+                messages += self._take(expert, refit_to_all(problems), problems[0].weight)
 
         for expert in sorted(shares):
             down_projection = self._down[expert]
@@ -176,11 +171,12 @@ class SmallerMixture:
         num_shrunk = sum(share < 1 for share in shares.values())
         return Refits(len(shares), num_shrunk, "; ".join(messages))
 
-    def _take(self, expert: int, refit: Refit, weight_before: Tensor) -> None:
+    def _take(self, expert: int, refit: Refit, weight_before: Tensor) -> list[str]:
         """Write the weights of a refit into an expert, and update `self._residuals`, which are `Y - E*`.
 
         `self._down` has the operators of the down projections, by the number of the expert. `weight_before` [out, in]
-        is what the projection has now. RuntimeError if the refit is not finite.
+        is what the projection has now. Returns the message of the refit, if it has one. RuntimeError if the refit is
+        not finite.
         """
         operator = self._down[expert]
         if not bool(torch.isfinite(refit.weight).all()):
@@ -190,6 +186,7 @@ class SmallerMixture:
         operator.write(refit.weight)
         rounded_weight = operator.read()  # in the dtype of the operator
         self._update_residuals(expert, rounded_weight - weight_before)
+        return [f"expert {expert}: {refit.message}"] if refit.message else []
 
     def _problems_by_text(self, expert: int) -> list[LayerProblem]:
         """Sum up the problem of an expert on each text of the calibration whose tokens reach it.
