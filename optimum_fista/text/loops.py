@@ -95,24 +95,24 @@ def count_loops(
         for stretches, share in zip(texts, equal_shares(NUM_PROMPTS, len(texts)), strict=True)
     ]
     num_new_tokens = _num_new_tokens(model, prompts[0].shape[1])
-    num_prompts = sum(len(of_text) for of_text in prompts)
+    num_prompts = sum(len(prompts_of_text) for prompts_of_text in prompts)
     counts = list[LoopCount]()
     with (
         evaluation_mode(model),
         torch.no_grad(),
         onloaded(model.modules(), read_only=True),
-        _greedy(model) as ends,
+        _greedy(model) as end_tokens,
         tqdm(total=num_prompts, desc=label, unit="prompt", disable=not progress) as bar,
     ):
-        for of_text in prompts:
+        for prompts_of_text in prompts:
             num_loops = 0
-            for batch in of_text.split(_TOGETHER):
+            for batch in prompts_of_text.split(_TOGETHER):
                 for continuation in _continuations(model, batch, num_new_tokens):
-                    is_ended = any(token in ends for token in continuation)
+                    is_ended = any(token in end_tokens for token in continuation)
                     if not is_ended and ends_in_loop(continuation):
                         num_loops += 1
                 bar.update(len(batch))
-            counts.append(LoopCount(len(of_text), num_new_tokens, num_loops))
+            counts.append(LoopCount(len(prompts_of_text), num_new_tokens, num_loops))
     return counts
 
 
@@ -174,17 +174,17 @@ def _greedy(model: PreTrainedModel) -> Iterator[set[int]]:
     Yields the tokens that end a continuation. Afterwards the model has its own generation config again.
     """
     settings = model.generation_config
-    ends = settings.eos_token_id if settings is not None else model.config.eos_token_id
-    if ends is None:
-        ends = []
-    elif isinstance(ends, int):
-        ends = [ends]
-    padding = ends[0] if ends else 0  # after the end of a continuation
+    end_tokens = settings.eos_token_id if settings is not None else model.config.eos_token_id
+    if end_tokens is None:
+        end_tokens = []
+    elif isinstance(end_tokens, int):
+        end_tokens = [end_tokens]
+    padding = end_tokens[0] if end_tokens else 0  # after the end of a continuation
     model.generation_config = GenerationConfig(
-        do_sample=False, eos_token_id=ends or None, pad_token_id=padding
+        do_sample=False, eos_token_id=end_tokens or None, pad_token_id=padding
     )
     try:
-        yield set(ends)
+        yield set(end_tokens)
     finally:
         model.generation_config = settings
 
