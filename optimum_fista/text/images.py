@@ -94,18 +94,19 @@ def _sequence(processor: Any, text: str, files: Sequence[Path]) -> dict[str, Any
             marks.append(mark)
     says_where = any(mark in text for mark in marks)
     options: dict[str, Any] = {}  # further arguments of the processor
-    if not says_where and processor.chat_template:
-        text = _prompt(processor, text, len(files), marks)
-        bos = processor.tokenizer.bos_token
-        template_writes_bos = bos and text.startswith(bos)
-        if template_writes_bos:
-            options["add_special_tokens"] = False  # no second BOS
-    elif not says_where and files:
-        shown = " or ".join(marks) or "its image token"
-        raise ValueError(
-            f"the model's processor has no chat template: write {shown} into every text with an image, also into "
-            f"{text[:60]!r}."
-        )
+    if not says_where:
+        if processor.chat_template:
+            text = _prompt(processor, text, len(files), marks)
+            bos = processor.tokenizer.bos_token
+            template_writes_bos = bool(bos) and text.startswith(bos)
+            if template_writes_bos:
+                options["add_special_tokens"] = False  # no second BOS
+        elif files:
+            shown = " or ".join(marks) or "its image token"
+            raise ValueError(
+                f"the model's processor has no chat template: write {shown} into every text with an image, also into "
+                f"{text[:60]!r}."
+            )
 
     try:
         images = None
