@@ -334,64 +334,80 @@ class SourceTensors:
             stay: The numbers of the decoder layers that stay, in order.
             total: How many decoder layers there are now.
         """
-        new_numbers = {old: new for new, old in enumerate(stay)}
-        # Three groups: what stands before the number ("model.layers."), the number, and what follows (".mlp", or "").
-        in_a_layer = re.compile(rf"({re.escape(self.layers)})(\d+)(\..*|)")
-
-        def new_name(name: str) -> str | None:
-            """Return a name, such as "model.layers.3.mlp", with its layer's new number; `None` if the layer goes.
-
-            `in_a_layer` matches such names; others are returned as they are. `new_numbers` has the new number of each
-            decoder layer that stays. Layers after all `total` decoder layers predict more tokens, and are numbered
-            after those of `stay`. `self.layers` is how the names of decoder layers begin in the files, such as
-            "model.layers."; it is empty if that is not known, and then all names stay as they are.
-            """
-            match = in_a_layer.match(name)
-            if match is None or not self.layers:
-                return name
-            before, number, after = match.groups()
-            old = int(number)
-            is_decoder_layer = old < total
-            new = new_numbers.get(old) if is_decoder_layer else len(stay) + (old - total)
-            return None if new is None else f"{before}{new}{after}"
-
-        def with_new_names(values: Mapping[str, T]) -> dict[str, T]:
-            """Return `values`, which are by name, under the names of `new_name`, without those of removed layers."""
-            result: dict[str, T] = {}
-            for name, value in values.items():
-                new = new_name(name)
-                if new is not None:
-                    result[new] = value
-            return result
-
-        def renamed_in_lists(value: Any) -> Any:
-            """Copy a value of the settings, with the names of `new_name` in all lists, such as modules to skip.
-
-            Names of removed layers are left out of the lists.
-            """
-            if isinstance(value, dict):
-                return {key: renamed_in_lists(inner) for key, inner in value.items()}
-            if not isinstance(value, list):
-                return value
-            entries = []
-            for entry in value:
-                new = new_name(entry) if isinstance(entry, str) else renamed_in_lists(entry)
-                if new is not None:  # the layer stays
-                    entries.append(new)
-            return entries
-
+        new_names = _NewNames(self.layers, stay, total)
         return SourceTensors(
-            stored=with_new_names(self.stored),
-            places=with_new_names(self.places),
-            not_loaded=with_new_names(self.not_loaded),
+            stored=new_names.of_keys(self.stored),
+            places=new_names.of_keys(self.places),
+            not_loaded=new_names.of_keys(self.not_loaded),
             not_copied=self.not_copied,
             layers=self.layers,
-            settings=renamed_in_lists(self.settings),
+            settings=new_names.in_lists(self.settings),
             prediction_layers=[
-                replace(layer, places=with_new_names(layer.places))
+                replace(layer, places=new_names.of_keys(layer.places))
                 for layer in self.prediction_layers
             ],
         )
+
+
+@dataclass(frozen=True)
+class _NewNames:
+    """Names in a model with fewer decoder layers.
+
+    Attributes:
+        layers: How the names of decoder layers begin in the files, such as "model.layers."; empty if that is not known,
+            and then all names stay as they are.
+        stay: The numbers of the decoder layers that stay, in order.
+        total: How many decoder layers there are before. Layers after these predict more tokens.
+    """
+
+    layers: str
+    stay: Sequence[int]
+    total: int
+
+    def of(self, name: str) -> str | None:
+        """Return a name, such as "model.layers.3.mlp", with its layer's new number; `None` if the layer goes.
+
+        Names outside of layers are returned as they are.
+        """
+        # Three groups: what stands before the number ("model.layers."), the number, and what follows (".mlp", or "").
+        match = re.match(rf"({re.escape(self.layers)})(\d+)(\..*|)", name)
+        if match is None or not self.layers:
+            return name
+        before, number, after = match.groups()
+        old = int(number)
+        is_decoder_layer = old < self.total
+        if not is_decoder_layer:
+            new = len(self.stay) + (old - self.total)
+        elif old in self.stay:
+            new = self.stay.index(old)
+        else:
+            return None
+        return f"{before}{new}{after}"
+
+    def of_keys(self, values: Mapping[str, T]) -> dict[str, T]:
+        """Return `values`, which are by name, under the new names, without those of removed layers."""
+        result: dict[str, T] = {}
+        for name, value in values.items():
+            new_name = self.of(name)
+            if new_name is not None:
+                result[new_name] = value
+        return result
+
+    def in_lists(self, value: Any) -> Any:
+        """Copy a value of the quantization settings, with the new names in all lists, such as modules to skip.
+
+        Names of removed layers are left out of the lists.
+        """
+        if isinstance(value, dict):
+            return {key: self.in_lists(inner) for key, inner in value.items()}
+        if not isinstance(value, list):
+            return value
+        entries = []
+        for entry in value:
+            new_entry = self.of(entry) if isinstance(entry, str) else self.in_lists(entry)
+            if new_entry is not None:  # the layer stays
+                entries.append(new_entry)
+        return entries
 
 
 def _inner_values(settings: Mapping[str, Any]) -> Iterator[Any]:
