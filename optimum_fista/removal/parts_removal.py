@@ -12,7 +12,7 @@ on shapes (`removal.shrinking`), and once on numbers for every kind of decoder l
 whole model, such as "model.layers.3.mlp.down_proj", unless they are called new.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -248,16 +248,13 @@ class PartsRemoval(Removal):
             loses_heads = "heads" in self.num_kept_by_kind and bool(own)
             has_error_to_correct = loses_heads or index in after_removed
             if has_error_to_correct and may_compensate:
-                # all operators of the layer except matrices of experts
-                others = find_operators(name, layer, dense_experts=("*",))
-                for other in divided.intersection(others):
-                    del others[other]
-                for other, operator in others.items():
+                compensating = _compensating_operators(name, layer, divided)
+                for operator in compensating.values():
                     num_columns = operator.shape[1]
                     # Operators that lose columns have a pattern already, and keep it.
-                    patterns.setdefault(other, Columns.keeping(num_columns, num_columns))
+                    patterns.setdefault(operator.name, Columns.keeping(num_columns, num_columns))
                 # Objects of one name are operators of the same matrix. `own` may have experts besides.
-                own = {**others, **own}
+                own = {**compensating, **own}
             operators[name] = own
 
         pruned = {name for of_layer in operators.values() for name in of_layer}
@@ -575,6 +572,17 @@ class PartsRemoval(Removal):
         sink.undo_at_failure(restore)
         sink.masks = self.renamed(sink.masks)
         shrink_model(model, self.smaller_plan, kept)
+
+
+def _compensating_operators(
+    layer_name: str, layer: nn.Module, divided: Collection[str]
+) -> dict[str, LinearOperator]:
+    """Find the operators of a decoder layer of which the last one may be refitted, by name.
+
+    These are all but matrices of experts, and but those whose mask has no place in the files (`divided`).
+    """
+    operators = find_operators(layer_name, layer, dense_experts=("*",))
+    return {name: operator for name, operator in operators.items() if name not in divided}
 
 
 def _by_layer(mixtures: Sequence[Part], layers: DecoderLayers) -> dict[str, Part]:
