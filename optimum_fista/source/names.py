@@ -14,7 +14,7 @@ its index in the list of all.
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -249,33 +249,42 @@ def _weights_in(numbers: Tensor, operators: Sequence[LinearOperator]) -> Iterato
         operators: All operators; the number of each is its index.
     """
     has_experts = numbers.ndim == 3
-    matrices = numbers if has_experts else [numbers]
-    for expert, matrix in enumerate(matrices):
-        # A weight has `_COLUMNS` columns, and the rows of several weights are an even number, never `_COLUMNS`.
-        transposed = matrix.ndim == 2 and matrix.shape[1] != _COLUMNS
-        rows = matrix.T if transposed else matrix
-        is_matrix = rows.ndim == 2 and rows.shape[1] == _COLUMNS
-        if not is_matrix:
-            continue
-        first_column = rows[:, :1]
-        has_columns_of_several = bool((rows != first_column).any())
-        if has_columns_of_several:
-            continue
+    if not has_experts:
+        yield from _weights_in_matrix(numbers, operators, may_alternate=False)
+        return
+    for expert, matrix in enumerate(numbers):
+        for weight in _weights_in_matrix(matrix, operators, may_alternate=True):
+            yield replace(weight, index=(expert, *weight.index))
 
-        number_of_row = rows[:, 0].tolist()  # the operator of each row
-        different = list(dict.fromkeys(number_of_row))  # each once, in the order of its first row
-        one_after_the_other = [number for number in different for _ in range(_ROWS)]
-        in_turn = different * _ROWS  # the list again for each row
-        alternate = has_experts and number_of_row == in_turn
-        if not alternate and number_of_row != one_after_the_other:
-            continue  # a weight is cut
 
-        found = [operators[number] for number in different]
-        for operator, part in zip(found, _rows_of_each(found, alternate=alternate), strict=True):
-            index: tuple[int | slice, ...] = (_ALL, part) if transposed else (part, _ALL)
-            if has_experts:
-                index = (expert, *index)
-            yield _FoundWeight(index, operator, transposed)
+def _weights_in_matrix(
+    matrix: Tensor, operators: Sequence[LinearOperator], *, may_alternate: bool
+) -> Iterator[_FoundWeight]:
+    """Yield the whole weights in a matrix, as `_weights_in` does; `may_alternate`: rows of operators may take turns."""
+    # A weight has `_COLUMNS` columns, and the rows of several weights are an even number, never `_COLUMNS`.
+    transposed = matrix.ndim == 2 and matrix.shape[1] != _COLUMNS
+    rows = matrix.T if transposed else matrix
+    is_matrix = rows.ndim == 2 and rows.shape[1] == _COLUMNS
+    if not is_matrix:
+        return
+    first_column = rows[:, :1]
+    has_columns_of_several = bool((rows != first_column).any())
+    if has_columns_of_several:
+        return
+
+    number_of_row = rows[:, 0].tolist()  # the operator of each row
+    different = list(dict.fromkeys(number_of_row))  # each once, in the order of its first row
+    one_after_the_other = [number for number in different for _ in range(_ROWS)]
+    in_turn = different * _ROWS  # the list again for each row
+    alternate = may_alternate and number_of_row == in_turn
+    if not alternate and number_of_row != one_after_the_other:
+        return  # a weight is cut
+
+    operators_in_order = [operators[number] for number in different]
+    parts = _rows_of_each(operators_in_order, alternate=alternate)
+    for operator, part in zip(operators_in_order, parts, strict=True):
+        index = (_ALL, part) if transposed else (part, _ALL)
+        yield _FoundWeight(index, operator, transposed)
 
 
 def _rows_of_each(operators: Sequence[LinearOperator], *, alternate: bool) -> list[slice]:
