@@ -101,44 +101,66 @@ def find_prediction_layers(
         part_of: Returns the part to which a parameter of this name belongs; `None` if the run does not cut it.
         in_plain_floats: Returns the stored tensor of this name, dequantized; `None` if that is not possible.
     """
-    layers_prefix = source.layers
     layers = []
     for module in sorted(modules, key=_number_at_the_end):
-        names = [name for name, owner in source.not_loaded.items() if owner == module]
-        naming_of_inputs = _prefixes(names, layers_prefix)
-        if naming_of_inputs is None:
-            continue
-        # Inputs (two norms and the projection) are called `outer_prefix` + one of these names. The names of the
-        # tensors of its decoder layer begin with `prefix`.
-        input_names, outer_prefix, prefix = naming_of_inputs
-        inputs = [in_plain_floats(outer_prefix + name) for name in input_names]
-        inner_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
-        template = _template(inner_names, naming, layers_name, layers_prefix)
-        if template is None or None in inputs:
-            continue
-
-        number, inner_places = template
-        part = _only_mixture(inner_places.values(), part_of)
-        if part is None:
-            continue
-        embedding_norm, hidden_norm, projection = inputs
-        # None of them is: `inputs` has no `None` in it.
-        assert embedding_norm is not None
-        assert hidden_norm is not None
-        assert projection is not None
-        layer = PredictionLayer(
-            module=module,
-            prefix=prefix,
-            template=f"{layers_name}.{number}",
-            part=part,
-            places={prefix + name: place for name, place in inner_places.items()},
-            embedding_norm=embedding_norm,
-            hidden_norm=hidden_norm,
-            projection=projection,
+        layer = _prediction_layer(
+            module,
+            source,
+            naming=naming,
+            layers_name=layers_name,
+            part_of=part_of,
+            in_plain_floats=in_plain_floats,
         )
-        if _has_all_experts(layer, source.stored, f"{layers_prefix}{number}."):
+        if layer is not None:
             layers.append(layer)
     return layers
+
+
+def _prediction_layer(
+    module: str,
+    source: SourceTensors,
+    *,
+    naming: Naming,
+    layers_name: str,
+    part_of: Callable[[str], CutPart | None],
+    in_plain_floats: Callable[[str], StoredTensor | None],
+) -> PredictionLayer | None:
+    """Describe the prediction layer in a module of the files; `None` if it is none that can lose experts.
+
+    The other arguments are those of `find_prediction_layers`.
+    """
+    layers_prefix = source.layers
+    names = [name for name, owner in source.not_loaded.items() if owner == module]
+    naming_of_inputs = _prefixes(names, layers_prefix)
+    if naming_of_inputs is None:
+        return None
+    # Inputs (two norms and the projection) are called `outer_prefix` + one of these names. The names of the tensors of
+    # its decoder layer begin with `prefix`.
+    input_names, outer_prefix, prefix = naming_of_inputs
+    embedding_norm, hidden_norm, projection = [
+        in_plain_floats(outer_prefix + name) for name in input_names
+    ]
+    inner_names = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    template = _template(inner_names, naming, layers_name, layers_prefix)
+    if template is None or embedding_norm is None or hidden_norm is None or projection is None:
+        return None
+
+    number, inner_places = template
+    part = _only_mixture(inner_places.values(), part_of)
+    if part is None:
+        return None
+    layer = PredictionLayer(
+        module=module,
+        prefix=prefix,
+        template=f"{layers_name}.{number}",
+        part=part,
+        places={prefix + name: place for name, place in inner_places.items()},
+        embedding_norm=embedding_norm,
+        hidden_norm=hidden_norm,
+        projection=projection,
+    )
+    has_all_experts = _has_all_experts(layer, source.stored, f"{layers_prefix}{number}.")
+    return layer if has_all_experts else None
 
 
 def with_fewer_experts(
