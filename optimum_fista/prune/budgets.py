@@ -59,23 +59,12 @@ def share_budgets(
         with products_as(plan.products):
             removed_layers = plan.removal.choose_layers(loss)
 
-    # The operators that share the zeros of the model. Those of removed layers are none of them: zeros that a removed
-    # layer got would be missing in the others.
-    prefixes = tuple(f"{plan.layers.name}.{index}." for index, _ in removed_layers)
-    sharing: dict[str, LinearOperator] = {}
-    if config.sparsity:  # otherwise there are no zeros to share
-        for name, operator in plan.all_operators.items():
-            # `startswith` is true if the name begins with any of the prefixes.
-            is_removed = name.startswith(prefixes)
-            # An operator whose sparsity is fixed by the pattern ("2:4") or by an override of the user does not share.
-            if not is_removed and config.shares_budget(name):
-                sharing[name] = operator
+    sharing = _operators_that_share(plan, [index for index, _ in removed_layers])
     sensitivities: dict[str, Sensitivity] = {}
     num_bytes_not_estimated = 0
     if sharing:
         sensitivities, num_bytes_not_estimated = _measured(plan, loss, sharing)
 
-    # A pool is an operator, or all experts' matrices of a kind in a decoder layer, which get one sparsity together.
     # Operators of a pool without any gradient keep the average sparsity: nothing is known of them.
     sharing_pools: dict[str, list[str]] = {}
     without_gradient: list[str] = []
@@ -96,6 +85,25 @@ def share_budgets(
         removed_layers=removed_layers,
         num_bytes_not_estimated=num_bytes_not_estimated,
     )
+
+
+def _operators_that_share(plan: Plan, removed_layers: Sequence[int]) -> dict[str, LinearOperator]:
+    """Find the operators that share the zeros of the model, by name; none if there are no zeros to share.
+
+    Those of removed layers are none of them: zeros that a removed layer got would be missing in the others.
+    `removed_layers` are the numbers of these.
+    """
+    if not plan.config.sparsity:
+        return {}
+    prefixes = tuple(f"{plan.layers.name}.{index}." for index in removed_layers)
+    sharing: dict[str, LinearOperator] = {}
+    for name, operator in plan.all_operators.items():
+        # `startswith` is true if the name begins with any of the prefixes.
+        is_removed = name.startswith(prefixes)
+        # An operator whose sparsity is fixed by the pattern ("2:4") or by an override of the user does not share.
+        if not is_removed and plan.config.shares_budget(name):
+            sharing[name] = operator
+    return sharing
 
 
 def _measured(
@@ -126,7 +134,7 @@ def _measured(
 def _pools(operators: Mapping[str, LinearOperator]) -> dict[str, list[str]]:
     """Pool the names of operators that get the same sparsity; the keys only tell pools apart.
 
-    Few tokens reach each expert of a mixture, so all of a kind in a decoder layer are one pool.
+    A pool is an operator, or all experts' matrices of a kind in a decoder layer, because few tokens reach each expert.
     """
     pools: dict[str, list[str]] = {}
     for name, operator in operators.items():
@@ -171,11 +179,12 @@ def _shares_of_zeros(
         leave=False,
     )
     for key, names in bar:
-        # Each saliency is [out, in]; a generator, because together they are as large as the model.
-        saliencies = (sensitivities[name].saliency(operators[name].read()) for name in names)
-        no_cost = torch.zeros((), dtype=torch.float64, device=device)
-        costs_of_names = (removal_cost(saliency, average).to(device) for saliency in saliencies)
-        costs_on_device[key] = sum(costs_of_names, start=no_cost)
+        cost = torch.zeros((), dtype=torch.float64, device=device)
+        for name in names:
+            # One by one, because together they are as large as the model.
+            saliency = sensitivities[name].saliency(operators[name].read())  # [out, in]
+            cost = cost + removal_cost(saliency, average).to(device)
+        costs_on_device[key] = cost
         sizes[key] = sum(math.prod(operators[name].shape) for name in names)
         if config.scope == "matrix":  # rows of a matrix share their zeros
             for name in names:
