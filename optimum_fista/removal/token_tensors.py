@@ -11,6 +11,7 @@ A *stored tensor* (`StoredTensor`) describes a tensor of the files; its values a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,16 +38,7 @@ def cut_to_tokens(
     """
     num_rows = num_rows_of(dense)
     axes = _axes_of_tokens(dense, smaller)
-    in_files = set(source.places.values())  # names of the parameters that the files have
-    tied = dense.all_tied_weights_keys  # maps a parameter to the one whose weights it uses
-    # Of two tied parameters, the files may have either one.
-    shared_by_files = {target for name, target in tied.items() if name in in_files}
-    available = in_files | set(tied) | shared_by_files
-    missing = [name for name in axes if name not in available]
-    if missing:
-        raise ValueError(
-            f"{str(smaller.config.name_or_path)!r} lacks {min(missing)}: download it again."
-        )
+    _require_in_files(axes, source, dense, model_name=str(smaller.config.name_or_path))
 
     embedding = next(dense.get_input_embeddings().parameters())  # its matrix
     embedding_shape = tuple(embedding.shape)
@@ -73,6 +65,20 @@ def cut_to_tokens(
                 "or take a model whose embedding and head are in 16 bits."
             )
     return stored
+
+
+def _require_in_files(
+    names: Iterable[str], source: SourceTensors, dense: PreTrainedModel, *, model_name: str
+) -> None:
+    """Refuse files that lack one of the parameters `names` of the dense model, by a ValueError with `model_name`."""
+    in_files = set(source.places.values())  # names of the parameters that the files have
+    tied = dense.all_tied_weights_keys  # maps a parameter to the one whose weights it uses
+    # Of two tied parameters, the files may have either one.
+    shared_by_files = {target for name, target in tied.items() if name in in_files}
+    available = in_files | set(tied) | shared_by_files
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise ValueError(f"{model_name!r} lacks {min(missing)}: download it again.")
 
 
 def _axes_of_tokens(dense: PreTrainedModel, smaller: PreTrainedModel) -> dict[str, int]:
