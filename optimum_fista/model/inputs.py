@@ -14,7 +14,7 @@ what is added. It becomes part of the next layer's arguments (`Addition`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -130,14 +130,14 @@ def record_inputs(
             for batch in tqdm(
                 batches, desc="Recording inputs", unit="batch", leave=False, disable=not progress
             ):
-                # Adds to `recorder.calls`; `recorder.first` is then what enters the first layer on this batch.
-                recorder.record(partial(batch.run, layers.model))
-                if recorder.first is None or not bool(torch.isfinite(recorder.first).all()):
+                # Adds to `recorder.calls`.
+                entering = recorder.record(partial(batch.run, layers.model))
+                if entering is None or not bool(torch.isfinite(entering).all()):
                     raise ValueError(
                         "the inputs of the first decoder layer hold NaN or Inf: the embeddings of the model are "
                         "damaged. Load or download the model again."
                     )
-                hidden_states.append(recorder.first)
+                hidden_states.append(entering)
                 mask = batch.attention_mask
                 token_masks.append(None if mask is None else mask.to(device))
     except _HandsOnMore:
@@ -166,6 +166,28 @@ class _HandsOnMore(Exception):
 
 
 @dataclass
+class _Pass:
+    """One pass of the model on a batch, in which its decoder layers are skipped or run."""
+
+    gives_zeros: bool  # whether skipped layers return zeros instead of their inputs
+    is_repeated: bool  # whether the arguments of this batch are recorded already
+
+    first: Tensor | None = None  # what enters the first layer
+    expected: Tensor | None = None  # what should enter the next layer
+    version: int = 0  # of that tensor, which grows if the tensor is changed in place
+    next: int = 0  # the number of the next layer
+    # layers in front of which the model changes the hidden states, with these before and after the change
+    changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # tensors among the arguments, each with the equal tensor that is kept for it, by their id and the device
+    met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def expect(self, hidden_states: Tensor) -> None:
+        """Note the hidden states that should enter the next layer, and how often they were changed in place."""
+        self.expected = hidden_states
+        self.version = internals.version_of(hidden_states)
+
+
+@dataclass
 class _Recorder:
     """Replaces the forward pass of every decoder layer: it records the arguments, and skips the layer or runs it.
 
@@ -177,17 +199,8 @@ class _Recorder:
     storage: Storage | None  # of what is added between layers; None: the layer's device
     calls: list[list[LayerCall]]  # calls[layer][batch], to which the recorded ones are added
 
-    # Of one pass of the model:
-    first: Tensor | None = None  # what enters the first layer
-    expected: Tensor | None = None  # what should enter the next layer
-    version: int = 0  # of that tensor, which grows if the tensor is changed in place
-    next: int = 0  # the number of the next layer
-    gives_zeros: bool = False  # whether skipped layers return zeros instead of their inputs
-    is_repeated: bool = False  # whether the arguments of this batch are recorded already
-    # layers in front of which the model changes the hidden states, with these before and after the change
-    changes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    # tensors among the arguments, each with the equal tensor that is kept for it, by their id and the device
-    met: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    # The pass of the model that runs, or ran last.
+    current: _Pass = field(default_factory=lambda: _Pass(gives_zeros=False, is_repeated=False))
 
     # Of all batches:
     additive: set[int] = field(default_factory=set)  # layers where the change was shown to be a sum
@@ -198,22 +211,22 @@ class _Recorder:
     is_tuple: bool | None = None  # whether layers return a tuple; None before one has run
     returned_besides: tuple[Any, ...] = ()  # what they return after the hidden states
 
-    def record(self, run: Callable[[], Any]) -> None:
-        """Record one batch, on which `run` calls the model.
+    def record(self, run: Callable[[], Any]) -> Tensor | None:
+        """Record one batch, on which `run` calls the model; returns what enters the first layer, `None` if none ran.
 
-        `self.calls` get one more of each layer, and `self.first` is what enters the first layer. What the model adds
-        between layers becomes a part of these calls. `self.additive` are the layers in front of which it was shown to
-        add, on this batch or on earlier ones. If there are such layers, skipped layers return zeros, so that only what
-        is added comes out.
+        `self.calls` get one more of each layer. What the model adds between layers becomes a part of these calls.
+        `self.additive` are the layers in front of which it was shown to add, on this batch or on earlier ones. If there
+        are such layers, skipped layers return zeros, so that only what is added comes out.
         """
         # by layer, the hidden states before and after a change
-        changes = self._pass(run, gives_zeros=bool(self.additive))
+        changes = self._run(run, gives_zeros=bool(self.additive))
         is_new_change = not changes.keys() <= self.additive
         if is_new_change:
             changes = self._prove_sums(run, changes)
         # With zeros before the change, what is there afterwards was added.
         for index, (_, added) in changes.items():
             self._keep_addition(index, added)
+        return self.current.first
 
     def _prove_sums(
         self, run: Callable[[], Any], changes: dict[int, tuple[Tensor, Tensor]]
@@ -225,13 +238,11 @@ class _Recorder:
         becomes x + d. In the other they return zeros: 0 becomes 0 + d = d exactly. The first pass was the one with
         zeros if sums were known before it (`self.additive`, numbers of layers).
 
-        Returns the changes of the pass with zeros, and adds the new layers to `self.additive`. The second
-        pass appends no arguments to `self.calls`. It leaves its own values in the fields of one pass, which are
-
-            `first`, `expected`, `version`, `next`, `gives_zeros`, `is_repeated`, `changes`, `met`.
+        Returns the changes of the pass with zeros, and adds the new layers to `self.additive`. The second pass appends
+        no arguments to `self.calls`.
         """
-        gave_zeros = bool(self.additive)
-        other_changes = self._pass(run, gives_zeros=not gave_zeros, is_repeated=True)
+        gave_zeros = self.current.gives_zeros
+        other_changes = self._run(run, gives_zeros=not gave_zeros, is_repeated=True)
         if gave_zeros:
             with_zeros = changes
             with_states = other_changes
@@ -273,26 +284,19 @@ class _Recorder:
         addition = Addition(tokens.to(device), rows, number=len(rows) - 1)
         self.calls[index][-1] = replace(self.calls[index][-1], added=addition)
 
-    def _pass(
+    def _run(
         self, run: Callable[[], Any], *, gives_zeros: bool, is_repeated: bool = False
     ) -> dict[int, tuple[Tensor, Tensor]]:
         """Run the model on one batch, and return the hidden states that it changes between two layers.
 
         For each change these are the hidden states before and after it, by the number of the layer that follows. `run`
-        calls the model, whose layers call `forward` of this object. `gives_zeros`: skipped layers return zeros
-        instead of their inputs. `is_repeated`: arguments of this batch are recorded already. Begins anew all fields of
-        one pass.
+        calls the model, whose layers call `forward` of this object. `self.current` becomes this pass; the other
+        arguments are fields of it.
         """
-        self.first = None
-        self.expected = None
-        self.next = 0
-        self.changes = {}
-        self.gives_zeros = gives_zeros
-        self.is_repeated = is_repeated
-        self.met.clear()
+        self.current = _Pass(gives_zeros, is_repeated)
         with suppress(StopForward):  # raised in the last layer
             run()
-        return self.changes
+        return self.current.changes
 
     def forward(
         self, index: int, original: Callable[..., Any], *arguments: Any, **keywords: Any
@@ -300,12 +304,11 @@ class _Recorder:
         """Record the arguments of the decoder layer number `index`, in place of its forward pass `original`.
 
         The other arguments are those of the pass. Returns the layer's output if layers run (`self.runs_layers`).
-        Otherwise the layer is skipped: what it returns has the form of its output, with its input or zeros
-        (`self.gives_zeros`) as hidden states. `original` runs once to show that form, which `self.is_tuple` and
-        `self.returned_besides` note. The last layer raises `StopForward`, because nothing after it is needed.
+        Otherwise the layer is skipped: what it returns has the form of its output, with its input or zeros as hidden
+        states. The last layer raises `StopForward`, because nothing after it is needed.
 
-        A call is appended to `self.calls`, unless this batch has been recorded (`self.is_repeated`). Fields of one pass
-        change: `first`, `next`, `expected`, `changes`.
+        A call is appended to `self.calls`, unless this batch has been recorded. `self.current` notes what should enter
+        the next layer, and what was changed in front of this one.
         """
         if arguments:
             hidden_states, *others = arguments
@@ -314,36 +317,45 @@ class _Recorder:
             key = "hidden_states" if "hidden_states" in keywords else next(iter(keywords))
             hidden_states = keywords.pop(key)
             others = []
-        if self.first is None:  # this is the first layer
-            self.first = hidden_states
+        if self.current.first is None:  # this is the first layer
+            self.current.first = hidden_states
 
         self._check_order(index, hidden_states)
         self._check_arguments([*others, *keywords.values()])
-        self.next += 1
-
-        layer = self.layers.modules[index]
-        if not self.is_repeated:
-            # equal tensors are kept once, on the device of the layer
-            device = execution_device(layer)
-            kept_keywords = {key: self._intern(value, device) for key, value in keywords.items()}
-            kept_others = tuple(self._intern(value, device) for value in others)
-            self.calls[index].append(LayerCall(kept_others, kept_keywords))
+        self.current.next += 1
+        if not self.current.is_repeated:
+            self._keep_call(index, others, keywords)
         if index == len(self.layers) - 1:
             raise StopForward  # the final norm and the head are not needed
 
-        # what leaves a skipped layer
-        leaving = torch.zeros_like(hidden_states) if self.gives_zeros else hidden_states
-        is_form_known = self.is_tuple is not None
-        if self.runs_layers or not is_form_known:
-            with onloaded(layer.modules()):
+        if self.runs_layers:
+            with onloaded(self.layers.modules[index].modules()):
                 output = original(hidden_states, *others, **keywords)
-            if self.runs_layers:
-                self._expect(output[0] if isinstance(output, tuple) else output)
-                return output
+            self.current.expect(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        if (
+            self.is_tuple is None
+        ):  # the form of an output is not known yet, and the layer runs once to show it
+            with onloaded(self.layers.modules[index].modules()):
+                output = original(hidden_states, *others, **keywords)
             self.is_tuple = isinstance(output, tuple)
             self.returned_besides = tuple(output[1:]) if isinstance(output, tuple) else ()
-        self._expect(leaving)
+        # what leaves the skipped layer
+        leaving = torch.zeros_like(hidden_states) if self.current.gives_zeros else hidden_states
+        self.current.expect(leaving)
         return (leaving, *self.returned_besides) if self.is_tuple else leaving
+
+    def _keep_call(self, index: int, others: Sequence[Any], keywords: Mapping[str, Any]) -> None:
+        """Append a call of the decoder layer number `index` to `self.calls`.
+
+        `others` are its positional arguments after the hidden states. Equal tensors are kept once, on the device of the
+        layer.
+        """
+        device = execution_device(self.layers.modules[index])
+        kept_keywords = {key: self._intern(value, device) for key, value in keywords.items()}
+        kept_others = tuple(self._intern(value, device) for value in others)
+        self.calls[index].append(LayerCall(kept_others, kept_keywords))
 
     def _check_arguments(self, others: Sequence[Any]) -> None:
         """Raise `_HandsOnMore` if an argument besides the hidden states is what the first layer returned besides them.
@@ -356,33 +368,27 @@ class _Recorder:
             if returned is not None and any(value is returned for value in others):
                 raise _HandsOnMore
 
-    def _expect(self, hidden_states: Tensor) -> None:
-        """Note the hidden states that should enter the next layer, and how often they were changed in place."""
-        self.expected = hidden_states
-        self.version = internals.version_of(hidden_states)
-
     def _check_order(self, index: int, hidden_states: Tensor) -> None:
         """Refuse the layer number `index` if it is out of order, or gets other hidden states than expected.
 
-        `self.next` is the number of the layer that should be called, and `self.expected` what should enter it, with its
-        version `self.version`; `None` in front of the first layer. Other hidden states of the same form may be sums:
-        they are noted in `self.changes`, and proved to be sums later. If layers run (`self.runs_layers`), they can't be
-        proved, and are refused.
+        `self.current` says which layer should be called next, and what should enter it (`None` in front of the first
+        layer). Other hidden states of the same form may be sums: they are noted in its `changes`, and proved to be sums
+        later. If layers run (`self.runs_layers`), they can't be proved, and are refused.
         """
         name = f"{self.layers.name}.{index}"
-        if index != self.next:
+        if index != self.current.next:
             raise UnsupportedArchitectureError(
-                f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.next}: only models "
-                "that run every decoder layer once, in order, on the output of the one before, can be pruned: pass "
-                "another model."
+                f"the model calls decoder layer {name} but it should call {self.layers.name}.{self.current.next}: only "
+                "models that run every decoder layer once, in order, on the output of the one before, can be pruned: "
+                "pass another model."
             )
-        expected = self.expected
+        expected = self.current.expected
         if expected is None:
             return
         is_expected = (
             hidden_states.data_ptr() == expected.data_ptr()
             and hidden_states.shape == expected.shape
-            and internals.version_of(hidden_states) == self.version  # not changed in place
+            and internals.version_of(hidden_states) == self.current.version  # not changed in place
         )
         if is_expected:
             return
@@ -392,7 +398,7 @@ class _Recorder:
                 f"the model changes the hidden states in front of decoder layer {name}: only models that run every "
                 "decoder layer once, in order, on the output of the one before, can be pruned: pass another model."
             )
-        self.changes[index] = (expected, hidden_states)
+        self.current.changes[index] = (expected, hidden_states)
 
     def _intern(self, value: Any, device: torch.device) -> Any:
         """Share equal tensors (masks, position embeddings) between the layers of a device, and between batches.
@@ -401,14 +407,15 @@ class _Recorder:
         if there is one. Tuples and lists are searched; all other values are returned as they are.
 
         `self.interned` has the tensors that are kept, by properties that are quickly compared, and gets new ones.
-        `self.met` notes which tensors were compared in this pass of the model, by their id.
+        `met` of `self.current` notes which tensors were compared in this pass of the model, by their id.
         """
         if isinstance(value, tuple | list):
             return type(value)(self._intern(item, device) for item in value)
         if not isinstance(value, Tensor):
             return value
         # Most layers of a batch get the same tensor: compare it once.
-        if (id(value), device) not in self.met:
+        met = self.current.met
+        if (id(value), device) not in met:
             moved = value.to(device)
             # Most unequal tensors differ in their last value. As a part of the key, it spares comparing them whole.
             last = moved.flatten()[-1].item() if moved.numel() else 0.0
@@ -416,8 +423,8 @@ class _Recorder:
             interned = self.interned.setdefault(key, moved)  # is `moved` if the key is new
             is_equal = interned is moved or torch.equal(interned, moved)
             # The pair holds `value`, so that no other tensor gets its id in this pass.
-            self.met[id(value), device] = (value, interned if is_equal else moved)
-        return self.met[id(value), device][1]
+            met[id(value), device] = (value, interned if is_equal else moved)
+        return met[id(value), device][1]
 
 
 @dataclass
