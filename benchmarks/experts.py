@@ -394,30 +394,32 @@ def table(rows: Sequence[Row]) -> list[str]:
     REAP's is that without a repair, of the same draw. Means are over the draws, with the standard deviation of several.
     """
     dense = rows[0]["losses"]
-    rises: dict[tuple[Any, ...], dict[str, float]] = {}
-    draws: dict[tuple[Any, ...], list[int]] = {}  # seeds of the rows of a line
+    rises: dict[tuple[Any, ...], dict[str, float]] = {}  # by the values of `KEYS`
+    seeds_of_lines: dict[tuple[Any, ...], list[int]] = {}  # by the other values, without the seed
     for row in rows[1:]:
-        stream, calibration, seed, *way = (row[key] for key in KEYS)
-        draws.setdefault((stream, calibration, *way), []).append(seed)
-        rises[stream, calibration, seed, *way] = {
+        stream, calibration, seed, share, criterion, repair = (row[key] for key in KEYS)
+        rises[stream, calibration, seed, share, criterion, repair] = {
             domain: loss - dense[domain] for domain, loss in row["losses"].items()
         }
+        line = (stream, calibration, share, criterion, repair)
+        seeds_of_lines.setdefault(line, []).append(seed)
 
     lines = []
-    for line in sorted(draws, key=lambda line: line[:3]):
-        stream, calibration, *way = line
+    # Sorted by hidden states, calibration and share; criteria and repairs are in the order of the rows.
+    for line in sorted(seeds_of_lines, key=lambda line: line[:3]):
+        stream, calibration, share, criterion, repair = line
         cells = []
         for domain in dense:
-            values = []
-            shares = []
-            for seed in draws[line]:
-                rise = rises[stream, calibration, seed, *way][domain]
-                values.append(rise)
-                reap = rises.get((stream, calibration, seed, way[0], "reap", "none"))
+            rises_of_draws = []
+            shares_of_reap = []
+            for seed in seeds_of_lines[line]:
+                rise = rises[stream, calibration, seed, share, criterion, repair][domain]
+                rises_of_draws.append(rise)
+                reap = rises.get((stream, calibration, seed, share, "reap", "none"))
                 if reap is not None:
-                    shares.append(rise / reap[domain])
-            cells += [_in_cell(values, ".3f"), _in_cell(shares, ".2f")]
-        lines.append((*line, len(draws[line]), *cells))
+                    shares_of_reap.append(rise / reap[domain])
+            cells += [_in_cell(rises_of_draws, ".3f"), _in_cell(shares_of_reap, ".2f")]
+        lines.append((*line, len(seeds_of_lines[line]), *cells))
     columns = ["hidden states", "calibration", "removed", "criterion", "repair", "draws"]
     for domain, loss in dense.items():
         columns += [f"{domain}: rise over {loss:.3f}", "of REAP's"]
