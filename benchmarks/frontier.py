@@ -262,9 +262,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Bits per byte against each cost, and the frontier as a line; full marks are recovered, shapes are formats."""
+    """Draw bits per byte against each cost, in a panel of its own, with a legend in the last one."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator
 
     points = points_of(rows)
     variants = list(dict.fromkeys(row["variant"] for row in rows))
@@ -276,22 +275,7 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     figure = Figure(figsize=(11, 8) if has_times else (7, 4.5), layout="constrained")
     panels = figure.subplots(size, size, squeeze=False).flat
     for axes, (name, of_rows) in zip(panels, points.items(), strict=True):
-        costs, losses = zip(*(of_rows[index] for index in frontier(of_rows)), strict=True)
-        axes.plot(costs, losses, color="grey", linewidth=1, zorder=0)
-        for index, (cost, loss) in of_rows.items():
-            colour = colours[rows[index]["variant"]]
-            axes.plot(
-                cost,
-                loss,
-                shapes[rows[index]["format"]],
-                color=colour,
-                markerfacecolor=colour if rows[index]["tokens"] else "white",
-            )
-        axes.set(xlabel=name, ylabel="bits per byte", xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.3)
+        _draw_panel(axes, name, rows, of_rows, colours=colours, shapes=shapes)
 
     # the legend, in the last panel
     for variant, colour in colours.items():
@@ -301,6 +285,42 @@ def draw(rows: Sequence[Row], file: Path) -> None:
         axes.plot([], [], shape, color="black", markerfacecolor="white", label=label)
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=90, metadata={"Software": None})
+
+
+def _draw_panel(
+    axes: Any,
+    name: str,
+    rows: Sequence[Row],
+    of_rows: dict[int, tuple[float, float]],
+    *,
+    colours: dict[str, str],
+    shapes: dict[str, str],
+) -> None:
+    """Draw the rows as marks, and the frontier as a line; full marks are recovered models, shapes are formats.
+
+    `of_rows` has cost and loss by the number of the row, and `name` is what the cost is. `colours` are by variant, and
+    `shapes` by format.
+    """
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    best = [of_rows[index] for index in frontier(of_rows)]
+    costs = [cost for cost, _ in best]
+    losses = [loss for _, loss in best]
+    axes.plot(costs, losses, color="grey", linewidth=1, zorder=0)
+    for index, (cost, loss) in of_rows.items():
+        colour = colours[rows[index]["variant"]]
+        axes.plot(
+            cost,
+            loss,
+            shapes[rows[index]["format"]],
+            color=colour,
+            markerfacecolor=colour if rows[index]["tokens"] else "white",
+        )
+    axes.set(xlabel=name, ylabel="bits per byte", xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
 
 
 def main() -> None:
