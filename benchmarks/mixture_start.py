@@ -17,6 +17,7 @@ The classes are those of Transformers in which the attention of a Llama fits, so
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,44 +92,62 @@ def split(
     config.rope_parameters = dense.config.rope_parameters | {"partial_rotary_factor": 1.0}
     weights = dict(dense.state_dict())
 
-    def split_layer(layer: int, mlp: Any, inputs: Tensor) -> None:
-        """Replace the weights of one MLP in `weights` by those of experts and router."""
-        channels = mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)  # [tokens, channels]
-        contributions = channels.abs() * mlp.down_proj.weight.norm(dim=0)
-        by_contribution = contributions.mean(0).argsort(descending=True)
-        shared = by_contribution[:num_shared]
-        routed = by_contribution[num_shared:]
-
-        centred = contributions[:, routed] - contributions[:, routed].mean(0)
-        clusters = balanced_clusters(centred.T, experts, seed)
-        members = routed[clusters.argsort(stable=True)].view(experts, expert_channels)
-
-        down = mlp.down_proj.weight  # [hidden, channels]
-        norms = [linear(channels[:, part], down[:, part]).norm(dim=-1) for part in members]
-        ones = torch.ones(len(inputs), 1)
-        fit = ridge(torch.cat([inputs, ones], dim=1), torch.stack(norms, dim=1))
-        # What all experts have in common does not choose among them.
-        fit = fit - fit.mean(0)
-        fit = fit * SIGMOID_SPREAD / linear(inputs, fit[:, :-1]).std()
-
-        name = f"model.layers.{layer}.mlp"
-        for operator in ("gate_proj", "up_proj", "down_proj"):
-            del weights[f"{name}.{operator}.weight"]
-        gate = mlp.gate_proj.weight  # [channels, hidden]
-        up = mlp.up_proj.weight
-        # [experts, channels, hidden] each, one after the other
-        weights[f"{name}.experts.gate_up_proj"] = torch.cat([gate[members], up[members]], dim=1)
-        # [hidden, experts, channels] -> [experts, hidden, channels]
-        weights[f"{name}.experts.down_proj"] = down[:, members].transpose(0, 1)
-        weights[f"{name}.shared_experts.gate_proj.weight"] = gate[shared]
-        weights[f"{name}.shared_experts.up_proj.weight"] = up[shared]
-        weights[f"{name}.shared_experts.down_proj.weight"] = down[:, shared]
-        weights[f"{name}.gate.weight"] = fit[:, :-1]
-        # The bias is added after the sigmoid, whose slope at 0 is 1/4.
-        weights[f"{name}.gate.e_score_correction_bias"] = fit[:, -1] / 4
-
-    _look_at_mlps(dense, ids, split_layer)
+    _look_at_mlps(
+        dense,
+        ids,
+        partial(_split_layer, weights, num_shared=num_shared, experts=experts, seed=seed),
+    )
     return _filled(Glm4MoeForCausalLM(config), weights)
+
+
+def _split_layer(
+    weights: dict[str, Tensor],
+    layer: int,
+    mlp: Any,
+    inputs: Tensor,
+    *,
+    num_shared: int,
+    experts: int,
+    seed: int,
+) -> None:
+    """Replace the weights of one MLP in `weights` by those of experts and router.
+
+    `inputs` [tokens, hidden] enter the MLP. The shared expert gets `num_shared` channels, and `experts` experts the
+    others, equally many each. `seed` is of the start of the clustering.
+    """
+    channels = mlp.act_fn(mlp.gate_proj(inputs)) * mlp.up_proj(inputs)  # [tokens, channels]
+    contributions = channels.abs() * mlp.down_proj.weight.norm(dim=0)
+    by_contribution = contributions.mean(0).argsort(descending=True)
+    shared = by_contribution[:num_shared]
+    routed = by_contribution[num_shared:]
+
+    centred = contributions[:, routed] - contributions[:, routed].mean(0)
+    clusters = balanced_clusters(centred.T, experts, seed)
+    members = routed[clusters.argsort(stable=True)].view(experts, -1)
+
+    down = mlp.down_proj.weight  # [hidden, channels]
+    norms = [linear(channels[:, part], down[:, part]).norm(dim=-1) for part in members]
+    ones = torch.ones(len(inputs), 1)
+    fit = ridge(torch.cat([inputs, ones], dim=1), torch.stack(norms, dim=1))
+    # What all experts have in common does not choose among them.
+    fit = fit - fit.mean(0)
+    fit = fit * SIGMOID_SPREAD / linear(inputs, fit[:, :-1]).std()
+
+    name = f"model.layers.{layer}.mlp"
+    for operator in ("gate_proj", "up_proj", "down_proj"):
+        del weights[f"{name}.{operator}.weight"]
+    gate = mlp.gate_proj.weight  # [channels, hidden]
+    up = mlp.up_proj.weight
+    # [experts, channels, hidden] each, one after the other
+    weights[f"{name}.experts.gate_up_proj"] = torch.cat([gate[members], up[members]], dim=1)
+    # [hidden, experts, channels] -> [experts, hidden, channels]
+    weights[f"{name}.experts.down_proj"] = down[:, members].transpose(0, 1)
+    weights[f"{name}.shared_experts.gate_proj.weight"] = gate[shared]
+    weights[f"{name}.shared_experts.up_proj.weight"] = up[shared]
+    weights[f"{name}.shared_experts.down_proj.weight"] = down[:, shared]
+    weights[f"{name}.gate.weight"] = fit[:, :-1]
+    # The bias is added after the sigmoid, whose slope at 0 is 1/4.
+    weights[f"{name}.gate.e_score_correction_bias"] = fit[:, -1] / 4
 
 
 def copied(
