@@ -214,24 +214,8 @@ def descents(operator: Operator, penalty: str) -> Iterator[Row]:
         if searched.l1_penalty is not None:
             l1_penalty = searched.l1_penalty
 
-    def objective(weight: Tensor) -> float:
-        """Return the objective of the LASSO."""
-        return problem.squared_error(weight) / 2 + l1_penalty * float(weight.abs().sum())
-
-    def row_of(way: str, steps: int, weight: Tensor, rate: float | None) -> Row:
-        """Make the row of an iterate: how much of the objective is gone, and the errors after rounding.
-
-        From the outer function: `start` are Wanda's weights, `pattern` is 50%, and `largest` is the largest entry of
-        the target, in units of which the penalty is given.
-        """
-        fall = 1 - objective(weight) / objective(start)
-        if not math.isfinite(fall):
-            fall = -math.inf
-        rounded = weight * pattern.mask(weight)
-        row = {"way": way, "steps": steps, "rate": rate, "fall": fall}
-        return row | {"relative_penalty": l1_penalty / largest} | operator.errors(rounded)
-
-    yield row_of("Wanda, no step", 0, start, None)
+    lasso = _Lasso(operator, pattern, start, l1_penalty)
+    yield lasso.row_of("Wanda, no step", 0, start, None)
     for steps in CHECKPOINTS:
         solution = fista(
             problem.gram,
@@ -241,14 +225,57 @@ def descents(operator: Operator, penalty: str) -> Iterator[Row]:
             problem.statistics.lipschitz,
             max_iterations=steps,
         )
-        yield row_of("FISTA", steps, solution.weight, None)
+        yield lasso.row_of("FISTA", steps, solution.weight, None)
     for way, descent in DESCENTS.items():
         iterates = {
             rate: list(descent.run(operator, start, l1_penalty, rate)) for rate in descent.rates
         }
         for number, steps in enumerate(CHECKPOINTS):
-            rows = [row_of(way, steps, iterates[rate][number], rate) for rate in descent.rates]
+            rows = [
+                lasso.row_of(way, steps, iterates[rate][number], rate) for rate in descent.rates
+            ]
             yield max(rows, key=lambda row: row["fall"])
+
+
+@dataclass(frozen=True)
+class _Lasso:
+    """The LASSO of an operator at one penalty, to compare ways to solve it.
+
+    Attributes:
+        operator: The operator, with its problem.
+        pattern: What iterates are rounded to.
+        start: The weights at which all ways begin, [out, in].
+        l1_penalty: The penalty.
+    """
+
+    operator: Operator
+    pattern: SparsityPattern
+    start: Tensor
+    l1_penalty: float
+
+    def objective(self, weight: Tensor) -> float:
+        """Return the objective at some weights."""
+        squared_error = self.operator.problem.squared_error(weight)
+        return squared_error / 2 + self.l1_penalty * float(weight.abs().sum())
+
+    def row_of(self, way: str, steps: int, weight: Tensor, rate: float | None) -> Row:
+        """Make the row of an iterate: how much of the objective is gone, and the errors after rounding.
+
+        `rate` is the learning rate of a way that has one.
+        """
+        fall = 1 - self.objective(weight) / self.objective(self.start)
+        if not math.isfinite(fall):
+            fall = -math.inf
+        # The penalty is given in units of the largest entry of the target.
+        relative_penalty = self.l1_penalty / float(self.operator.problem.target.abs().max())
+        row: Row = {
+            "way": way,
+            "steps": steps,
+            "rate": rate,
+            "fall": fall,
+            "relative_penalty": relative_penalty,
+        }
+        return row | self.operator.errors(weight * self.pattern.mask(weight))
 
 
 # --- the search of the penalty --------------------------------------------------------------------------------------
