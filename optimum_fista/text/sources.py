@@ -194,13 +194,7 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
             f'{place}: found {line.strip()[:80]}; every line must be a JSON object with a string under "text", or a '
             'conversation under "messages", and a path, or a list, under "image".'
         )
-    try:
-        text.encode()  # only to find characters that UTF-8 can't write
-    except UnicodeEncodeError as error:  # JSON may escape half of a surrogate pair
-        raise ValueError(
-            f"{place}: character {error.start + 1} of the text, {text[error.start]!a}, is half of a surrogate pair, "
-            "which no tokenizer takes: write the whole character, or remove it."
-        ) from error
+    _require_whole_characters(text, place)
     for key in ("audio", "video"):
         if item.get(key):
             raise ValueError(
@@ -213,3 +207,14 @@ def _read_line(line: str, place: str, folder: Path) -> tuple[str, tuple[Path, ..
                 f"{place}: there is no image {str(file)!r}; paths are relative to the .jsonl file."
             )
     return text, files, turns
+
+
+def _require_whole_characters(text: str, place: str) -> None:
+    """Refuse a text with half of a surrogate pair, which JSON may escape; `place` names file and line."""
+    try:
+        text.encode()  # only to find characters that UTF-8 can't write
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place}: character {error.start + 1} of the text, {text[error.start]!a}, is half of a surrogate pair, "
+            "which no tokenizer takes: write the whole character, or remove it."
+        ) from error
