@@ -221,20 +221,31 @@ def recover(
                 progress=progress,
             )
 
-        def finish() -> None:
-            """Write the trained `model` and its `report` into the folder `unfinished`, and move it to `plan.output`.
-
-            Refuses this if files of the student or the teacher have changed since the run began (`students_files`,
-            `teachers_files`). `overwrite` lets it replace a model. Rank 0 does this.
-            """
-            assert model is not None
-            students_files.require_unchanged()  # they were read again for the model to write
-            teachers_files.require_unchanged()
-            _write(plan, model, report, unfinished)
-            install(unfinished, plan.output, overwrite, Path(plan.source))
-
-        ranks.first(finish)
+        # Rank 0 has the model.
+        files = (students_files, teachers_files)
+        ranks.first(lambda: _finish(plan, model, report, files, overwrite=overwrite))
     return report
+
+
+def _finish(
+    plan: RecoveryPlan,
+    model: PreTrainedModel | None,
+    report: RecoveryReport,
+    files: Sequence[SourceFiles],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the trained model and its report into the unfinished folder, and move it to `plan.output`.
+
+    Refuses this if `files`, those of the student and of the teacher, have changed since the run began. `overwrite`: a
+    model in the output may be replaced.
+    """
+    assert model is not None
+    for files_of_model in files:
+        files_of_model.require_unchanged()
+    unfinished = unfinished_folder(plan.output)
+    _write(plan, model, report, unfinished)
+    install(unfinished, plan.output, overwrite, Path(plan.source))
 
 
 def _require_right_models(
