@@ -153,13 +153,6 @@ class Estimate(RunSizes):
         # Tensors that the model's class does not load are copied: they are no parameters of the model.
         saved -= sum(tensor.num_bytes for tensor in self.source.tensors_to_copy.values())
 
-        # Experts that share tensors [experts, out, in] are copied, to be read one decoder layer at a time.
-        fused_experts = 0
-        if not self.quantized:
-            for module in self.model.modules():
-                if is_fused_experts(module):
-                    parameters = module.parameters(recurse=False)
-                    fused_experts += sum(p.nbytes for p in parameters if p.ndim == 3)
         # Hidden states that the journal keeps between two layers: held-out ones of the dense and the pruned network,
         # and those of the calibration text if errors are carried from layer to layer.
         hidden_states = 2 * self.num_held_out * self.sequence_bytes
@@ -177,11 +170,25 @@ class Estimate(RunSizes):
         return {
             "model": self.weight_bytes - saved,
             "masks": masks if self.packed else 2 * masks,  # the journal's too
-            "fused experts, copied by the lazy reader": fused_experts,
+            "fused experts, copied by the lazy reader": self._fused_experts_bytes(),
             "layers that predict more tokens, copied to run them": self.prediction_bytes,
             "hidden states of two layers": 2 * hidden_states,
             "activations that wait": int(waiting),
         }
+
+    def _fused_experts_bytes(self) -> int:
+        """Bytes of experts that share tensors [experts, out, in]; they are copied, to be read layer by layer.
+
+        Those of a quantized model are not.
+        """
+        if self.quantized:
+            return 0
+        num_bytes = 0
+        for module in self.model.modules():
+            if is_fused_experts(module):
+                parameters = module.parameters(recurse=False)
+                num_bytes += sum(p.nbytes for p in parameters if p.ndim == 3)
+        return num_bytes
 
     @property
     def memory(self) -> dict[str, dict[str, float]]:
