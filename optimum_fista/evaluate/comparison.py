@@ -168,18 +168,26 @@ def _compare_loaded(
                 f"{name} has shape {tuple(pruned.shape)}, from {dense!r} {tuple(expected.shape)}."
             )
         if name not in changed:
-            num_different = int((pruned != expected).sum())
-            if num_different:
-                raise VerificationError(
-                    f"{name} differs from {dense!r} in {num_different:,} of {pruned.numel():,} values, and the run did "
-                    "not change it: the pruned folder was changed afterwards, or another model was pruned."
-                )
+            _require_equal(name, pruned, expected, dense)
             num_equal += 1
         progress(name)
     if not_compared:
         first_name = next(iter(not_compared))
         raise VerificationError(f"{first_name} is in the pruned model and not in {dense!r}.")
     return num_equal
+
+
+def _require_equal(name: str, pruned: Tensor, expected: Tensor, dense: str) -> None:
+    """Refuse a tensor that the run did not change and that differs from the dense model's; VerificationError.
+
+    `name` is that of the tensor, and `dense` that of the dense model. Both tensors have the same shape.
+    """
+    num_different = int((pruned != expected).sum())
+    if num_different:
+        raise VerificationError(
+            f"{name} differs from {dense!r} in {num_different:,} of {pruned.numel():,} values, and the run did "
+            "not change it: the pruned folder was changed afterwards, or another model was pruned."
+        )
 
 
 def _changed_tensors(
