@@ -102,38 +102,45 @@ def join_run(folder: Path, fingerprint: Mapping[str, Any], overwrite: bool, rank
     `folder` is the unfinished folder, and `fingerprint` is that of this process (`run_fingerprint`). If the folder
     holds another run, `overwrite` deletes the files of that run; otherwise this is a ValueError.
     """
+    # run in rank 0, and returned in all
+    of_rank_0 = ranks.first(lambda: _begin_or_resume(folder, fingerprint, overwrite=overwrite))
+    # run in all; if one fails, all raise an error
+    ranks.each(lambda: _require_fingerprint_of_rank_0(fingerprint, of_rank_0))
 
-    def begin() -> Mapping[str, Any]:
-        """Empty `folder`, unless it holds the run with this `fingerprint`, and return the fingerprint; for rank 0.
 
-        Without `overwrite`, a folder that holds another run is refused (ValueError).
-        """
-        if not overwrite:
-            # A run on one text has no such entry: then it is an entry of the other run that differs.
-            require_same_run(folder, {"sources": None, **fingerprint})
-        begun = json.dumps(read_record(folder / RUN_FILE))
-        # Compared as text, because the order of overrides counts, too. A folder without a fingerprint is emptied, too:
-        # a process may have been killed while it discarded a run.
-        if begun != json.dumps(fingerprint):
-            # Text that a model has written for the calibration stays: this run may have written it just before.
-            discard(folder, keep_texts=True)
-        return fingerprint
+def _begin_or_resume(
+    folder: Path, fingerprint: Mapping[str, Any], *, overwrite: bool
+) -> Mapping[str, Any]:
+    """Empty an unfinished folder, unless it holds the run with this fingerprint, and return the fingerprint.
 
-    def join() -> None:
-        """Refuse this process (ValueError) if its `fingerprint` is not `of_rank_0`, which `begin` returned there."""
-        different = [
-            key
-            for key in {**of_rank_0, **fingerprint}  # of all keys, each once
-            if fingerprint.get(key) != of_rank_0.get(key)
-        ]
-        if different:
-            raise ValueError(
-                f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "
-                "options and calibration text."
-            )
+    Without `overwrite`, a folder that holds another run is refused (ValueError).
+    """
+    if not overwrite:
+        # A run on one text has no such entry: then it is an entry of the other run that differs.
+        require_same_run(folder, {"sources": None, **fingerprint})
+    begun = json.dumps(read_record(folder / RUN_FILE))
+    # Compared as text, because the order of overrides counts, too. A folder without a fingerprint is emptied, too: a
+    # process may have been killed while it discarded a run.
+    if begun != json.dumps(fingerprint):
+        # Text that a model has written for the calibration stays: this run may have written it just before.
+        discard(folder, keep_texts=True)
+    return fingerprint
 
-    of_rank_0 = ranks.first(begin)  # run in rank 0, and returned in all
-    ranks.each(join)  # run in all; if one fails, all raise an error
+
+def _require_fingerprint_of_rank_0(
+    fingerprint: Mapping[str, Any], of_rank_0: Mapping[str, Any]
+) -> None:
+    """Refuse this process (ValueError) if its fingerprint is not that of rank 0."""
+    different = [
+        key
+        for key in {**of_rank_0, **fingerprint}  # of all keys, each once
+        if fingerprint.get(key) != of_rank_0.get(key)
+    ]
+    if different:
+        raise ValueError(
+            f"{' and '.join(different)} differ from those of rank 0: start every process with the same model, "
+            "options and calibration text."
+        )
 
 
 def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
