@@ -198,32 +198,9 @@ def share_layers(
 
         cost of a share = 1 + (last layer in it that is pruned) + sum of its pruning costs, in forward passes of a layer
     """
-
-    def cost(share: Sequence[int]) -> float:
-        """Compute the cost of a share (rising indices of layers) in forward passes, by the formula above.
-
-        A layer whose entry in `pruning_costs` is 0 is not pruned, and needs no hidden states.
-        """
-        pruned = [index for index in share if pruning_costs[index] > 0]
-        if not pruned:
-            return 0.0
-        return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned)
-
-    def fill(limit: float) -> list[list[int]]:
-        """Cut the `unfinished` layers into shares that each cost at most `limit`, and return as many as are needed.
-
-        A layer that costs more than the limit has a share of its own.
-        """
-        shares: list[list[int]] = [[]]
-        for index in unfinished:
-            if shares[-1] and cost([*shares[-1], index]) > limit:
-                shares.append([])
-            shares[-1].append(index)
-        return shares
-
     # The least limit is the cost of some contiguous share, so these are all that have to be tried.
     possible = {
-        cost(unfinished[start:end])
+        _cost_of_share(unfinished[start:end], pruning_costs)
         for start in range(len(unfinished))
         for end in range(start + 1, len(unfinished) + 1)
     }
@@ -232,10 +209,40 @@ def share_layers(
     if limits:
         # With a higher limit there are fewer shares. So a bisection finds the first limit that gives no more shares
         # than there are ranks (True).
-        enough = bisect_left(limits, True, key=lambda limit: len(fill(limit)) <= num_ranks)
-        shares = fill(limits[enough])
+        enough = bisect_left(
+            limits,
+            True,
+            key=lambda limit: len(_shares_within(limit, unfinished, pruning_costs)) <= num_ranks,
+        )
+        shares = _shares_within(limits[enough], unfinished, pruning_costs)
     num_idle = num_ranks - len(shares)
     return shares + [[] for _ in range(num_idle)]
+
+
+def _cost_of_share(share: Sequence[int], pruning_costs: Sequence[float]) -> float:
+    """Compute the cost of a share, rising indices of layers, by the formula of `share_layers`.
+
+    A layer whose entry in `pruning_costs` is 0 is not pruned, and needs no hidden states.
+    """
+    pruned = [index for index in share if pruning_costs[index] > 0]
+    if not pruned:
+        return 0.0
+    return 1 + pruned[-1] + sum(pruning_costs[index] for index in pruned)
+
+
+def _shares_within(
+    limit: float, unfinished: Sequence[int], pruning_costs: Sequence[float]
+) -> list[list[int]]:
+    """Cut the unfinished layers into shares that each cost at most `limit`, and return as many as are needed.
+
+    A layer that costs more than the limit has a share of its own.
+    """
+    shares: list[list[int]] = [[]]
+    for index in unfinished:
+        if shares[-1] and _cost_of_share([*shares[-1], index], pruning_costs) > limit:
+            shares.append([])
+        shares[-1].append(index)
+    return shares
 
 
 def _line(error: BaseException) -> str:
