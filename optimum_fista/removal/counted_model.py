@@ -168,38 +168,56 @@ def _count(
             "calib_dataloader is one text: pass a list of texts, or an iterable of batches."
         )
     num_rows = num_rows_of(model)
-    batch_counts = torch.zeros(num_rows, dtype=torch.int64)
-    marked = list[str]()  # texts of batches that the caller holds out
-    num_texts = 0
-
-    def strings() -> Iterator[str]:
-        """Yield those of `texts` that are strings, and count strings and batches in `num_texts`.
-
-        Ids of batches are counted in `batch_counts`. If a batch is held out, they are decoded by `tokenizer` and
-        appended to `marked` instead. `model` and `num_rows`, the rows of its embedding, are needed to read batches;
-        `progress` shows a bar.
-        """
-        nonlocal num_texts
-        for item in tqdm(texts, desc="Counting tokens", unit=" texts", disable=not progress):
-            num_texts += 1
-            if isinstance(item, str):
-                yield item
-                continue
-            # sequences of any length, because the model does not run on them
-            batches = read_batches([item], num_rows, longest=None, media=media_arguments(model))
-            for batch in batches:
-                for row in batch.sequences_without_padding():
-                    ids = row.input_ids.flatten()
-                    if batch.held_out:
-                        marked.append(str(tokenizer.decode(ids, skip_special_tokens=True)))
-                    else:
-                        batch_counts.add_(torch.bincount(ids, minlength=num_rows))
-
-    # `counted` reads `strings()`, passes on the text to count, and collects the rest of it in `pieces`. All texts and
+    reader = _TextReader(tokenizer, model, num_rows)
+    # `counted` reads the strings, passes on the text to count, and collects the rest of it in `pieces`. All texts and
     # batches are read when `count_tokens` has returned.
     held_out = HeldOutText()
-    text_counts = count_tokens(tokenizer, held_out.counted(strings()), num_rows)
-    counts = text_counts + batch_counts
+    strings = reader.strings(texts, progress=progress)
+    text_counts = count_tokens(tokenizer, held_out.counted(strings), num_rows)
+    counts = text_counts + reader.batch_counts
     if not counts.any():
         raise ValueError("calib_dataloader holds no token: pass texts, or batches of token ids.")
-    return counts, num_texts, (*marked, *held_out.pieces)
+    return counts, reader.num_texts, (*reader.held_out_texts, *held_out.pieces)
+
+
+class _TextReader:
+    """Reads texts and batches of token ids, and counts the tokens of the batches.
+
+    Attributes:
+        num_texts: Texts and batches that were read.
+        batch_counts: How often each token is in the batches, int64 [rows].
+        held_out_texts: Texts of the batches that the caller holds out, which are not counted.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, num_rows: int
+    ) -> None:
+        """Begin with nothing; `model`, without weights, has an embedding of `num_rows`."""
+        self._tokenizer = tokenizer
+        self._model = model
+        self.num_texts = 0
+        self.batch_counts = torch.zeros(num_rows, dtype=torch.int64)
+        self.held_out_texts: list[str] = []
+
+    def strings(self, items: Iterable[Any], *, progress: bool) -> Iterator[str]:
+        """Yield those of `items` that are texts, and take the others as batches; `progress` shows a bar."""
+        for item in tqdm(items, desc="Counting tokens", unit=" texts", disable=not progress):
+            self.num_texts += 1
+            if isinstance(item, str):
+                yield item
+            else:
+                self._add_batch(item)
+
+    def _add_batch(self, item: Any) -> None:
+        """Count the tokens of a batch, or decode them if the batch is held out."""
+        num_rows = len(self.batch_counts)
+        # sequences of any length, because the model does not run on them
+        batches = read_batches([item], num_rows, longest=None, media=media_arguments(self._model))
+        for batch in batches:
+            for row in batch.sequences_without_padding():
+                ids = row.input_ids.flatten()
+                if batch.held_out:
+                    text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+                    self.held_out_texts.append(text)
+                else:
+                    self.batch_counts.add_(torch.bincount(ids, minlength=num_rows))
