@@ -211,7 +211,8 @@ def _ranked(
         required: Ids that always stay.
         uses: Uses of each id (`_uses_with_merges`).
         num_symbols: Symbols of each token, by id.
-        expected_uses: Uses that the most frequent token gets in addition; the others get less, by Zipf's law.
+        expected_uses: Uses that the most frequent token gets in addition; the others get less, by Zipf's law. 0 if only
+            counted uses matter.
     """
     # For each token: the smallest id of the token itself and of all tokens that it is a part of. Tokenizers have small
     # ids for tokens that are frequent in general.
@@ -223,15 +224,13 @@ def _ranked(
     def rank(index: int) -> tuple[float, ...]:
         """Return the sort key of a token, by which those that should stay come first.
 
-        `required` ones come before all others. Then more uses, more uses of the rarest part, a smaller `smallest_id`,
-        and fewer symbols (`num_symbols`) decide, in this order. `smallest_id` is the smallest id among the token itself
-        and all tokens that it is a part of; it is small for tokens that are frequent in general. So by Zipf's law, a
-        token with the `smallest_id` i gets `expected_uses / (i + 1)` more uses. `expected_uses` is one number, the same
-        for all tokens; 0 if only counted uses matter. `vocabulary.parts` are the two tokens of which a token is made.
+        Required ones come before all others. Then more uses, more uses of the rarest part, a smaller `smallest_id`, and
+        fewer symbols decide, in this order.
         """
         # A token without parts counts as its own part.
         parts = vocabulary.parts.get(index, (index,))
         is_optional = index not in required
+        # By Zipf's law, the token with the id i is expected to be used in proportion to 1 / (i + 1).
         all_uses = uses[index] + expected_uses / (smallest_id[index] + 1)
         uses_of_parts = min(uses[part] for part in parts)
         return (is_optional, -all_uses, -uses_of_parts, smallest_id[index], num_symbols[index])
