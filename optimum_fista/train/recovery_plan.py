@@ -552,34 +552,35 @@ def _needed_bytes(
             whole pass are in memory.
     """
     # In float32, 4 bytes each: the weights, and of those that are trained a gradient and two moments.
-    student = 4 * sizes.parameters + 12 * sizes.trained(train)
+    student_bytes = 4 * sizes.parameters + 12 * sizes.trained(train)
     if plan.compute_dtype != torch.float32 and not is_sharded:
         # the copy of the head's weight that `round_head` makes
-        student += plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
-    masks = sizes.parameters if train == "all" else 0  # a byte a weight
+        student_bytes += plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
+    mask_bytes = sizes.parameters if train == "all" else 0  # a byte a weight
     teachers_parameters = sizes.parameters  # if it is not known how many more the teacher has
     if plan.report is not None and plan.report.first_model.num_parameters:
         teachers_parameters = plan.report.first_model.num_parameters
-    teacher = teachers_parameters * plan.compute_dtype.itemsize
-    is_stored = plan.options.teacher_logits is not None
+    teacher_bytes = teachers_parameters * plan.compute_dtype.itemsize
 
     # Of a token: the inputs and outputs of all operators, with 8 bytes for each number.
-    activations = 8 * sizes.operator_width
+    bytes_of_token = 8 * sizes.operator_width
     if checkpointed:
         # those of one layer at a time, and the hidden states that enter each layer
-        activations = activations // sizes.layers + 4 * sizes.layers * sizes.hidden_size
+        bytes_of_token = bytes_of_token // sizes.layers + 4 * sizes.layers * sizes.hidden_size
     # hidden states that enter both heads, and their gradient, each 4 bytes
-    activations += 12 * sizes.hidden_size
+    bytes_of_token += 12 * sizes.hidden_size
 
     tokens = plan.options.batch_size * plan.length
     # 20 bytes for a logit: those of both models, in two dtypes, with their gradient.
-    logits = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
+    logits_bytes = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
     if is_sharded:  # whole ones of both models, with the gradient of one
-        logits += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
-    training = student + masks + tokens * activations + logits
-    if is_stored:  # the teacher is in memory before the training, and not during it
-        return max(training, teacher + logits)
-    return training + teacher
+        logits_bytes += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
+
+    training_bytes = student_bytes + mask_bytes + tokens * bytes_of_token + logits_bytes
+    teacher_is_stored = plan.options.teacher_logits is not None
+    if teacher_is_stored:  # the teacher is in memory before the training, and not during it
+        return max(training_bytes, teacher_bytes + logits_bytes)
+    return training_bytes + teacher_bytes
 
 
 def load_student(source: str) -> PreTrainedModel:
