@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -146,38 +146,37 @@ def stored_teacher(
     """
     folder = Path(str(plan.options.teacher_logits))
     lock = FileLock(folder / _LOCK)
-
-    def begin() -> list[int]:
-        """Return the numbers of the missing shards; if there are some, lock the folder and write the settings first."""
-        require_settings(folder, settings)
-        if not _missing_shards(folder, text):
-            return []
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OSError(
-                f"teacher_logits={str(folder)!r} is being filled by another run: wait until that one trains, or pass "
-                "another folder (--teacher-logits)."
-            ) from error
-        require_settings(folder, settings)  # another run may have written them since
-        write_record(folder / SETTINGS_FILE, settings)
-        return _missing_shards(folder, text)
-
-    def write() -> None:
-        """Write the shards of this process, each of `count` processes one after the other."""
-        shards = missing[ranks.index :: ranks.count]
-        if shards:
-            _write_shards(plan, folder, text, shards, progress=progress and ranks.index == 0)
-
     try:
-        missing = ranks.first(begin)
+        missing = ranks.first(lambda: _begin(folder, lock, settings, text))
         if missing and ranks.index == 0:
             _log_size(plan, folder, text)
-        ranks.each(write)
+        # Processes take turns: the first shard is written by rank 0, the second one by rank 1, ...
+        shards = missing[ranks.index :: ranks.count]
+        shows_bar = progress and ranks.index == 0
+        ranks.each(lambda: _write_shards(plan, folder, text, shards, progress=shows_bar))
     finally:
         lock.release()  # does nothing in a process that has not locked it
     return StoredTeacher(folder, text)
+
+
+def _begin(
+    folder: Path, lock: BaseFileLock, settings: Mapping[str, Any], text: Tensor
+) -> list[int]:
+    """Return the numbers of the missing shards; if there are some, lock the folder and write the settings first."""
+    require_settings(folder, settings)
+    if not _missing_shards(folder, text):
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise OSError(
+            f"teacher_logits={str(folder)!r} is being filled by another run: wait until that one trains, or pass "
+            "another folder (--teacher-logits)."
+        ) from error
+    require_settings(folder, settings)  # another run may have written them since
+    write_record(folder / SETTINGS_FILE, settings)
+    return _missing_shards(folder, text)
 
 
 def _log_size(plan: RecoveryPlan, folder: Path, text: Tensor) -> None:
@@ -197,9 +196,12 @@ def _write_shards(
 ) -> None:
     """Load the teacher of `plan`, and write the shards of these numbers into `folder`, one after the other.
 
-    `text` are token ids, int64 [sequences, length]. Only one sequence is in a pass, so that the bytes do not depend on
-    the batch size of the training. The model is local to this function, so its memory is free when it returns.
+    Without numbers, nothing is loaded. `text` are token ids, int64 [sequences, length]. Only one sequence is in a pass,
+    so that the bytes do not depend on the batch size of the training. The model is local to this function, so its
+    memory is free when it returns.
     """
+    if not shards:
+        return
     model, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
     model.eval().requires_grad_(False)
     in_16_bits = plan.compute_dtype != torch.float32
