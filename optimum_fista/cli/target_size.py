@@ -220,6 +220,7 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
     pattern is replaced, too. Any other folder is refused. `device` computes the loss; `None`: the accelerator if there
     is one. Adds the loss and the seconds to the report of `plan`.
     """
+    may_overwrite = overwrite
     if (folder / REPORT_FILE).exists():
         # Results of the measuring, such as `texts`, are not compared: they do not change the files of the model.
         earlier = read_report(folder)
@@ -232,14 +233,14 @@ def remove_first(plan: TokensPlan, folder: Path, *, device: str | None, overwrit
             and _holds_tensors_of(folder, plan.source)
         )
         has_same_pattern = earlier.config["pattern"] == planned.config["pattern"]
-        overwrite = is_same_run or (overwrite and has_same_pattern)
+        may_overwrite = is_same_run or (overwrite and has_same_pattern)
     report = write_plan(
         plan,
         folder,
         started=time.perf_counter(),
         device=device,
         dtype="auto",  # the second run converts all weights
-        overwrite=overwrite,
+        overwrite=may_overwrite,
         progress=True,
     )
     print(report, *cost_of_tokens(report), f"saved to {folder}", sep="\n", file=sys.stderr)
