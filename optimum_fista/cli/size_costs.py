@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from optimum_fista.cli.calibration_batches import calibration_batches
 from optimum_fista.cli.overview import estimate_of, require_disk
@@ -232,9 +233,9 @@ def _bits_of_trial(request: PruneRequest, texts: Sequence[MeasuredText]) -> list
         warnings.simplefilter("ignore")  # the real run gives its own
         result = Path(folder) / "model"
         batches = calibration_batches(request, request.device, Path(folder))
-        # A perplexity would take time, and nobody reads it.
+        # Held-out batches would measure a perplexity, which takes time and which nobody reads.
         to_calibrate_on = [
-            batch for batch in batches if not (isinstance(batch, dict) and "held_out" in batch)
+            batch for batch in batches if isinstance(batch, Tensor) or "held_out" not in batch
         ]
         pruner = FistaPruner(request.config, storage_device=request.storage_device)
         pruner.prune(
