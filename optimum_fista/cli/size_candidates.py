@@ -238,10 +238,9 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
     num_channels = mlps.groups  # of each MLP
     tensors = dict(model.named_parameters())
     num_parameters = sum(tensor.numel() for tensor in tensors.values())
-    num_in_channels = 0  # parameters that belong to a channel
-    for mlp in mlps.parts:
-        # Of tensors that share their values, `tensors` has only one.
-        num_in_channels += sum(tensors[name].numel() for name in mlp.tensors if name in tensors)
+    # Of tensors that share their values, `tensors` has only one.
+    names_in_channels = [name for mlp in mlps.parts for name in mlp.tensors if name in tensors]
+    num_in_channels = sum(tensors[name].numel() for name in names_in_channels)
     per_channel = num_in_channels / num_channels  # in all decoder layers together
 
     # The number of channels that stay is a multiple of `step`, and `mlps.at_least` or more.
@@ -250,8 +249,8 @@ def _channels(model: PreTrainedModel, most: float, target_share: float) -> tuple
     least = math.ceil(mlps.at_least / step) * step
     most_kept = (num_channels - 1) // step * step  # a run has to remove some
     # So many channels stay if just enough go that `most` parameters are left.
-    fitting = math.floor((num_channels - (num_parameters - most) / per_channel) / step) * step
-    num_kept = min(fitting, most_kept)
+    num_fitting = num_channels - (num_parameters - most) / per_channel
+    num_kept = min(math.floor(num_fitting / step) * step, most_kept)
     if num_kept < least:
         smallest = num_parameters - (num_channels - least) * per_channel
         # Divided by the parameters of the dense model, which are `most / target_share`; rounded up to four digits.
