@@ -571,41 +571,31 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
     has the problem of each operator. Returns a solution for each group. Raises RuntimeError if a method breaks a
     pattern, or returns NaN or Inf.
     """
-    output_weights = plan.budgets.output_weights  # by the name of the operator
-    solutions: dict[int, GroupSolution] = {}  # by the number of the group in `groups`
-    problem_groups: list[ProblemGroup] = []
-    weighted: list[int] = []  # groups whose rows compete
-    others: list[int] = []
+    solutions: dict[int, GroupSolution] = {}  # all by the number of the group in `groups`
+    weighted: dict[int, ProblemGroup] = {}  # groups whose rows compete
+    others: dict[int, ProblemGroup] = {}
     for number, problems in enumerate(groups):
         patterns = [_pattern(plan, operator) for operator in problems.operators]
         group = ProblemGroup(problems.fitted, patterns)
-        problem_groups.append(group)
-        keeps_all_columns = all(
-            pattern.whole_columns and pattern.sparsity == 0 for pattern in patterns
-        )
-        is_weighted = all(operator.name in output_weights for operator in problems.operators)
-        if keeps_all_columns:
+        if all(pattern.whole_columns and pattern.sparsity == 0 for pattern in patterns):
             # The operators compensate for removed heads, or for a removed decoder layer before their own.
             refitted = [_refitted(problem) for problem in problems.fitted]
             solutions[number] = GroupSolution(refitted, patterns, "refit")
         elif _is_under_calibrated(problems):
             solutions[number] = _pruned_by_magnitude(group)
-        elif is_weighted:
-            weighted.append(number)
+        elif all(operator.name in plan.budgets.output_weights for operator in problems.operators):
+            weighted[number] = group
         else:
-            others.append(number)
+            others[number] = group
 
     solutions_of_weighted = _solved_by_competing_rows(
-        plan,
-        [problem_groups[number] for number in weighted],
-        [groups[number].operators for number in weighted],
+        plan, list(weighted.values()), [groups[number].operators for number in weighted]
     )
     solutions.update(zip(weighted, solutions_of_weighted, strict=True))
 
-    results = plan.method.prune_groups([problem_groups[number] for number in others])
-    for number, operators in zip(others, results, strict=True):
-        patterns = list(problem_groups[number].patterns)
-        solutions[number] = GroupSolution(operators, patterns, plan.method.name)
+    results = plan.method.prune_groups(list(others.values()))
+    for (number, group), operators in zip(others.items(), results, strict=True):
+        solutions[number] = GroupSolution(operators, list(group.patterns), plan.method.name)
 
     for number, problems in enumerate(groups):
         _require_solved(problems.operators, solutions[number])
