@@ -261,23 +261,17 @@ class Dequantizer(HfQuantizer):
         `rename_source_key` of Transformers marks the conversions whose patterns match (`was_used`); nothing else
         changes.
         """
-        scales_of: defaultdict[str, list[str]] = defaultdict(list)  # names of scales by module
-        for name in self.stored:
-            module, _, part = name.rpartition(".")
-            if "scale" in part and not ACTIVATION_SCALE.search(name):
-                scales_of[module].append(name)
-
+        scales_of = self._scales_by_module()
         renamings = [one for one in self._conversions if isinstance(one, WeightRenaming)]
         converters = [one for one in self._conversions if isinstance(one, WeightConverter)]
         state = model.state_dict()
         for name, (_path, dtype) in self.stored.items():
             if dtype in PLAIN_FLOATS:
                 continue
-            module = name.rpartition(".")[0]
+            module, _, _ = name.rpartition(".")
             scales = scales_of[module]
             unread = [scale for scale in scales if scale not in self.converted]
-            has_read_scales = bool(scales) and not unread
-            is_dequantized = name in self.converted and has_read_scales
+            is_dequantized = name in self.converted and bool(scales) and not unread
             if is_dequantized:
                 continue
             parameter, *_ = rename_source_key(  # it also returns the pattern that matches
@@ -290,17 +284,25 @@ class Dequantizer(HfQuantizer):
             # Only a tensor that is loaded as a floating-point parameter is a weight. Others may be integers: indices,
             # for instance.
             is_weight = parameter in state and state[parameter].is_floating_point()
-            if not is_weight:
-                continue
-            if unread:
+            if is_weight and unread:
                 raise ValueError(
                     f"{name} has dtype {dtype}, and its scale {unread[0]} is not read, so the weight would be wrong: "
                     "dequantize the model with the library that wrote it, save it, and pass that folder."
                 )
-            raise ValueError(
-                f"{name} has dtype {dtype}, and Transformers finds no scales for it: if a file of the model is damaged "
-                "or missing, download it again."
-            )
+            if is_weight:
+                raise ValueError(
+                    f"{name} has dtype {dtype}, and Transformers finds no scales for it: if a file of the model is "
+                    "damaged or missing, download it again."
+                )
+
+    def _scales_by_module(self) -> defaultdict[str, list[str]]:
+        """Return the names of all stored scales of weights, by module; an empty list for a module without one."""
+        scales: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self.stored:
+            module, _, part = name.rpartition(".")
+            if "scale" in part and not ACTIVATION_SCALE.search(name):
+                scales[module].append(name)
+        return scales
 
     def _save_by_dense_conversions(self, model: PreTrainedModel) -> None:
         """Have `save_pretrained` save `model` under the names of the source, without what dequantizes.
