@@ -125,28 +125,38 @@ def texts_of(report: PruningReport) -> list[UsedText]:
     Empty if the run removed no experts. A text of which a mixture lacks the numbers is left out; a report of an older
     version has only those of all calibration texts together.
     """
-    mixtures = report.mixtures
-    if not mixtures:
+    if not report.mixtures:
         return []
+    texts = [*_texts_of_calibration(report), *_measured_texts(report)]
+    return [text for text in texts if _is_complete(text, report.mixtures)]
+
+
+def _texts_of_calibration(report: PruningReport) -> list[UsedText]:
+    """List the texts of the calibration; as one, if a mixture has no numbers for each."""
     sources = report.calibration.get("sources", [])
     names = [source.get("source") or "a text without a name" for source in sources]
-    of_calibration = [mixture.tokens_of_sources for mixture in mixtures]
-    has_each_source = bool(names) and all(len(tokens) == len(names) for tokens in of_calibration)
+    # by mixture, then by text, then by expert
+    tokens = [mixture.tokens_of_sources for mixture in report.mixtures]
+    has_each_source = bool(names) and all(len(of_texts) == len(names) for of_texts in tokens)
     if not has_each_source:
         names = [report.calibration.get("source") or "the calibration text"]
-        of_calibration = [(mixture.expert_tokens,) for mixture in mixtures]
-
-    texts = [
-        UsedText(name, True, [tokens[number] for tokens in of_calibration])
+        tokens = [(mixture.expert_tokens,) for mixture in report.mixtures]
+    return [
+        UsedText(name, True, [of_texts[number] for of_texts in tokens])
         for number, name in enumerate(names)
     ]
-    of_measured = [mixture.tokens_of_texts for mixture in mixtures]
-    if all(len(tokens) == len(report.texts) for tokens in of_measured):
-        texts += [
-            UsedText(text.name, False, [tokens[number] for tokens in of_measured])
-            for number, text in enumerate(report.texts)
-        ]
-    return [text for text in texts if _is_complete(text, mixtures)]
+
+
+def _measured_texts(report: PruningReport) -> list[UsedText]:
+    """List the texts that the user named to measure on; none if a mixture lacks the numbers of one."""
+    # by mixture, then by text, then by expert
+    tokens = [mixture.tokens_of_texts for mixture in report.mixtures]
+    if any(len(of_texts) != len(report.texts) for of_texts in tokens):
+        return []
+    return [
+        UsedText(text.name, False, [of_texts[number] for of_texts in tokens])
+        for number, text in enumerate(report.texts)
+    ]
 
 
 def _is_complete(text: UsedText, mixtures: Sequence[MixtureReport]) -> bool:
