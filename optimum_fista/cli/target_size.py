@@ -159,14 +159,7 @@ def _chosen(
         except (RuntimeError, MemoryError) as error:
             reason = f"{type(error).__name__}: {error}"
 
-    if costs is None:
-        chosen = candidates[0]
-    else:
-        within_limits = [other for other in candidates if costs.keep_to_limits(costs.of(other))]
-        if not within_limits:
-            raise ValueError(_refusal(candidates, costs))
-        chosen = min(within_limits, key=lambda other: fmean(costs.of(other)))
-
+    chosen = candidates[0] if costs is None else _cheapest(candidates, costs)
     for candidate in candidates:
         mark = "->" if candidate is chosen else "  "
         print(f"{mark} {_line(candidate, costs)}", file=sys.stderr)
@@ -183,6 +176,14 @@ def _chosen(
             file=sys.stderr,
         )
     return chosen
+
+
+def _cheapest(candidates: Sequence[Candidate], costs: Costs) -> Candidate:
+    """Return the candidate with the least mean cost of those that keep to `--protect`; ValueError if none does."""
+    within_limits = [other for other in candidates if costs.keep_to_limits(costs.of(other))]
+    if not within_limits:
+        raise ValueError(_refusal(candidates, costs))
+    return min(within_limits, key=lambda other: fmean(costs.of(other)))
 
 
 def _line(candidate: Candidate, costs: Costs | None) -> str:
