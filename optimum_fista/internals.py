@@ -124,6 +124,24 @@ def cached_file_if_any(name: str, file: str, *, needs_hub: bool = True) -> str |
 # other names, joined, or split (`WeightConverter`, `WeightRenaming`).
 
 
+def marked_spans(tokenizer: Any, turns: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
+    """Find what the chat template of a tokenizer marks by `{% generation %}` in a conversation that it writes.
+
+    Returns pairs of the first character and the one after the last. `apply_chat_template` tells which tokens these are,
+    but not in Transformers 5.16 if a token begins with white space that the tokenizer leaves out of its offsets.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    rendered: Any = render_jinja_template(
+        [list(turns)],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    _, spans_of_conversations = rendered  # texts and spans of one conversation
+    return [(start, end) for start, end in spans_of_conversations[0]]
+
+
 def original_sources(conversion: Any) -> list[str]:
     """Return the patterns of the names of stored tensors with which a conversion was made; they can be passed again."""
     sources: list[str] = conversion._original_source_patterns

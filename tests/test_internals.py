@@ -16,7 +16,7 @@ import transformers
 from accelerate import PartialState, cpu_offload
 from accelerate.hooks import ModelHook
 from packaging.version import Version
-from tiny_llama import tiny_llama
+from tiny_llama import tiny_llama, tiny_tokenizer
 from tiny_models import tiny_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
@@ -169,6 +169,21 @@ def test_a_file_that_a_model_lacks_is_none(tiny_folder):
     assert internals.cached_file_if_any(str(tiny_folder), "config.json") is not None
     assert internals.cached_file_if_any(str(tiny_folder), "no.json") is None
     assert internals.cached_file_if_any("tester/none", "no.json", needs_hub=False) is None
+
+
+def test_what_a_chat_template_marks_is_found_in_the_text_that_it_writes():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}"
+        "{% generation %} {{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": "user", "content": "the sea?"}, {"role": "assistant", "content": "is deep"}]
+    written = tokenizer.apply_chat_template(turns, tokenize=False)
+
+    ((start, end),) = internals.marked_spans(tokenizer, turns)
+
+    assert written == f"{tokenizer.bos_token}the sea? is deep"
+    assert written[start:end] == " is deep"
 
 
 def test_a_conversion_has_the_patterns_with_which_it_was_made():

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
+from optimum_fista import internals
 from optimum_fista.text.text_source import Conversation
 
 ROLE_OF_ANSWERS = "assistant"
@@ -40,7 +41,7 @@ def answer_spans(
     """
     template = tokenizer.get_chat_template()
     if _MARK.search(template):
-        return _marked_spans(tokenizer, turns)
+        return internals.marked_spans(tokenizer, turns)
     return [
         _span_of_turn(tokenizer, turns, number, written)
         for number, turn in enumerate(turns)
@@ -77,22 +78,6 @@ def _with_space_before(offsets: Sequence[tuple[int, int]]) -> list[tuple[int, in
         spans.append((min(start, end_before), end))
         end_before = end
     return spans
-
-
-def _marked_spans(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> list[tuple[int, int]]:
-    """Return the characters of each token that the template marks by `{% generation %}`."""
-    encoded: Any = tokenizer.apply_chat_template(
-        list(turns),
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"return_offsets_mapping": True},
-    )
-    return [
-        span
-        for span, is_marked in zip(
-            _with_space_before(encoded["offset_mapping"]), encoded["assistant_masks"], strict=True
-        )
-        if is_marked
-    ]
 
 
 def _span_of_turn(
