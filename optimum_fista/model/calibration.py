@@ -174,17 +174,36 @@ def read_batches(
 
 
 def _require_sources(batches: Sequence[CalibrationBatch]) -> None:
-    """Refuse batches of which some name their text by `source` and others do not (ValueError).
+    """Refuse batches of which some name their text by `source` and others do not, or two name one text (ValueError).
 
-    Batches that only measure (`held_out`) need not name it.
+    Batches that only measure (`held_out`) need not name it. Two texts are one if they have the same sequences: a refit
+    of experts would test the text by itself. Sequences with images are not compared.
     """
-    sources = sources_of([batch for batch in batches if not batch.held_out])
+    fitted = [batch for batch in batches if not batch.held_out]
+    sources = sources_of(fitted)
     if None in sources and len(sources) > 1:
         named = next(source for source in sources if source is not None)
         raise ValueError(
             f"some batches of calib_dataloader have a 'source', such as {named!r}, and others have none: pass it in "
             "all batches that are calibrated on, or in none."
         )
+    if len(sources) < 2 or any(batch.media for batch in fitted):
+        return
+
+    first_sources = dict[frozenset[bytes], str | None]()  # by the sequences of the text
+    for source in sources:
+        sequences = frozenset(
+            ids.cpu().numpy().tobytes()
+            for batch in fitted
+            if batch.source == source
+            for ids in batch.input_ids
+        )
+        first_source = first_sources.setdefault(sequences, source)
+        if first_source != source:
+            raise ValueError(
+                f"calib_dataloader has the same sequences for the 'source' {first_source!r} as for {source!r}: pass "
+                "one of the two."
+            )
 
 
 def sources_of(batches: Iterable[CalibrationBatch]) -> list[str | None]:

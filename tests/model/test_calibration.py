@@ -327,6 +327,16 @@ def test_a_source_that_is_no_name_or_is_missing_is_refused(change, message):
         read_batches([first, second | change], 40)
 
 
+def test_two_sources_with_the_same_sequences_are_refused():
+    ids = torch.arange(12).view(4, 3)
+    batches = [{"input_ids": ids[:2], "source": "sea"}, {"input_ids": ids[2:], "source": "sea"}]
+    copies = [{"input_ids": ids[[3, 0, 2, 1]], "source": "copy"}]
+
+    read_batches([*batches, {"input_ids": ids[1:], "source": "other"}], 64)
+    with pytest.raises(ValueError, match="same sequences for the 'source' 'sea' as for 'copy'"):
+        read_batches(batches + copies, 64)
+
+
 def test_a_batch_that_only_measures_needs_no_source():
     first, second = of_texts("a", "b")
     measured = {"input_ids": IDS, "held_out": "c"}
