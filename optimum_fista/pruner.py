@@ -32,6 +32,7 @@ from optimum_fista.model.offload import offload_hook
 from optimum_fista.prune.batches import read_calibration
 from optimum_fista.prune.callback import PruningCallback
 from optimum_fista.prune.measuring import (
+    MeasuringInterrupted,
     measure_folder,
     note_failure,
     note_losses,
@@ -203,8 +204,8 @@ class FistaPruner:
         name of their text, `measure` has held-out texts by name, such as `{"code.txt": text}`, and `protect`, by names
         of `measure`, how many times the bits per byte before the run those after it may be. The model is changed in
         place, and this pruner keeps its report and masks. The losses go into the report, and into the summary in
-        `model.config`. If they can't be measured after the run, the report says so. The tokenizer is that of the folder
-        from which the model was loaded; ValueError if there is none.
+        `model.config`. If they can't be measured after the run, or Ctrl-C stops that (MeasuringInterrupted), the report
+        says so. The tokenizer is that of the folder from which the model was loaded; ValueError if there is none.
         """
         if not measure and not protect:
             return self._prune_loaded(model, calib_dataloader, source_name)
@@ -227,6 +228,7 @@ class FistaPruner:
             counts_loops=True,
         )
         report = self._prune_loaded(model, calib_dataloader, source_name)
+        interrupt: KeyboardInterrupt | None = None
         try:
             pruned = losses_of(
                 model,
@@ -237,12 +239,20 @@ class FistaPruner:
                 label="Measuring after",
                 counts_loops=True,
             )
+        except KeyboardInterrupt as error:
+            note_failure(report, texts, error)
+            interrupt = error
         except MEASURING_ERRORS as error:  # the model is pruned, and stays so
             note_failure(report, texts, error)
         else:
             note_losses(report, texts, dense=dense, pruned=pruned)
         # Once more: the summary that the run left there has no losses.
         model.config.fista_pruning = summary(report)
+        if interrupt is not None:
+            raise MeasuringInterrupted(
+                f"the {type(model).__name__} is pruned (`result` has the report), and its texts were not measured to "
+                "the end"
+            ) from interrupt
         return report
 
     def _prune_loaded(

@@ -38,7 +38,7 @@ _VARIABLES_OF_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORL
 
 
 class MeasuringInterrupted(KeyboardInterrupt):
-    """Ctrl-C while texts were measured: the folder of the result is finished, and says that they were not measured.
+    """Ctrl-C while texts were measured: the result is finished, and its report says that they were not measured.
 
     Its message says the same to the user; `optimum-fista` prints it.
     """

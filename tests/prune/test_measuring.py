@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -519,23 +520,35 @@ def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
     assert foreign_files(output) == []
 
 
-def test_a_loaded_model_that_cant_be_measured_after_the_run_stays_pruned(dense, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(OSError(5, "Input/output error"), "OSError"), (KeyboardInterrupt(), "stopped by Ctrl-C")],
+)
+def test_a_loaded_model_that_cant_be_measured_after_the_run_stays_pruned(
+    dense, monkeypatch, error, reason
+):
     model = AutoModelForCausalLM.from_pretrained(dense)
     config = FistaPruningConfig(method="wanda", allocation="uniform")
     measure_before = pruner_module.losses_of
 
     def fail_after_the_run(*arguments, label, **others):
         if label == "Measuring after":
-            raise OSError(5, "Input/output error")
+            raise error
         return measure_before(*arguments, label=label, **others)
 
     monkeypatch.setattr(pruner_module, "losses_of", fail_after_the_run)
     tokens = torch.randint(3, 200, (4, 32))
-    with pytest.warns(UserWarning, match="the loss on sea is not known .OSError"):
-        report = FistaPruner(config, progress=False).prune(
-            model, [tokens], measure={"sea": COMMON_TEXT}
-        )
+    pruner = FistaPruner(config, progress=False)
+    is_interrupted = isinstance(error, KeyboardInterrupt)
+    expectation = (
+        pytest.raises(measuring.MeasuringInterrupted, match="LlamaForCausalLM is pruned")
+        if is_interrupted
+        else nullcontext()
+    )
+    with pytest.warns(UserWarning, match=f"the loss on sea is not known .{reason}"), expectation:
+        pruner.prune(model, [tokens], measure={"sea": COMMON_TEXT})
 
+    report, _ = pruner.result(model)
     assert report.texts_not_measured == ["sea"]
     assert (model.model.layers[0].mlp.down_proj.weight == 0).float().mean() > 0.4
 
