@@ -87,18 +87,28 @@ def trained_parts(results: Results) -> list[str]:
     return markdown_lines(headings, lines)
 
 
+_RETRAINED = {
+    "wanda": "Wanda",
+    "sparsegpt": "SparseGPT",
+    "paper:max_trials=4": "FISTAPruner, four trials",
+    "default": "default",
+}
+
+
 def retrained(results: Results) -> list[str]:
     """Make the table of training after each method."""
     rows = results.part("retrained")
     lines = []
-    for method in unique(row["method"] for row in rows):
+    for method, name in _RETRAINED.items():
         group = [row for row in rows if row["method"] == method]
+        if not group:
+            continue
         cells = []
         for trained in ("nothing", "norms", "all"):
             (row,) = [row for row in group if row["trained"] == trained]
             minutes = f" ({row['core_minutes']:.0f})" if row["core_minutes"] else ""
             cells.append(f"{perplexities(row)}{minutes}")
-        lines.append([f"`{method}`", *cells])
+        lines.append([name, *cells])
     return markdown_lines(["method", "nothing", "norms", "all kept weights"], lines)
 
 
