@@ -167,10 +167,16 @@ class _Loop:
         # a cycle of Python objects, and the allocator still holds other memory of that layer.
         release_memory(layer)
         held_out = self.held_out if is_mine else None
+        # The dense weights are hashed where they need not be copied: on a device, before they are brought there; on a
+        # CPU, when they are read anyway, because quantized ones are dequantized each time.
+        computes_on_cpu = execution_device(layer).type == "cpu"
+        dense_sha256 = None
+        if is_mine and not computes_on_cpu:
+            dense_sha256 = sha256_of(layer, layer.state_dict())
 
         with onloaded(layer.modules()), split_experts(self.plan.removal.operators[name].values()):
-            # Of the weights on the device, so that quantized ones are dequantized once.
-            dense_sha256 = sha256_of(layer, layer.state_dict()) if is_mine else None
+            if is_mine and computes_on_cpu:
+                dense_sha256 = sha256_of(layer, layer.state_dict())
             if held_out is not None:
                 held_out.run(index, "dense")
             if is_needed:
