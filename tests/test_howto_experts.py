@@ -26,11 +26,16 @@ def test_the_commands_of_the_page_run_in_their_order(tmp_path, monkeypatch, caps
     torch.manual_seed(0)
     tiny_model("qwen3_moe", vocab_size=len(tokenizer)).save_pretrained("MODEL")
     tokenizer.save_pretrained("MODEL")
-    messages = [{"role": "user", "content": TEXT}, {"role": "assistant", "content": TEXT}]
-    for name in ("chat.jsonl", "chat-held-out.jsonl"):
+    # Held-out texts must not be copies of the calibration text.
+    for name, text in {"chat.jsonl": TEXT, "chat-held-out.jsonl": TEXT[::-1]}.items():
+        messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
         (tmp_path / name).write_text(9 * (json.dumps({"messages": messages}) + "\n"))
-    for name in ("code.txt", "german.txt", "code-held-out.txt"):
-        (tmp_path / name).write_text(9 * TEXT)
+    for name, text in {
+        "code.txt": TEXT,
+        "german.txt": TEXT[1:],
+        "code-held-out.txt": TEXT[::-1],
+    }.items():
+        (tmp_path / name).write_text(9 * text)
 
     programs = []
     for command in commands(PAGE):

@@ -36,14 +36,16 @@ STORED = {"pattern": "experts:0.5", "expert_refit": False}
 
 
 def prune(
-    source: Path, output: Path, place: str = "files", dtype: str = "auto", **options
+    source: Path, output: Path, place: str = "files", dtype: str = "auto", batches=None, **options
 ) -> PruningReport:
     """Prune a folder from its files, or in memory, and save the result."""
     pruner = FistaPruner(FistaPruningConfig(**options), progress=False)
+    if batches is None:
+        batches = TOKENS.split(4)
     if place == "files":
-        return pruner.prune(source, TOKENS.split(4), output_dir=output, device="cpu", dtype=dtype)
+        return pruner.prune(source, batches, output_dir=output, device="cpu", dtype=dtype)
     model = read_model(str(source))
-    report = pruner.prune(model, TOKENS.split(4))
+    report = pruner.prune(model, batches)
     pruner.save_pretrained(model, output)
     return report
 
@@ -150,8 +152,12 @@ def test_a_run_that_is_interrupted_while_it_predicts_resumes_at_the_last_decoder
 @pytest.mark.parametrize("place", ["files", "memory"])
 def test_a_prediction_layer_in_fp8_is_dequantized_with_the_model(tmp_path, place):
     source = fp8_predicting_folder(tmp_path / "source")
+    # Two texts, so that experts of the model may be refitted.
+    batches = [
+        {"input_ids": ids, "source": name} for ids, name in zip(TOKENS.split(4), "ab", strict=True)
+    ]
 
-    report = prune(source, tmp_path / "out", place=place, **HALF)
+    report = prune(source, tmp_path / "out", place=place, batches=batches, **HALF)
 
     layer = module_of(tmp_path / "out", "model.layers.3.")
     assert {tensor.dtype for tensor in layer.values()} == {"BF16", "F32"}  # F32: router's bias

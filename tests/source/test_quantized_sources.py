@@ -186,14 +186,17 @@ def test_experts_in_the_layout_of_autofp8_are_removed_with_their_scales(tmp_path
     assert torch.isfinite(model(TOKENS).logits).all()
 
 
-def test_with_one_text_a_warning_says_how_experts_keep_their_quantization(tmp_path):
+def test_with_one_text_experts_keep_their_quantization_and_a_warning_says_that_none_is_refitted(
+    tmp_path,
+):
     source = auto_fp8_qwen3_moe(tmp_path / "source")
 
     report = prune(source, tmp_path / "out", pattern="experts:0.25")
 
-    assert "quantization_config" not in content(tmp_path / "out")
+    settings = content(tmp_path / "out")["quantization_config"]
+    assert settings == content(source)["quantization_config"]
     (warning,) = [text for text in report.warnings if "not refitted" in text]
-    assert "(--no-expert-refit), with which experts that stay can keep" in warning
+    assert "because the calibration is one text" in warning
 
 
 @pytest.mark.parametrize("write", [fp8_deepseek, auto_fp8_qwen3_moe])
