@@ -103,10 +103,12 @@ def layer_tensors(
     return {f"model.layers.{number}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def write_mixture(folder: Path, num_layers: int) -> None:
-    """Write the random mixture, a file for each decoder layer; the index comes last and says that all is there."""
+def write_mixture(folder: Path, config: Qwen3MoeConfig) -> None:
+    """Write a random mixture, a file for each decoder layer; the index comes last and says that all is there.
+
+    `BLOCK` divides the rows and columns of all matrices in the decoder layers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    config = mixture_config(num_layers)
     settings = config.to_dict() | {"quantization_config": QUANTIZATION}
     (folder / "config.json").write_text(json.dumps(settings, indent=2))
 
@@ -119,7 +121,7 @@ def write_mixture(folder: Path, num_layers: int) -> None:
         file_by_tensor.update(dict.fromkeys(tensors, file))
         print(file, flush=True)
 
-    for number in range(num_layers):
+    for number in range(config.num_hidden_layers):
         write(f"layer-{number:02}.safetensors", layer_tensors(config, number, generator))
     shape = (config.vocab_size, config.hidden_size)
     others = {
@@ -155,7 +157,7 @@ def measure(
         output=output,
         samples=num_samples,
         length=length,
-        vocabulary=151_936,
+        vocabulary=estimate.vocabulary,
         config=config,
     )
     curve = [(moment, held) for moment, held in samples if held]
@@ -195,7 +197,7 @@ def main() -> None:
     )
     source = arguments.folder / f"mixture-{arguments.layers}"
     if not (source / INDEX).exists():
-        write_mixture(source, arguments.layers)
+        write_mixture(source, mixture_config(arguments.layers))
     row = measure(
         source,
         arguments.folder / "pruned",

@@ -126,9 +126,13 @@ def _split_layer(
     members = routed[clusters.argsort(stable=True)].view(experts, -1)
 
     down = mlp.down_proj.weight  # [hidden, channels]
-    norms = [linear(channels[:, part], down[:, part]).norm(dim=-1) for part in members]
+    norms = []  # of the output of each expert, [tokens]
+    for channels_of_expert in members:
+        outputs = linear(channels[:, channels_of_expert], down[:, channels_of_expert])
+        norms.append(outputs.norm(dim=-1))
     ones = torch.ones(len(inputs), 1)
-    fit = ridge(torch.cat([inputs, ones], dim=1), torch.stack(norms, dim=1))
+    inputs_and_ones = torch.cat([inputs, ones], dim=1)
+    fit = ridge(inputs_and_ones, torch.stack(norms, dim=1))
     # What all experts have in common does not choose among them.
     fit = fit - fit.mean(0)
     fit = fit * SIGMOID_SPREAD / linear(inputs, fit[:, :-1]).std()

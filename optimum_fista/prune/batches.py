@@ -83,7 +83,7 @@ def read_calibration(
     report.environment["batches"] = shapes_of(batches + measured)
     _warn_of_missing_media(plan, report, batches, media)
     _warn_of_few_tokens(plan, report)
-    _warn_of_experts_without_refit(plan, report, batches)
+    _warn_of_experts_without_refit(plan, report)
     _warn_of_empty_placeholders(plan, report, given)
 
     calibration = Calibration(batches)
@@ -162,14 +162,9 @@ def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
         )
 
 
-def _warn_of_experts_without_refit(
-    plan: Plan, report: PruningReport, batches: Sequence[CalibrationBatch]
-) -> None:
-    """Add a warning to the report if experts were to be refitted, and the calibration is a single text.
-
-    `batches` are those of the calibration.
-    """
-    if not plan.removal.mixtures or not plan.config.expert_refit or len(sources_of(batches)) > 1:
+def _warn_of_experts_without_refit(plan: Plan, report: PruningReport) -> None:
+    """Add a warning to the report if experts were to be refitted, and the calibration is a single text."""
+    if not plan.config.may_refit_experts or plan.removal.refits_experts:
         return
     report.warn(
         "the experts that stay are not refitted, because the calibration is one text: a refit to one text mostly "

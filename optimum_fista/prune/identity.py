@@ -26,10 +26,11 @@ _LETTERS = 80
 # Keys of a model's configuration that change nothing that is computed.
 _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
 # Of the records of a journal. Since 11, experts are chosen and refitted in another way, and the last record has the
-# mixtures of layers that predict more tokens. Since 12, experts are refitted to several texts only. Runs that remove no
-# experts compute and record what they did before.
+# mixtures of layers that predict more tokens. Since 12, experts are refitted to several texts only, and since 13 a
+# quantized mixture stays quantized if nothing is refitted. Runs that remove no experts compute and record what they did
+# before.
 _FORMAT = 10
-_FORMAT_WITH_REMOVED_EXPERTS = 12
+_FORMAT_WITH_REMOVED_EXPERTS = 13
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
 
