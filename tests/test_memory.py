@@ -195,7 +195,8 @@ def test_objects_that_the_caller_has_frozen_stay_frozen():
     with old_objects_skipped(torch.nn.Linear(512, 1024)):
         pass
 
-    assert gc.get_freeze_count() == before > 0
+    # A few of them may be freed meanwhile, when nothing refers to them any more. `gc.unfreeze` leaves none.
+    assert gc.get_freeze_count() > before / 2 > 0
 
 
 def test_nothing_is_searched_for_a_tiny_model(monkeypatch):
