@@ -3,7 +3,8 @@
 A run chooses this once (`choose_products`), and is inside `products_as` from then on, which keeps the choice in a
 context variable. Code that multiplies activations is inside `quick_products`, and prepares its matrices by
 `as_multiplied` and `in_few_sizes`. All other code, such as the solvers and the proofs, computes in float32. Only the
-iterations of the default method round some products, if the run multiplies in bfloat16 (`products_rounded_to`).
+default method rounds some products of its iterations and its refit, if the run multiplies in bfloat16
+(`products_rounded_to`).
 """
 
 import platform

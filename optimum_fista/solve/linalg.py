@@ -7,7 +7,8 @@ positive number to the diagonal, so that a matrix that is singular, or nearly so
 than the caller asked for, a message says so; nobody replaces the result by that of another algorithm.
 
 *Rounded products* are those of a run that multiplies in bfloat16: a method may round the matrices of a product to this
-dtype if its result does not depend on the last bits, as the choice of a mask does not (`products_rounded_to`).
+dtype if its result hardly depends on the last bits, as the choice of a mask does, or a step that later ones correct
+(`products_rounded_to`).
 
 A *stack* [matrices, rows, columns] has matrices of one shape, for which torch is called once. Many small matrices take
 longer one by one, because each call has its cost. On a CPU, every matrix gets the same bits in a stack as alone: so it

@@ -85,25 +85,57 @@ def refit_stack(
 
     Returns the weights [operators, out, in], and the numbers of steps, int64 [operators].
     """
-    scale = _preconditioner(grams)[:, None]  # [operators, 1, in]
     # 1 where the mask is True, otherwise 0: PyTorch multiplies with bytes twice as fast as with booleans.
     factors = masks.view(torch.uint8)
     weight = starts.mul_(factors) if in_place else starts * factors
-    product = torch.empty_like(weight)  # memory for products, used again and again
     # The squared rounding error of each row's residual, [operators, out]; an energy up to it counts as zero.
     noise = torch.zeros_like(weight[..., 0])
     if singular:
+        memory = torch.empty_like(weight[0])
         noise = torch.stack(
             [
                 _rounding_errors(gram, target, start, mask, memory=memory)
-                for gram, target, start, mask, memory in zip(
-                    grams, targets, weight, masks, product, strict=True
-                )
+                for gram, target, start, mask in zip(grams, targets, weight, masks, strict=True)
             ]
         )
-
+        del memory
     # From here on the targets are not read again, so the residual takes their memory if that may be overwritten.
     residual = torch.baddbmm(targets, weight, grams, alpha=-1, out=targets if in_place else None)
+    steps = descend(
+        grams,
+        residual,
+        weight,
+        masks,
+        max_iterations=max_iterations,
+        tolerance=tolerance,
+        noise=noise,
+    )
+    return weight, steps
+
+
+def descend(
+    grams: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    masks: Tensor,
+    *,
+    max_iterations: int,
+    tolerance: float = 1e-5,
+    noise: Tensor | float = 0.0,
+) -> Tensor:
+    """Take the steps of `refit_stack` from weights whose residual `C - W G` is known.
+
+    `weight` [operators, out, in] vanishes outside of the masks; it is overwritten by the result. `residual` is
+    overwritten, too. `noise` are the squared rounding errors of its rows, [operators, out]. The other arguments, and
+    the numbers of steps that are returned, are those of `refit_stack`.
+
+    The Gram matrices may have a dtype of 16 bits. Then the directions are rounded to it before they are multiplied.
+    Each residual is the one before minus such a product, which is rounded by 0.4%, so a few steps go nearly as far as
+    exact ones.
+    """
+    factors = masks.view(torch.uint8)
+    scale = _preconditioner(grams)[:, None].to(weight.dtype)  # [operators, 1, in]
+    product = torch.empty_like(weight)  # memory for products, used again and again
     residual.mul_(factors)
     direction = residual * scale
     energy = _energies(residual, direction, noise)  # [operators, out], 0 for rows at rest
@@ -121,7 +153,11 @@ def refit_stack(
 
         # The step of each row to the minimum along its direction D: energy / <D G, D>. There is none along directions
         # that no token has, nor after the end.
-        torch.bmm(direction, grams, out=product).mul_(factors)
+        if grams.dtype == direction.dtype:
+            torch.bmm(direction, grams, out=product)
+        else:
+            product.copy_(torch.bmm(direction.to(grams.dtype), grams))
+        product.mul_(factors)
         curvature = _inner_by_rows(direction, product).to(residual.dtype)
         length = _divide_where((curvature > 0) & ~has_converged[:, None], energy, curvature)
         weight.addcmul_(length[..., None], direction)
@@ -135,7 +171,7 @@ def refit_stack(
         momentum = _divide_where(energy > 0, energy_next, energy)
         direction.mul_(momentum[..., None]).add_(preconditioned)
         energy = energy_next
-    return weight, steps
+    return steps
 
 
 def _preconditioner(gram: Tensor) -> Tensor:
@@ -152,11 +188,11 @@ def _inner_by_rows(left: Tensor, right: Tensor) -> Tensor:
     return inner_by_rows(left.flatten(0, 1), right.flatten(0, 1)).view(left.shape[:2])
 
 
-def _energies(residual: Tensor, preconditioned: Tensor, noise: Tensor) -> Tensor:
+def _energies(residual: Tensor, preconditioned: Tensor, noise: Tensor | float) -> Tensor:
     """Return the squared residual of each row, [operators, out], in units of the Gram diagonal; 0 for rows at rest.
 
     `residual` [operators, out, in] is the negative gradient on the mask, and `preconditioned` is the same divided by
-    the diagonal of G. A row is at rest if its residual is within `noise` [operators, out], its squared rounding error.
+    the diagonal of G. A row is at rest if its residual is within `noise`, its squared rounding error, [operators, out].
     """
     energy = _inner_by_rows(residual, preconditioned).to(residual.dtype)
     energy.masked_fill_(energy <= noise, 0.0)  # NaN stays

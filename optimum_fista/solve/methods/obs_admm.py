@@ -14,8 +14,9 @@ The method has four steps:
    all operators that share the inputs. In these coordinates a `rho` a little above 1 exchanges the kept weights
    that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why). In a run that multiplies
    in bfloat16, products of the iterations are rounded to it (`SplitState.fit`).
-4. The kept weights are refitted by conjugate gradients on the ridge problem. Whole columns are refitted exactly
-   (`refit_columns`), with a ridge of their own unless `ridge` is given.
+4. The kept weights are refitted by conjugate gradients on the ridge problem. Their steps are rounded, too
+   (`ObsAdmm._refit_by_rounded_steps`). Whole columns are refitted exactly (`refit_columns`), with a ridge of their own
+   unless `ridge` is given.
 
 `_Surgeon` makes the coordinates `W'` of step 2:
 
@@ -72,7 +73,7 @@ from optimum_fista.solve.method import (
 from optimum_fista.solve.methods.admm import SplitState
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
-from optimum_fista.solve.refit import refit_columns, refit_stack
+from optimum_fista.solve.refit import descend, refit_columns, refit_stack
 
 
 @register
@@ -332,11 +333,18 @@ class ObsAdmm(PruningMethod):
         group the number of steps of the block that took most.
         """
         ridge_grams = surgeon.gram_with_ridge(grams)  # B^T S G_r S B
+        refitted = [
+            state
+            for state, patterns_of_state in zip(states, patterns, strict=True)
+            if not patterns_of_state[0].whole_columns
+        ]
+        rounded_dtype = dtype_of_rounded_products()
+        if rounded_dtype is not None:
+            return self._refit_by_rounded_steps(refitted, ridge_grams, rounded_dtype)
+
         steps = [torch.zeros(len(grams), dtype=torch.int64, device=grams.device)]
-        for state, patterns_of_state in zip(states, patterns, strict=True):
+        for state in refitted:
             assert state.mask is not None
-            if patterns_of_state[0].whole_columns:
-                continue
             for rows in row_blocks(state.point):
                 _, steps_of_rows = refit_stack(
                     ridge_grams,
@@ -347,8 +355,48 @@ class ObsAdmm(PruningMethod):
                     in_place=True,  # the result is in `state.point`
                 )
                 steps.append(steps_of_rows)
-        most: list[int] = torch.stack(steps).amax(0).tolist()  # one wait for the device
-        return most
+        return _most_steps(steps)
+
+    def _refit_by_rounded_steps(
+        self, states: Sequence[SplitState], grams: Tensor, dtype: torch.dtype
+    ) -> list[int]:
+        """Refit as `_refit_by_rows` does, with products that are rounded to `dtype`, but for that of the start.
+
+        The first residual `C - W G` is a small difference of large numbers, so its product is exact. It is rounded
+        afterwards, when only its own digits can be lost, and takes the memory that `F` had in the iterations. Then the
+        Gram matrices are rounded in place, and `refit_iterations` steps multiply with these.
+
+        `grams` are `B^T S G_r S B` [groups, in, in], which are overwritten.
+        """
+        residuals = []
+        for state in states:
+            assert state.mask is not None
+            residual = torch.empty_like(state.point, dtype=dtype)
+            for rows in row_blocks(state.point):
+                weight = state.point[:, rows].mul_(state.mask[:, rows].view(torch.uint8))
+                residual[:, rows] = state.target(rows).baddbmm_(weight, grams, alpha=-1)
+            residuals.append(residual)
+
+        rounded_grams = rounded_in_place(grams, dtype)
+        steps = [torch.zeros(len(grams), dtype=torch.int64, device=grams.device)]
+        for state, residual in zip(states, residuals, strict=True):
+            assert state.mask is not None
+            for rows in row_blocks(state.point):
+                steps_of_rows = descend(
+                    rounded_grams,
+                    residual[:, rows].to(state.point.dtype),
+                    state.point[:, rows],  # overwritten
+                    state.mask[:, rows],
+                    max_iterations=self.refit_iterations,
+                )
+                steps.append(steps_of_rows)
+        return _most_steps(steps)
+
+
+def _most_steps(steps: Sequence[Tensor]) -> list[int]:
+    """Return for each group the most steps that a block of its rows took; `steps` has those of a block by group."""
+    most: list[int] = torch.stack(list(steps)).amax(0).tolist()  # one wait for the device
+    return most
 
 
 def _begin_rounded_stage(

@@ -2,6 +2,7 @@
 
 import itertools
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from torch.utils._pytree import tree_flatten
 from optimum_fista.solve.linalg import damped_inverse, products_rounded_to
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
-from optimum_fista.solve.methods.obs_admm import _Surgeon
+from optimum_fista.solve.methods.obs_admm import ObsAdmm, _Surgeon
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
+from optimum_fista.solve.refit import refit_stack
 
 SPLITTING = ("admm", "alps", "obs_admm")
 
@@ -301,6 +303,60 @@ def test_rounded_products_hardly_change_a_result(pattern):
     assert not torch.equal(rounded.mask, exact.mask), "nothing was rounded"
     assert float((rounded.mask != exact.mask).float().mean()) < 0.05
     assert rounded.fit_error == pytest.approx(exact.fit_error, rel=5e-3)
+
+
+class DtypesOfProducts(TorchDispatchMode):
+    """As a context: counts the products of stacks of matrices by their dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if "bmm" in function.overloadpacket.__name__:
+            self.counts[output.dtype] += 1
+        return output
+
+
+def test_of_the_products_with_large_terms_two_are_exact_and_all_others_are_rounded():
+    method = create_method("obs_admm", stages=2, iterations=3, refit_iterations=4)
+    problem = problem_with_strong_inputs()
+
+    with products_rounded_to(torch.bfloat16), DtypesOfProducts() as products:
+        method.prune(problem, Unstructured(0.5))
+
+    # those of the target with the inverse, and of the start of the refit with the Gram matrix
+    assert products.counts[torch.float32] == 2
+    # of the iterations, of the change to the second stage, and of the steps of the refit
+    assert products.counts[torch.bfloat16] == 2 * 3 + 1 + 4
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+def test_a_refit_by_rounded_steps_goes_as_far_as_an_exact_one(sparsity, monkeypatch):
+    problem = problem_with_strong_inputs()
+    pattern = Unstructured(sparsity)
+    errors = {}
+    for steps in (0, 5):
+        method = create_method("obs_admm", refit_iterations=steps)
+        with products_rounded_to(torch.bfloat16):
+            errors[steps] = method.prune(problem, pattern).fit_error
+
+    def refit_exactly(method, states, grams, dtype):
+        """Refit as a run does that rounds nothing; the masks are those of rounded iterations."""
+        (state,) = states
+        weights, steps = refit_stack(
+            grams, state.target(slice(None)), state.point, state.mask, max_iterations=5
+        )
+        state.point.copy_(weights)
+        return steps.tolist()
+
+    monkeypatch.setattr(ObsAdmm, "_refit_by_rounded_steps", refit_exactly)
+    with products_rounded_to(torch.bfloat16):
+        exact = create_method("obs_admm").prune(problem, pattern).fit_error
+
+    assert exact < errors[0]
+    assert errors[0] - errors[5] == pytest.approx(errors[0] - exact, rel=0.05)
 
 
 def test_the_scaled_problem_has_the_same_minimizer():
