@@ -12,7 +12,7 @@ The method has four steps:
    removed in groups, the scaling makes the diagonal blocks of `G_r^-1` the identity.
 3. ADMM (as in ALPS, arXiv 2406.07831) runs in stages of fixed `rho`. A stage takes one Cholesky factorisation for
    all operators that share the inputs. In these coordinates a `rho` a little above 1 exchanges the kept weights
-   that are worth exchanging, and a dozen iterations are enough (docs/solver.md says why). In a run that multiplies
+   that are worth exchanging, and nine iterations are enough (docs/solver.md says why). In a run that multiplies
    in bfloat16, products of the iterations are rounded to it (`SplitState.fit`).
 4. The kept weights are refitted by conjugate gradients on the ridge problem. Their steps are rounded, too
    (`ObsAdmm._refit_by_rounded_steps`). Whole columns are refitted exactly (`refit_columns`), with a ridge of their own
@@ -36,7 +36,7 @@ matrix. A group that is solved alone is a stack of one. torch computes the matri
 in one call, which takes less time if they are small. On a CPU all have the same bits as alone.
 
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
-kept and removed weights correctly, so that twelve iterations reach the error of ALPS in a third of the time
+kept and removed weights correctly, so that nine iterations reach nearly the error of ALPS in a third of the time
 (docs/solver.md). But the iterations do not run to convergence, and it is not known whether they converge.
 """
 
@@ -94,7 +94,7 @@ class ObsAdmm(PruningMethod):
     # Each with one factorisation.
     stages: int = 3
     # Of each stage.
-    iterations: int = 4
+    iterations: int = 3
     # Of the first stage.
     first_rho: float = 1.0
     # Of the last stage; from stage to stage `rho` grows by the same factor.
