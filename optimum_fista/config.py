@@ -311,8 +311,8 @@ class FistaPruningConfig(PruningOptions):
     def resolved(self) -> FistaPruningConfig:
         """Return a configuration in which options that are `None` have the value that the method chooses.
 
-        These are the options of `MethodDefaults`, such as `allocation`. `scope` stays `None` if it has no meaning. This
-        configuration itself stays as it is.
+        These are the options of `MethodDefaults`, such as `allocation`, and `allocation_tokens`, which the kind of the
+        pattern chooses. `scope` stays `None` if it has no meaning. This configuration itself stays as it is.
         """
         chosen = {
             name: value
@@ -323,6 +323,8 @@ class FistaPruningConfig(PruningOptions):
         has_scope = self.tokens_removal is None and not self._usual_pattern.fixed
         if not has_scope and not self.overrides:
             chosen.pop("scope", None)
+        if self.allocation_tokens is None:
+            chosen["allocation_tokens"] = 1024 if self.whole_parts is None else 2048
         return dataclasses.replace(self, **chosen)
 
     @cached_property

@@ -97,9 +97,10 @@ class PruningOptions:
         "least, as its gradients predict it (default: fisher for obs_admm, uniform for others)",
         advanced=_OPERATORS,
     )
-    allocation_tokens: int = option(
-        2048,
-        "calibration tokens to compute the loss and its gradients on",
+    allocation_tokens: int | None = option(
+        None,
+        "calibration tokens to compute the loss and its gradients on (default: 1024, the first 128 of each sequence; "
+        "or 2048, to choose decoder layers)",
         limits=(2, None),
         advanced=_MACHINE,
     )

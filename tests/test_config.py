@@ -129,11 +129,24 @@ def test_options_left_open_take_the_defaults_of_the_method(name):
         assert getattr(resolved, field.name) == getattr(defaults, field.name)
 
     chosen = FistaPruningConfig(
-        method=name, error_correction="full", residual_correction=0.25, allocation="uniform"
+        method=name,
+        error_correction="full",
+        residual_correction=0.25,
+        allocation="uniform",
+        allocation_tokens=64,
     )
 
     assert chosen.resolved() == dataclasses.replace(chosen, scope=defaults.scope)
     assert resolved.resolved() == resolved
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"), [("unstructured", 1024), ("2:4", 1024), ("layers:0.1", 2048)]
+)
+def test_whole_parts_take_the_loss_of_more_tokens(pattern, count):
+    assert FistaPruningConfig(pattern=pattern).resolved().allocation_tokens == count
+    chosen = FistaPruningConfig(pattern=pattern, allocation_tokens=64)
+    assert chosen.resolved().allocation_tokens == 64
 
 
 def test_operators_share_the_zeros_only_if_method_pattern_and_overrides_allow_it():

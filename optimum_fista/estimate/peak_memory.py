@@ -183,23 +183,24 @@ def _head_copy(run: RunSizes) -> float:
 
 
 def _allocating(run: RunSizes) -> Moment:
-    """Count the moment at which the run computes gradients to share the zeros, of a sequence at a time.
+    """Count the moment at which the run computes gradients to share the zeros, of some tokens at a time.
 
     The head runs on few positions at a time (`Predictor`); the model is assumed to be one that can be cut before its
     head. `run.operators` has the shapes [out, in] of operators by name.
     """
     layer_sizes = [sum(p.numel() for p in layer.parameters()) for _, layer in run.layers]
     widest = max(max(shape) for shape in run.operators.values())
-    positions = min(run.length, positions_per_chunk(run.model))
+    tokens = run.tokens_of_loss_together
+    positions = min(tokens, positions_per_chunk(run.model))
     positions_in_float32 = min(positions, POSITIONS_ON_CPU) if run.on_cpu else positions
     # Logits and their gradient, and four float32 copies of some.
     logits = positions * run.vocabulary * 2 * run.value_bytes
     logits += positions_in_float32 * run.vocabulary * 4 * _FLOAT32
     # Activations of one decoder layer, which the backward pass computes again. For each token it holds about 12 vectors
     # of the width of hidden states, and 6 of the width of the widest operator.
-    activations = run.length * run.value_bytes * (12 * run.hidden + 6 * widest)
+    activations = tokens * run.value_bytes * (12 * run.hidden + 6 * widest)
     # Inputs of an operator in float32, and their squares, or its gradients and theirs.
-    activations += run.length * 2 * _FLOAT32 * widest
+    activations += tokens * 2 * _FLOAT32 * widest
     # Weights with float32 copies at the same time: all of a decoder layer, because its graph keeps the copies, or a
     # piece of the head, whose copies are not kept.
     piece_of_head = min(WEIGHTS_WIDENED_TOGETHER, run.vocabulary * run.hidden)
@@ -207,11 +208,11 @@ def _allocating(run: RunSizes) -> Moment:
     parts = {
         "embedding and head": _embedding_and_head(run),
         "logits, gradients": logits,
-        "one sequence": activations,
+        "tokens together": activations,
         "float32 copies": _FLOAT32 * widened if run.widens else 0,
     }
     # Hidden states of all layers wait for the backward pass.
-    return Moment(parts, len(run.layers) * run.sequence_bytes)
+    return Moment(parts, len(run.layers) * run.sequence_bytes * tokens / run.length)
 
 
 def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> Iterator[Moment]:

@@ -23,6 +23,8 @@ from optimum_fista.config import FistaPruningConfig
 from optimum_fista.devices import default_device, floating_dtype
 from optimum_fista.model.layers import prunable_layers, token_limits
 from optimum_fista.model.precision import choose_products
+from optimum_fista.model.sensitivity import TOKENS_TOGETHER
+from optimum_fista.prune.budgets import longest_of_loss
 from optimum_fista.prune.plan import Budgets, Plan, plan_run
 from optimum_fista.removal.planning import plan_removal, require_zeros_to_pack
 from optimum_fista.removal.removal import Removal
@@ -78,7 +80,7 @@ class RunSizes:
         widens: Whether matrices are widened.
         num_samples, length: All sequences, and the tokens in each.
         num_sources: Texts that the sequences are of.
-        sequences_of_loss: On which the run computes the loss of the dense model.
+        sequences_of_loss, length_of_loss: On which it computes the loss of the dense model, and the tokens in each.
         batch_size: Sequences in a forward pass; 1 if the user passes none (`Estimate` then chooses it).
         sequence_bytes, stream_bytes: Of the hidden states of one sequence, and of all.
     """
@@ -136,9 +138,22 @@ class RunSizes:
         self.measures_perplexity = measures_perplexity and not self.removes_experts
 
     @property
+    def length_of_loss(self) -> int:
+        """Tokens of a sequence that the run computes the loss and its gradients on."""
+        longest = longest_of_loss(self.config)
+        return self.length if longest is None else min(self.length, longest)
+
+    @property
+    def tokens_of_loss_together(self) -> int:
+        """Tokens that gradients are computed on together: of one sequence, or of several short ones."""
+        at_once = max(1, TOKENS_TOGETHER // self.length_of_loss)  # sequences
+        return self.length_of_loss * min(at_once, math.ceil(self.sequences_of_loss))
+
+    @property
     def sequences_of_loss(self) -> float:
         """Sequences that have `allocation_tokens` tokens: one of each text at least, and at most all; not rounded."""
-        wanted = self.config.allocation_tokens / self.length
+        assert self.config.allocation_tokens is not None  # the configuration is resolved
+        wanted = self.config.allocation_tokens / self.length_of_loss
         if self.num_sources > 1:
             wanted = max(self.num_sources, wanted)
         return min(wanted, self.num_samples)

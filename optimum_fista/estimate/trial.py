@@ -93,7 +93,9 @@ def _allocation_seconds(run: RunSizes, trial: _Trial, firsts: Iterable[int]) -> 
 
     # The pass takes the sequences that hold `allocation_tokens` tokens, or all sequences if these are fewer. The trial
     # has one text.
-    sequences_tried = min(run.config.allocation_tokens / run.length, trial.num_samples)
+    assert run.config.allocation_tokens is not None  # the configuration is resolved
+    wanted = run.config.allocation_tokens / run.length_of_loss
+    sequences_tried = min(wanted, trial.num_samples)
     times_as_many_sequences = run.sequences_of_loss / sequences_tried
     return seconds_of_trial * (weights / weights_tried) * times_as_many_sequences
 

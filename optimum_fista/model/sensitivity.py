@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -36,7 +36,8 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import in_few_sizes, quick_products
 from optimum_fista.model.predictor import POSITIONS_ON_CPU, Predictor, positions_per_chunk
 
-_TYPICAL = 2.0  # energies of tokens are limited to this many medians of their sequence
+_TYPICAL = 2.0  # energies of tokens are limited to this many medians of their batch
+TOKENS_TOGETHER = 1024  # at most, of short sequences that run together
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,16 @@ class DenseLoss:
     progress: bool = False  # whether bars are shown
     # of hidden states between decoder layers; None: where each layer computes
     storage: Storage | None = None
+    # Only so many tokens from the start of each sequence are used; None: all of them.
+    longest: int | None = None
 
     def sequences(self) -> list[CalibrationBatch]:
         """Take sequences of `self.batches`, in order, until they have `self.num_tokens` real tokens.
 
         If the batches are of several texts, these take turns, and each text gives one sequence at least.
 
-        Each is returned as a batch of its own, without padding. Sequences of a single token have no loss, and are left
-        out. Changes nothing.
+        Each is returned as a batch of its own, without padding. With `self.longest`, it is cut after so many tokens,
+        unless it has images. Sequences of a single token have no loss, and are left out. Changes nothing.
         """
         num_sources = len(sources_of(self.batches))
         sequences: list[CalibrationBatch] = []
@@ -69,6 +72,8 @@ class DenseLoss:
         for sequence in all_sequences:
             if sequence.num_tokens < 2:
                 continue
+            if self.longest is not None and not sequence.media:
+                sequence = replace(sequence, input_ids=sequence.input_ids[:, : self.longest])
             sequences.append(sequence)
             num_tokens += sequence.num_tokens
             # One sequence of each text, if the texts take turns.
@@ -107,7 +112,8 @@ def measure_sensitivities(
 ) -> tuple[dict[str, Sensitivity], int]:
     """Measure the sensitivities of `operators`, by their names, on the sequences of a loss.
 
-    The model runs forwards and backwards on one sequence after the other, and inputs and gradients are summed. An
+    The model runs forwards and backwards on one sequence after the other, and inputs and gradients are summed. Short
+    ones (`loss.longest`) run together, because each run brings all weights to their device, from files perhaps. An
     operator has zero gradients if the loss does not depend on it, if it is called more than once, or if it is not a
     plain product.
 
@@ -124,6 +130,8 @@ def measure_sensitivities(
     """
     model = loss.layers.model
     sequences = loss.sequences()
+    if loss.longest is not None:
+        sequences = _joined(sequences)
     # The bar counts runs of single decoder layers, because a whole sequence may take minutes. Each layer runs forwards,
     # and once more for the backward pass.
     num_runs = 2 * len(sequences) * len(loss.layers)
@@ -161,6 +169,28 @@ def measure_sensitivities(
     return _sensitivities_of(watchers, num_tokens, device), num_bytes_not_estimated
 
 
+def _joined(sequences: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
+    """Join sequences that follow each other and have one length into batches of at most `TOKENS_TOGETHER` tokens.
+
+    A sequence with images stays alone. `sequences` are batches of one sequence without padding, and are not changed.
+    """
+    groups: list[list[CalibrationBatch]] = []
+    for sequence in sequences:
+        if groups:
+            first = groups[-1][0]
+            num_tokens = (len(groups[-1]) + 1) * sequence.num_tokens
+            has_media = bool(first.media or sequence.media)
+            has_length = first.num_tokens == sequence.num_tokens
+            if has_length and num_tokens <= TOKENS_TOGETHER and not has_media:
+                groups[-1].append(sequence)
+                continue
+        groups.append([sequence])
+    return [
+        replace(group[0], input_ids=torch.cat([sequence.input_ids for sequence in group]))
+        for group in groups
+    ]
+
+
 def _run_both_ways(
     predictor: Predictor,
     sequence: CalibrationBatch,
@@ -176,7 +206,7 @@ def _run_both_ways(
     hidden states between the layers may be added to the store of that context, which the caller clears.
     """
     entering_head = _watched_states(predictor, sequence, watchers)  # with its graph
-    targets = targets_of(sequence.input_ids[0, 1:], config)
+    targets = targets_of(sequence.input_ids[:, 1:].flatten(), config)
     gradient = _gradient_of_loss(predictor, entering_head, targets)
     # Through all decoder layers. Hooks on the outputs of operators, set in the forward pass, call the watchers.
     entering_head.backward(gradient)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from optimum_fista.bars import tqdm
+from optimum_fista.config import FistaPruningConfig
 from optimum_fista.memory import is_out_of_memory, release_memory
 from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.experts import ExpertOperator, split_experts
@@ -28,6 +29,9 @@ from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
 
+# Gradients are computed on so many tokens from the start of each sequence: many short stretches of text say more than
+# a few long ones with as many tokens (docs/solver.md).
+_LONGEST = 128
 # Gradients weight the outputs of an operator only if at least so many tokens reached it.
 _LEAST_TOKENS = 64
 
@@ -44,6 +48,7 @@ def share_budgets(
     started = time.perf_counter()
     config = plan.config
     fitted = [batch for batch in batches if not batch.held_out]
+    assert config.allocation_tokens is not None  # the configuration of a plan is resolved
     # The loss of as many sequences as hold `allocation_tokens` tokens.
     loss = DenseLoss(
         plan.layers,
@@ -51,6 +56,7 @@ def share_budgets(
         num_tokens=config.allocation_tokens,
         progress=plan.progress,
         storage=plan.storage,
+        longest=longest_of_loss(config),
     )
 
     # Number of each layer, and the loss after its removal, in nats per token.
@@ -104,6 +110,14 @@ def _operators_that_share(plan: Plan, removed_layers: Sequence[int]) -> dict[str
         if not is_removed and plan.config.shares_budget(name):
             sharing[name] = operator
     return sharing
+
+
+def longest_of_loss(config: FistaPruningConfig) -> int | None:
+    """How many tokens of each sequence the gradients are computed on; `None`: all of them.
+
+    Decoder layers to remove are chosen by the loss of whole sequences: nothing else was measured.
+    """
+    return _LONGEST if config.whole_parts is None else None
 
 
 def _measured(

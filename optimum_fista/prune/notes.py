@@ -176,7 +176,7 @@ def _warn_of_operators_without_gradient(plan: Plan, report: PruningReport) -> No
     without_gradient = plan.budgets.without_gradient
     if without_gradient:
         report.warnings.append(
-            f"the loss has no gradient for {len(without_gradient)} operators on the first "
+            f"the loss has no gradient for {len(without_gradient)} operators on "
             f"{plan.config.allocation_tokens} calibration tokens, so they keep the average sparsity: "
             f"{first_names(without_gradient)}"
         )

@@ -300,6 +300,15 @@ def test_no_token_of_an_image_is_a_target():
     assert targets_of(torch.tensor([5, IMAGE, 7]), model.config).tolist() == [5, -100, 7]
 
 
+def test_a_sequence_with_images_is_never_cut():
+    model = media_model("llava")
+    batch = media_batch("llava")
+
+    loss = DenseLoss(find_decoder_layers(model), read(model, batch), 2, longest=2)
+
+    assert loss.sequences()[0].num_tokens == batch["input_ids"].shape[1]
+
+
 def test_no_layer_goes_before_the_features_of_images_are_added():
     model = media_model("qwen3_vl")
     batch = media_batch("qwen3_vl")

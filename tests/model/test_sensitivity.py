@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, VOCAB_SIZE, tiny_model
 from torch import nn
 from untouched import Untouched
 
+from optimum_fista.model import sensitivity
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.choice import find_operators
@@ -130,6 +131,48 @@ def test_sequences_are_taken_until_there_are_enough_tokens(wanted, taken):
     loss = DenseLoss(find_decoder_layers(tiny_model("llama")), batches, wanted)
 
     assert sum(row.num_tokens for row in loss.sequences()) == taken
+
+
+def test_the_loss_may_be_that_of_the_beginnings_of_sequences():
+    batches = read_batches([data()], VOCAB_SIZE)
+    layers = find_decoder_layers(tiny_model("llama"))
+
+    sequences = DenseLoss(layers, batches, 14, longest=4).sequences()
+
+    # that of a single token has no loss
+    whole = DenseLoss(layers, batches, 10_000).sequences()[:4]
+    assert len(sequences) == 4
+    for sequence, of_all in zip(sequences, whole, strict=True):
+        assert torch.equal(sequence.input_ids, of_all.input_ids[:, :4])
+
+
+def test_short_sequences_run_together_and_add_up_to_the_same_inputs(monkeypatch):
+    model = tiny_model("llama")
+    operators = operators_of(model)
+    batches = read_batches([data(padded=False)], VOCAB_SIZE)
+    loss = DenseLoss(find_decoder_layers(model), batches, 10_000, longest=4)
+    shapes = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda _, ids, __: shapes.append(ids[0].shape)
+    )
+
+    def measured(tokens_together):
+        monkeypatch.setattr(sensitivity, "TOKENS_TOGETHER", tokens_together)
+        shapes.clear()
+        with torch.no_grad():
+            sensitivities, _ = measure_sensitivities(loss, operators)
+        return sensitivities, [tuple(shape) for shape in shapes]
+
+    together, shapes_together = measured(16)
+    alone, shapes_alone = measured(4)
+
+    assert shapes_together == [(4, 4), (2, 4)]  # six sequences
+    assert shapes_alone == [(1, 4)] * 6
+    for name in operators:
+        assert together[name].num_tokens == alone[name].num_tokens == 24
+        assert torch.allclose(together[name].inputs, alone[name].inputs, rtol=1e-4)
+        # Of each batch, the energies are limited by the median.
+        assert torch.allclose(together[name].outputs, alone[name].outputs, rtol=0.5)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ import torch
 from pruning import plan_of
 
 from optimum_fista import FistaPruner, FistaPruningConfig
+from optimum_fista.model.sensitivity import measure_sensitivities
+from optimum_fista.prune import budgets
 from optimum_fista.prune.batches import read_calibration
 from optimum_fista.prune.budgets import share_budgets
 
@@ -41,6 +43,31 @@ def test_where_every_operator_has_one_sparsity_budgets_take_no_forward_pass(llam
     _, budgets = budgets_of(llama, tokens, **options)
 
     assert (budgets.sparsities, budgets.output_weights, budgets.without_gradient) == ({}, {}, [])
+
+
+@pytest.mark.parametrize(
+    ("options", "lengths"), [({}, [8] * 8), ({"allocation_tokens": 20}, [8] * 3)]
+)
+def test_zeros_are_shared_by_the_beginnings_of_sequences(
+    llama, tokens, options, lengths, monkeypatch
+):
+    assert budgets._LONGEST == 128
+    monkeypatch.setattr(budgets, "_LONGEST", 8)
+    losses = []
+
+    def watched(loss, operators):
+        losses.append(loss)
+        return measure_sensitivities(loss, operators)
+
+    monkeypatch.setattr(budgets, "measure_sensitivities", watched)
+    budgets_of(llama, tokens, **options)
+
+    (loss,) = losses
+    assert [sequence.num_tokens for sequence in loss.sequences()] == lengths
+
+
+def test_decoder_layers_are_chosen_by_the_loss_of_whole_sequences():
+    assert budgets.longest_of_loss(FistaPruningConfig(pattern="layers:0.25")) is None
 
 
 def test_operators_with_an_override_take_no_part_in_the_sharing_of_zeros(llama, tokens):
