@@ -61,7 +61,7 @@ STAGES = {
         "solve.methods.sparsegpt:SparseGPT.prune",
     ],
     "selection": ["solve.pattern:SparsityPattern.mask"],
-    "refit": ["solve.refit:refit_stack"],
+    "refit": ["solve.methods.obs_admm:ObsAdmm._refit_by_rows"],
     "errors": [
         "solve.problem:LayerProblem.__init__",
         "solve.problem:LayerProblem._squared_error",
