@@ -45,7 +45,9 @@ _SUMS = "tf32"  # how a run multiplies Gram matrices on such a device (`model.pr
 _BYTES_OF_WEIGHT = 2  # in bfloat16
 _LEAF = 256  # `model.gram`: a block of so many inputs is multiplied whole
 _ADMM_STAGES = 3  # of the default method, each with one inverse
-_ADMM_ITERATIONS = 12  # of all stages
+_ADMM_ITERATIONS = 9  # of all stages
+_ALLOCATION_TOKENS = 1024  # that gradients are computed on
+_LONGEST = 128  # of these in a sequence
 _REFIT_STEPS = 5
 _BLOCK = 128  # columns that SparseGPT decides together
 
@@ -103,7 +105,7 @@ class Run:
 
     @property
     def allocates(self) -> bool:
-        """Whether operators share zeros by gradients of the loss, on one sequence."""
+        """Whether operators share zeros by gradients of the loss."""
         return self.is_default and self.pattern != "2:4"
 
     @property
@@ -299,18 +301,21 @@ def _errors(run: Run) -> Counter[str]:
 
 
 def _allocation(run: Run) -> Counter[str]:
-    """Count the gradients of the loss on one sequence, for the whole model.
+    """Count the gradients of the loss on the beginnings of some sequences in one batch, for the whole model.
 
     Each decoder layer runs twice forwards. Its gradients are as many products as one pass, because weights have none,
     and two and a half times the attention, which computes its weights again.
     """
     work = Counter[str]()
     if run.allocates:
-        of_layer = 3 * 2 * run.weights_of_layer + 4.5 * run.attention
+        length = min(_LONGEST, run.sequence_length)
+        num_tokens = length * min(run.num_samples, math.ceil(_ALLOCATION_TOKENS / length))
+        attention = 4 * length * run.hidden
+        of_layer = 3 * 2 * run.weights_of_layer + 4.5 * attention
         # squares of the gradients by all outputs are summed, with a weight for each token
         of_layer += 2 * sum(sum(group.outputs) for group in run.groups)
         # the head forwards and backwards
-        work["bfloat16"] = run.sequence_length * (run.layers * of_layer + 2 * run.head)
+        work["bfloat16"] = num_tokens * (run.layers * of_layer + 2 * run.head)
         if run.way == "files":
             # The weights of each layer come to the device for both directions.
             work["copies"] = 2 * _BYTES_OF_WEIGHT * run.layers * run.weights_of_layer

@@ -58,8 +58,7 @@ def test_the_arithmetic_for_a_gpu_counts_the_products_of_a_run(benchmark, method
     tokens = tiny_tokens(run.num_samples + run.num_held_out, run.sequence_length)
     batches = list(tokens[: run.num_samples].split(run.batch_size))
     batches.append({"input_ids": tokens[run.num_samples :], "held_out": True})
-    # gradients on one sequence, as of the real model
-    config = benchmark("shared").parse_config(f"{method}:allocation_tokens=24", pattern)
+    config = benchmark("shared").parse_config(method, pattern)
 
     with counts_attention_on_a_cpu(benchmark("shared").counted_products()) as counter:
         stopwatch = benchmark("stages").Stopwatch(counter.get_total_flops)
