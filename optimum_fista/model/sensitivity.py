@@ -1,6 +1,6 @@
 """Sensitivity of the loss of a language model to errors in the outputs of its linear operators, by gradients.
 
-One backward pass for each sequence serves all operators. The second derivatives are a diagonal of the empirical Fisher
+One backward pass for each batch serves all operators. The second derivatives are a diagonal of the empirical Fisher
 information for the outputs of an operator: this is cheap, and enough to compare operators.
 
 Letters: an operator computes `y = W x` for each token t, with `w_ij` in `W` [out, in]; `g_i` is the gradient of the
@@ -36,7 +36,7 @@ from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import in_few_sizes, quick_products
 from optimum_fista.model.predictor import POSITIONS_ON_CPU, Predictor, positions_per_chunk
 
-_TYPICAL = 2.0  # energies of tokens are limited to this many medians of their batch
+_TYPICAL = 2.0  # energies of tokens are limited to this many medians of their sequence
 TOKENS_TOGETHER = 1024  # at most, of short sequences that run together
 
 
@@ -82,6 +82,34 @@ class DenseLoss:
                 break
         return sequences
 
+    def joined_sequences(self) -> list[CalibrationBatch]:
+        """Take the same sequences; short ones (`self.longest`) are joined into batches that run together.
+
+        A batch has sequences that follow each other and have one length, and at most `TOKENS_TOGETHER` tokens. A
+        sequence with images stays alone. Changes nothing.
+        """
+        sequences = self.sequences()
+        if self.longest is None:
+            return sequences
+        groups: list[list[CalibrationBatch]] = []
+        for sequence in sequences:
+            if groups and _run_together([*groups[-1], sequence]):
+                groups[-1].append(sequence)
+            else:
+                groups.append([sequence])
+        return [
+            replace(group[0], input_ids=torch.cat([sequence.input_ids for sequence in group]))
+            for group in groups
+        ]
+
+
+def _run_together(sequences: Sequence[CalibrationBatch]) -> bool:
+    """Tell whether sequences, each a batch of its own without padding, may run as one batch."""
+    has_media = any(sequence.media for sequence in sequences)
+    lengths = [sequence.num_tokens for sequence in sequences]
+    has_one_length = len(set(lengths)) == 1
+    return has_one_length and sum(lengths) <= TOKENS_TOGETHER and not has_media
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -108,43 +136,44 @@ class Sensitivity:
 
 
 def measure_sensitivities(
-    loss: DenseLoss, operators: Mapping[str, LinearOperator]
+    loss: DenseLoss,
+    operators: Mapping[str, LinearOperator],
+    batches: Sequence[CalibrationBatch] | None = None,
 ) -> tuple[dict[str, Sensitivity], int]:
     """Measure the sensitivities of `operators`, by their names, on the sequences of a loss.
 
-    The model runs forwards and backwards on one sequence after the other, and inputs and gradients are summed. Short
-    ones (`loss.longest`) run together, because each run brings all weights to their device, from files perhaps. An
-    operator has zero gradients if the loss does not depend on it, if it is called more than once, or if it is not a
-    plain product.
+    The model runs forwards and backwards on one batch after the other, and inputs and gradients are summed. `batches`
+    are the sequences of the loss; `None`: those of `DenseLoss.joined_sequences`, where short ones run together, because
+    each run brings all weights to their device, from files perhaps. An operator has zero gradients if the loss does not
+    depend on it, if it is called more than once, or if it is not a plain product.
 
     Decoder layers are recomputed in the backward pass, so that memory is needed for the activations of one layer, and
     for the hidden states between layers, at the loss's storage. Logits are in memory for a few positions at a time
-    (`Predictor`), unless the longest sequence has few of them.
+    (`Predictor`), unless the largest batch has few of them.
 
     Returns the sensitivities, and the bytes of logits that were in memory beyond the estimate: 0, unless the model
-    can't be cut before its head and the longest sequence had all its logits at once.
+    can't be cut before its head and the largest batch had all its logits at once.
 
     While the model runs, operators have hooks, and offloaded weights are on their device while they are needed.
     `_recomputed_layers` replaces the forward passes of decoder layers, and moves `requires_grad` from the weights to
     the outputs of the embedding. All is as before at the end.
     """
     model = loss.layers.model
-    sequences = loss.sequences()
-    if loss.longest is not None:
-        sequences = _joined(sequences)
-    # The bar counts runs of single decoder layers, because a whole sequence may take minutes. Each layer runs forwards,
+    if batches is None:
+        batches = loss.joined_sequences()
+    # The bar counts runs of single decoder layers, because a whole batch may take minutes. Each layer runs forwards,
     # and once more for the backward pass.
-    num_runs = 2 * len(sequences) * len(loss.layers)
-    has_media = any(sequence.media for sequence in sequences)
+    num_runs = 2 * len(batches) * len(loss.layers)
+    has_media = any(batch.media for batch in batches)
     outside = loss.layers.outside(with_media=has_media)  # embeddings, norms and encoders of images
     head = model.get_output_embeddings()
-    longest = max((sequence.num_tokens for sequence in sequences), default=0)
+    most_tokens = max((batch.num_tokens for batch in batches), default=0)
     # `quick_products`: in the precision that the run has chosen
     with onloaded([*outside, head], read_only=True), quick_products():
-        needs_no_cut = longest <= positions_per_chunk(model)
+        needs_no_cut = most_tokens <= positions_per_chunk(model)
         predictor = Predictor(model, whole=needs_no_cut)
         bytes_per_logit = 2 * model.dtype.itemsize  # of a logit and its gradient
-        num_bytes_not_estimated = predictor.bytes_beyond_a_chunk(longest, bytes_per_logit)
+        num_bytes_not_estimated = predictor.bytes_beyond_a_chunk(most_tokens, bytes_per_logit)
         with (
             tqdm(
                 total=num_runs,
@@ -152,52 +181,30 @@ def measure_sensitivities(
                 unit="layer",
                 disable=not loss.progress,
             ) as bar,
-            # a store that is filled by the forward pass of each sequence
+            # a store that is filled by the forward pass of each batch
             _recomputed_layers(loss, bar) as hidden_states,
             torch.enable_grad(),
         ):
             # their hooks are on the operators in the forward passes only
             watchers = {name: _Watcher(operator) for name, operator in operators.items()}
-            for sequence in sequences:
-                # A call of its own, so that the graph of a sequence is freed before the next one runs.
-                _run_both_ways(predictor, sequence, watchers.values(), model.config)
+            for batch in batches:
+                # A call of its own, so that the graph of a batch is freed before the next one runs.
+                _run_both_ways(predictor, batch, watchers.values(), model.config)
                 hidden_states.clear()
 
-    num_tokens = sum(sequence.num_tokens for sequence in sequences)
+    num_tokens = sum(batch.num_tokens for batch in batches)
     num_tokens = max(1, num_tokens)  # a divisor
     device = execution_device(model.get_input_embeddings())
     return _sensitivities_of(watchers, num_tokens, device), num_bytes_not_estimated
 
 
-def _joined(sequences: Sequence[CalibrationBatch]) -> list[CalibrationBatch]:
-    """Join sequences that follow each other and have one length into batches of at most `TOKENS_TOGETHER` tokens.
-
-    A sequence with images stays alone. `sequences` are batches of one sequence without padding, and are not changed.
-    """
-    groups: list[list[CalibrationBatch]] = []
-    for sequence in sequences:
-        if groups:
-            first = groups[-1][0]
-            num_tokens = (len(groups[-1]) + 1) * sequence.num_tokens
-            has_media = bool(first.media or sequence.media)
-            has_length = first.num_tokens == sequence.num_tokens
-            if has_length and num_tokens <= TOKENS_TOGETHER and not has_media:
-                groups[-1].append(sequence)
-                continue
-        groups.append([sequence])
-    return [
-        replace(group[0], input_ids=torch.cat([sequence.input_ids for sequence in group]))
-        for group in groups
-    ]
-
-
 def _run_both_ways(
     predictor: Predictor,
-    sequence: CalibrationBatch,
+    batch: CalibrationBatch,
     watchers: Collection[_Watcher],
     config: PreTrainedConfig,
 ) -> None:
-    """Run a model forwards and backwards on one sequence; `watchers` add inputs and gradients to their sums.
+    """Run a model forwards and backwards on one batch; `watchers` add inputs and gradients to their sums.
 
     `predictor` runs the model, cut before its head so that only a few positions have logits at a time. `config` is that
     of the model, and says which tokens stand for images and have no loss.
@@ -205,8 +212,8 @@ def _run_both_ways(
     This is called inside `_recomputed_layers`. There weights do not require gradients, so no `.grad` is left, and
     hidden states between the layers may be added to the store of that context, which the caller clears.
     """
-    entering_head = _watched_states(predictor, sequence, watchers)  # with its graph
-    targets = targets_of(sequence.input_ids[:, 1:].flatten(), config)
+    entering_head = _watched_states(predictor, batch, watchers)  # with its graph
+    targets = targets_of(batch.input_ids[:, 1:].flatten(), config)
     gradient = _gradient_of_loss(predictor, entering_head, targets)
     # Through all decoder layers. Hooks on the outputs of operators, set in the forward pass, call the watchers.
     entering_head.backward(gradient)
@@ -237,20 +244,20 @@ def _sensitivities_of(
 
 
 def _watched_states(
-    predictor: Predictor, sequence: CalibrationBatch, watchers: Collection[_Watcher]
+    predictor: Predictor, batch: CalibrationBatch, watchers: Collection[_Watcher]
 ) -> Tensor:
-    """Run the model of a predictor forwards on one sequence; watchers add the inputs of their operators.
+    """Run the model of a predictor forwards on one batch; watchers add the inputs of their operators.
 
-    Returns what enters the head at all positions but the last, with its graph (`Predictor.hidden_states_of`). Counts of
-    calls begin anew. The hooks of the watchers are there in the forward pass only: in the backward pass recomputed
-    layers call their operators again.
+    Returns what enters the head at all positions but the last of each sequence, with its graph
+    (`Predictor.hidden_states_of`). Counts of calls begin anew. The hooks of the watchers are there in the forward pass
+    only: in the backward pass recomputed layers call their operators again.
     """
     with ExitStack() as hooks:
         for watcher in watchers:
             watcher.calls = 0
             module = watcher.operator.module
             hooks.enter_context(module.register_forward_hook(watcher.see, with_kwargs=True))
-        return predictor.hidden_states_of(sequence.run)
+        return predictor.hidden_states_of(batch.run)
 
 
 def _gradient_of_loss(predictor: Predictor, entering_head: Tensor, targets: Tensor) -> Tensor:
@@ -297,7 +304,7 @@ def _slope_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Watcher:
-    """Sums inputs and gradients of one operator over the sequences; `calls` counts its calls in one sequence."""
+    """Sums inputs and gradients of one operator over the batches; `calls` counts its calls in one batch."""
 
     def __init__(self, operator: LinearOperator) -> None:
         """Begin with sums of zero, on the operator's device. Its weight is read once; no hook is set yet."""
@@ -310,7 +317,7 @@ class _Watcher:
         self.input_squares = torch.zeros(columns, device=device)  # sum_t x_tj^2 [in], float32
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
         self.num_tokens_seen = 0  # that reached the operator
-        self.calls = 0  # of the operator in this sequence
+        self.calls = 0  # of the operator in this batch
 
     def see(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object
@@ -328,8 +335,10 @@ class _Watcher:
         energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]
         self.calls += 1
         if energies.numel():  # an expert may get no token
-            # Limited to `_TYPICAL` medians: a few tokens with huge activations must not outweigh all others.
-            energies.clamp_(max=_TYPICAL * energies.median())
+            # [batch, sequence], or [tokens] of an expert, to which tokens of all sequences go together
+            by_sequence = energies.view(inputs.shape[:-1])
+            # A few tokens with huge activations must not outweigh all others.
+            by_sequence.clamp_(max=_TYPICAL * _medians(by_sequence))
             self.input_squares += squares.sum(0)
             self.energy += energies.double().sum()
             self.num_tokens_seen += squares.shape[0]
@@ -344,7 +353,7 @@ class _Watcher:
         """Add the squares of a gradient by the outputs to `self.gradient_squares`, weighted by the tokens' energies.
 
         A hook of the outputs of one call, for which `see` has computed the `energies` [tokens]. The `gradient`
-        [..., out] itself stays as it is. `self.calls` counts the operator's calls in this sequence.
+        [..., out] itself stays as it is. `self.calls` counts the operator's calls in this batch.
         """
         # If an operator was called twice, it is unknown which gradient belongs to which inputs.
         if self.calls == 1:
@@ -366,6 +375,13 @@ class _Watcher:
             num_tokens=self.num_tokens_seen,
             has_gradient=has_gradient,
         )
+
+
+def _medians(values: Tensor) -> Tensor:
+    """Return the medians along the last dimension, which stays with length 1; the lower of two middle values."""
+    # `torch.median` along a dimension has no deterministic implementation on CUDA.
+    middle = (values.shape[-1] - 1) // 2
+    return values.sort(-1).values[..., middle, None]
 
 
 @contextmanager

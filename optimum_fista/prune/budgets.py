@@ -25,6 +25,7 @@ from optimum_fista.model.offload import execution_device
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import products_as
 from optimum_fista.model.sensitivity import DenseLoss, Sensitivity, measure_sensitivities
+from optimum_fista.prune.batches import Calibration, retried
 from optimum_fista.prune.plan import Budgets, Plan
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
@@ -69,7 +70,7 @@ def share_budgets(
     sensitivities: dict[str, Sensitivity] = {}
     num_bytes_not_estimated = 0
     if sharing:
-        sensitivities, num_bytes_not_estimated = _measured(plan, loss, sharing)
+        sensitivities, num_bytes_not_estimated = _measured(plan, loss, sharing, report)
 
     # Operators of a pool without any gradient keep the average sparsity: nothing is known of them.
     sharing_pools: dict[str, list[str]] = {}
@@ -121,27 +122,38 @@ def longest_of_loss(config: FistaPruningConfig) -> int | None:
 
 
 def _measured(
-    plan: Plan, loss: DenseLoss, operators: Mapping[str, LinearOperator]
+    plan: Plan, loss: DenseLoss, operators: Mapping[str, LinearOperator], report: PruningReport
 ) -> tuple[dict[str, Sensitivity], int]:
     """Measure how much the loss grows with errors in `operators`, by the operator's name.
 
     Returns also how many bytes of memory this took beyond the estimate of a dry run. `loss` is that of the dense model
-    on some calibration tokens. The model of `plan` runs forward and backward, and is as before afterwards. If gradients
-    can't be computed, the error says what to pass instead.
+    on some calibration tokens. The model of `plan` runs forward and backward, and is as before afterwards. If memory
+    runs out, smaller batches are tried, and `report` gets a warning. If gradients can't be computed, the error says
+    what to pass instead.
     """
+
+    def measure(calibration: Calibration) -> tuple[dict[str, Sensitivity], int]:
+        return measure_sensitivities(loss, operators, calibration.batches)
+
     try:
         with split_experts(plan.all_operators.values()), products_as(plan.products):
-            return measure_sensitivities(loss, operators)
+            return retried(
+                measure,
+                Calibration(loss.joined_sequences()),
+                where="the gradients of the loss",
+                plan=plan,
+                report=report,
+            )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise ValueError(
                 f"allocation='fisher' takes gradients of the loss, and they can't be computed: {error}. If the model "
                 "runs but can't be differentiated, pass allocation='uniform' (--allocation uniform)."
             ) from error
-        # Smaller batches don't help: it was one sequence.
+        # The error of `retried`, when batches were of one sequence already. It advises shorter sequences, too.
         raise torch.OutOfMemoryError(
             "the device ran out of memory in the gradients of the loss on one sequence: pass allocation='uniform' "
-            f"(--allocation uniform) or shorter sequences (--sequence-length) [{error}]"
+            f"(--allocation uniform) [{error}]"
         ) from error
 
 

@@ -69,7 +69,7 @@ def test_every_stage_of_a_run_from_files_has_a_bar(capsys, tmp_path):
     ]
     places = [shown.index(f"\r{name}:   0%") for name in names]
     assert places == sorted(places)
-    passes = 2 * 2 * len(tiny_tokens())  # of 2 decoder layers, forwards and backwards
+    passes = 2 * 2  # of 2 decoder layers, forwards and backwards; all sequences are in one batch
     assert re.search(rf"\rGradients of the loss: 100%.* {passes}/{passes} \[", shown)
 
 

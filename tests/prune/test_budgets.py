@@ -55,9 +55,9 @@ def test_zeros_are_shared_by_the_beginnings_of_sequences(
     monkeypatch.setattr(budgets, "_LONGEST", 8)
     losses = []
 
-    def watched(loss, operators):
+    def watched(loss, operators, batches):
         losses.append(loss)
-        return measure_sensitivities(loss, operators)
+        return measure_sensitivities(loss, operators, batches)
 
     monkeypatch.setattr(budgets, "measure_sensitivities", watched)
     budgets_of(llama, tokens, **options)
