@@ -111,7 +111,7 @@ class PruneRequest:
 
     def measured_texts(self) -> dict[str, str]:
         """Read the held-out texts of `--measure` and `--protect`, by their sources; texts of the Hub are downloaded."""
-        from optimum_fista.text.calibration_tokens import text_of_model
+        from optimum_fista.text.sources import text_of_model
 
         return {
             source: text_of_model(self.model, source, split="test").joined

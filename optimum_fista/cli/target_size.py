@@ -41,9 +41,8 @@ from optimum_fista.removal.tokens import write_plan
 from optimum_fista.removal.tokens_plan import TokensPlan, plan_counted
 from optimum_fista.source import loading
 from optimum_fista.source.stored_tensor import read_stored
-from optimum_fista.text.calibration_tokens import text_of_model
 from optimum_fista.text.loss import MeasuredText
-from optimum_fista.text.sources import usual_texts
+from optimum_fista.text.sources import text_of_model, usual_texts
 from optimum_fista.text.text_source import TextSource
 
 # Held-out pieces of the counted text that are measured if the user names no text: about 12,000 tokens.

@@ -21,7 +21,6 @@ from optimum_fista.folder.output import SAMPLED_TEXTS
 from optimum_fista.source.loading import load_model, require_tokenizer
 from optimum_fista.text.self_sampling import sample_text_from_model
 from optimum_fista.text.sources import load_text
-from optimum_fista.text.text_source import Split, TextSource
 from optimum_fista.text.windows import calibration_windows
 
 _USUAL_LENGTH = 2048  # as in SparseGPT and Wanda
@@ -137,17 +136,6 @@ def calibration_tokens_by_name(
 def _file_of_part(beginning: Path, seed: int) -> Path:
     """Return the file for what is written of the sequences of a seed; `beginning` is what its name begins with."""
     return beginning.with_name(f"{beginning.name}-{seed}.safetensors")
-
-
-def text_of_model(name: str, source: str, split: Split) -> TextSource:
-    """Read a text as `load_text` does, with its conversations written by the chat template of a model.
-
-    `name` is a folder or Hub id of the model, whose tokenizer is loaded only if there are conversations.
-    """
-    text = load_text(source, split)
-    if not text.conversations:
-        return text
-    return text.written_by(require_tokenizer(name))
 
 
 def usual_length(config: PreTrainedConfig) -> int:

@@ -2,7 +2,7 @@
 
 A *source* is what a user names (`--calibration`): a path, `pydoc`, `wikitext2`, `c4`, `ptb` or the name of a data set
 of the Hub (`text.hub_texts`). `require_source` checks it, and `load_text` reads it as a `TextSource`, whose documents
-`text.windows` cuts into windows of tokens.
+`text.windows` cuts into windows of tokens. `text_of_model` reads it for a model that is given by name.
 """
 
 import json
@@ -119,6 +119,20 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 
         return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)))
     return _read_file(Path(source))
+
+
+def text_of_model(name: str, source: str, split: Split) -> TextSource:
+    """Read a text as `load_text` does, with its conversations written by the chat template of a model.
+
+    `name` is a folder or Hub id of the model, whose tokenizer is loaded only if there are conversations.
+    """
+    text = load_text(source, split)
+    if not text.conversations:
+        return text
+    # This module imports Transformers, which takes seconds: all other functions here do without it.
+    from optimum_fista.source.loading import require_tokenizer
+
+    return text.written_by(require_tokenizer(name))
 
 
 def _read_file(path: Path) -> TextSource:
