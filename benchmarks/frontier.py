@@ -76,7 +76,9 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
     steps: list[tuple[list[str], Path]] = []  # words of a command, and the folder that it makes
     for pattern in patterns:
         option = "--pattern" if sparsity_of(pattern) is None else "--sparsity"
-        words = ["prune", str(folder), option, pattern, *sizes, "--dtype", "bfloat16"]
+        words = ["prune", str(folder), option, pattern, "--dtype", "bfloat16"]
+        if not pattern.startswith("vocab:"):  # such a run counts whole texts
+            words += sizes
         name += f"-{pattern}".replace(":", "-")
         folder = arguments.work / name
         steps.append(([*words, *common, "--output", str(folder)], folder))

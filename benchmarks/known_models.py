@@ -173,8 +173,9 @@ def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
         words += ["--calibration", str(Path(arguments.text_folder) / CALIBRATION)]
     if key["calibration"] == CHAT:
         words += ["--calibration", str(conversations_file(arguments))]
-    words += ["--num-samples", str(arguments.num_samples)]
-    words += ["--sequence-length", str(arguments.sequence_length)]
+    if not key["pattern"].startswith("vocab:"):  # such a run counts whole texts
+        words += ["--num-samples", str(arguments.num_samples)]
+        words += ["--sequence-length", str(arguments.sequence_length)]
     words += ["--device", "cpu", "--dtype", "bfloat16"]
     return run(words, folder)
 

@@ -388,7 +388,8 @@ class FistaPruningConfig(PruningOptions):
         """Refuse options that have no meaning if tokens are removed, and set `sparsity` to the share of the tokens.
 
         `tokens` is `self.tokens_removal`. Its share is `None` for "vocab:unused", and `sparsity` then becomes 0.
-        ValueError if an option has no meaning, or if the method does not take its options.
+        ValueError if an option has no meaning, and its value is neither the default nor what the method would choose.
+        The report of such a run has the choices of the method (`resolved`), and its configuration can be read again.
         """
         share = 0.0 if tokens.share is None else tokens.share
         if self.sparsity is not None and abs(self.sparsity - share) > 1e-9:
@@ -399,6 +400,12 @@ class FistaPruningConfig(PruningOptions):
         object.__setattr__(self, "sparsity", share)
 
         for name in (
+            "method",  # first: the values that the others may have depend on it
+            *_OPTIONS_OF_METHOD,
+            "error_correction",
+            "residual_correction",
+            "allocation",
+            "allocation_tokens",
             "scope",
             "include",
             "exclude",
@@ -409,12 +416,14 @@ class FistaPruningConfig(PruningOptions):
             "held_out",  # a part of the text is always held out
         ):
             value = getattr(self, name)
-            is_set_by_user = value != getattr(_DEFAULTS, name)
-            if is_set_by_user:
+            usual_values = [getattr(_DEFAULTS, name)]
+            if hasattr(self._method_defaults, name):
+                usual_values.append(getattr(self._method_defaults, name))
+            if value not in usual_values:
                 raise ValueError(
-                    f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes tokens: leave it out."
+                    f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes tokens: leave out "
+                    "the option, or the recipe that sets it."
                 )
-        self.create_method("")  # this checks the options of the method
 
     def _pattern_of(self, override: float | str | None) -> SparsityPattern:
         """Read the pattern of operators with an override: a pattern such as "2:4", or a sparsity.

@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_fista.pruner import FistaPruner
+from optimum_fista.removal.planning import refuse_tokens_removal
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens, usual_length
 from optimum_fista.text.sources import require_source
@@ -48,13 +49,16 @@ class FistaOnLoadConfig(QuantizationConfigMixin):
         num_samples: int = 128,
         sequence_length: int | None = None,
     ) -> None:
-        """Keep the arguments as they are; refuse a name of a `dataset` that is not known (ValueError).
+        """Keep the arguments as they are.
+
+        ValueError for a name of a `dataset` that is not known, and for a pruner that removes tokens, which needs files.
 
         `pruner` prunes the model when it is loaded. `dataset` is the name or path of a text, a list of texts, or
         batches of token ids. `tokenizer` may be its name; `None` stands for the model's. If `dataset` names a text,
         `num_samples` sequences are taken from it. `sequence_length` is in tokens; `None` stands for the usual length of
         the model.
         """
+        refuse_tokens_removal(pruner.config)
         if isinstance(dataset, str) and dataset != "self":
             require_source(dataset)
         self.pruner = pruner

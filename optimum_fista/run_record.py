@@ -423,10 +423,12 @@ class RunRecord:
                 words += ["--measure", text.name]
             else:
                 words += ["--protect", f"{text.name}={text.at_most:g}"]
-        words += ["--num-samples", str(num_sequences)]
-        has_sequences = bool(num_sequences)
-        if has_sequences and num_tokens % num_sequences == 0:  # all have the same length
-            words += ["--sequence-length", str(num_tokens // num_sequences)]
+        counts_whole_texts = "vocabulary" in self.model  # a run that removes tokens
+        if not counts_whole_texts:
+            words += ["--num-samples", str(num_sequences)]
+            have_same_length = num_sequences > 0 and num_tokens % num_sequences == 0
+            if have_same_length:
+                words += ["--sequence-length", str(num_tokens // num_sequences)]
         if self.environment:
             _, rows, _ = self.environment["batches"][0]  # number of batches, rows, tokens of a row
             words += ["--batch-size", str(rows), "--device", self.environment["device"]]

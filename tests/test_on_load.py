@@ -84,3 +84,10 @@ def test_what_can_not_be_pruned_on_load_is_refused_before_weights_are_read(tmp_p
         (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(ValueError, match=message):
             AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=on_load)
+
+
+def test_a_pruner_that_removes_tokens_is_refused_before_the_model_is_loaded():
+    pruner = FistaPruner(FistaPruningConfig(pattern="vocab:0.1"), progress=False)
+
+    with pytest.raises(ValueError, match=r"pattern='vocab:0\.1' removes tokens from files"):
+        FistaOnLoadConfig(pruner)

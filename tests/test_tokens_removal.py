@@ -52,11 +52,32 @@ def test_tokens_and_other_parts_need_two_runs():
         ({"expert_refit": False}, "expert_refit=False has no meaning"),
         ({"keep_divisible": 8}, "keep_divisible=8 has no meaning"),
         ({"held_out": 8}, "held_out=8 has no meaning"),
+        ({"method": "wanda"}, "method='wanda' has no meaning"),
+        ({"method_options": {"rho": 0.1}}, r"method_options=\{'rho': 0.1\} has no meaning"),
+        ({"max_iterations": 9}, "max_iterations=9 has no meaning"),
+        ({"tolerance": 0.1}, "tolerance=0.1 has no meaning"),
+        ({"warm_start": "wanda"}, "warm_start='wanda' has no meaning"),
+        ({"error_correction": "full"}, "error_correction='full' has no meaning"),
+        ({"residual_correction": 1.0}, "residual_correction=1.0 has no meaning"),
+        ({"allocation": "uniform"}, "allocation='uniform' has no meaning"),
+        ({"allocation_tokens": 64}, "allocation_tokens=64 has no meaning"),
     ],
 )
 def test_options_of_weights_have_no_meaning_for_tokens(options, message):
     with pytest.raises(ValueError, match=message):
         FistaPruningConfig(pattern="vocab:0.35", **options)
+
+
+def test_a_recipe_that_sets_an_option_of_the_method_is_named_in_the_refusal():
+    with pytest.raises(ValueError, match=r"error_correction='none' .* or the recipe that sets it"):
+        FistaPruningConfig.recipe("fast", pattern="vocab:0.35")
+
+
+def test_a_report_with_the_choices_of_the_method_can_be_read_again():
+    config = FistaPruningConfig(pattern="vocab:0.35", compute_dtype="float32", seed=3).resolved()
+    assert config.error_correction is not None
+
+    assert FistaPruningConfig.from_dict(config.to_dict()) == config
 
 
 def test_a_configuration_of_tokens_survives_json():

@@ -88,7 +88,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--num-samples",
         type=int,
-        default=128,
         metavar="N",
         help="calibration sequences (default 128)",
     )

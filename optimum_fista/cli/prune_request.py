@@ -60,6 +60,10 @@ class PruneRequest:
 
         if config is None:
             config = _configuration(arguments)
+            _require_flags_with_meaning(arguments, config)
+        num_samples = arguments.num_samples
+        if num_samples is None:
+            num_samples = 128  # as the help of the flag says
         output = arguments.output
         if output is None:
             pattern = pattern_of_run(arguments.model, config)  # with the shares that really go
@@ -72,7 +76,7 @@ class PruneRequest:
             config=config,
             output=output,
             sources=sources,
-            num_samples=arguments.num_samples,
+            num_samples=num_samples,
             sequence_length=arguments.sequence_length,
             batch_size=arguments.batch_size,
             device=arguments.device,
@@ -406,3 +410,21 @@ def _configuration(arguments: argparse.Namespace) -> FistaPruningConfig:
         options.pop("sparsity", None)
         options.pop("pattern", None)
     return FistaPruningConfig.from_dict(options | flags)
+
+
+def _require_flags_with_meaning(arguments: argparse.Namespace, config: FistaPruningConfig) -> None:
+    """Refuse flags about sequences if the run has none, because it removes tokens (ValueError).
+
+    Such a run counts the tokens of whole texts. `arguments` are the parsed flags, and `config` is made of them. A flag
+    that is not given is `None`.
+    """
+    if config.tokens_removal is None:
+        return
+    for name in ("num_samples", "sequence_length", "batch_size", "storage_device"):
+        value = getattr(arguments, name)
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} {value} has no meaning for --pattern {config.pattern}, which removes tokens: whole texts "
+                "are counted. Leave it out."
+            )

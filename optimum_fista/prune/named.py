@@ -90,6 +90,11 @@ def prune_named(
     require_output(output_dir, overwrite, source=name)
     require_zeros_to_pack(config, packed)
     if config.tokens_removal is not None:
+        if storage_device is not None:
+            raise ValueError(
+                f"storage_device={str(storage_device)!r} has no meaning for pattern={config.pattern!r}, which removes "
+                "tokens: no activations wait. Leave it out."
+            )
         return remove_tokens(
             name,
             calib_dataloader,

@@ -32,11 +32,7 @@ def plan_removal(
     (`Removal.without_layers`). Raises ValueError if the pattern does not fit the model, and
     UnsupportedArchitectureError if there is nothing to prune or to remove.
     """
-    if config.tokens_removal is not None:
-        raise ValueError(
-            f"pattern={config.pattern!r} removes tokens from files, and their tokenizer: pass the model's folder or "
-            "Hub id, and output_dir, to FistaPruner.prune."
-        )
+    refuse_tokens_removal(config)
     config = config.resolved()  # a copy with a choice for every option
     removal: Removal
     if config.whole_parts is not None:
@@ -107,6 +103,15 @@ def _reason_left_dense(
     if reason is None and name in divided:
         reason = "the files keep its weight as several matrices, so its mask can't be saved"
     return reason
+
+
+def refuse_tokens_removal(config: FistaPruningConfig) -> None:
+    """Refuse a configuration that removes tokens for a model in memory, whose files are not known."""
+    if config.tokens_removal is not None:
+        raise ValueError(
+            f"pattern={config.pattern!r} removes tokens from files, and their tokenizer: pass the model's folder or "
+            "Hub id, and output_dir, to FistaPruner.prune."
+        )
 
 
 def require_zeros_to_pack(config: FistaPruningConfig, packed: bool) -> None:

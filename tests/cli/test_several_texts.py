@@ -41,8 +41,11 @@ def command(texts, tmp_path):
             is_file = name.endswith((".txt", ".jsonl"))
             source = str(texts / name) if is_file else name
             sources += ["--calibration", source]
-        output = ["--output", str(tmp_path / "out"), "--method", "wanda"]
-        return ["prune", str(texts / "model"), *output, *SIZES, *sources, *flags]
+        usual = ["prune", str(texts / "model"), "--output", str(tmp_path / "out"), *sources]
+        removes_tokens = "vocab:unused" in flags  # which takes no method, and whole texts
+        if not removes_tokens:
+            usual += ["--method", "wanda", *SIZES]
+        return [*usual, *flags]
 
     return words
 

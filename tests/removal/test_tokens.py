@@ -668,7 +668,8 @@ def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(
     assert capsys.readouterr().out.startswith(planned.strip())
     report = read_report(output)
     assert report.calibration["num_tokens"] == 600
-    assert "--calibration a.txt --calibration b.txt" in report.command()
+    repeated = report.command().split()
+    assert repeated[-4:] == ["--calibration", "a.txt", "--calibration", "b.txt"]
     assert "with 320 of 364 tokens" in (output / "README.md").read_text()
 
     assert main(["verify", str(output), "--dense", str(dense)]) == 0
@@ -681,6 +682,32 @@ def test_the_command_counts_several_files_and_other_commands_tell_of_tokens(
 
     assert main([*command, "--overwrite", "--calibration", "self"]) == 1
     assert "a model's own text is too short" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--num-samples 128", "--sequence-length 64", "--batch-size 2", "--storage-device disk"],
+)
+@pytest.mark.parametrize("dry", [[], ["--dry-run"]])
+def test_flags_of_sequences_are_refused_because_whole_texts_are_counted(
+    dense, tmp_path, capsys, flag, dry
+):
+    output = tmp_path / "smaller"
+    command = ["prune", str(dense), "-o", str(output), "--pattern", "vocab:0.1", *dry]
+
+    assert main([*command, *flag.split()]) == 1
+
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {flag} has no meaning for --pattern vocab:0.1")
+    assert not output.exists()
+
+
+def test_a_place_for_activations_is_refused_because_there_are_none(dense, tmp_path):
+    config = FistaPruningConfig(pattern="vocab:0.1")
+    pruner = FistaPruner(config, storage_device="cpu", progress=False)
+
+    with pytest.raises(ValueError, match="storage_device='cpu' has no meaning"):
+        pruner.prune(str(dense), [TEXT], output_dir=tmp_path / "smaller")
 
 
 def write_table(folder: Path, content: dict) -> None:
