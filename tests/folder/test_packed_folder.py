@@ -91,8 +91,13 @@ def test_zeros_of_an_earlier_run_are_verified_and_packed_after_a_run_that_remove
     batches = tiny_tokens().split(4)
     zeros = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
     zeros.prune(source, batches, output_dir=tmp_path / "zeros")
-    parts = FistaPruner(FistaPruningConfig(pattern=pattern), progress=False)
-    texts = [rare_tokens.TEXT] if pattern.startswith("vocab") else batches
+    if pattern.startswith("vocab"):  # such a run takes no method, and texts in place of batches
+        config = FistaPruningConfig(pattern=pattern)
+        texts = [rare_tokens.TEXT]
+    else:
+        config = FistaPruningConfig(pattern=pattern, method="wanda")
+        texts = batches
+    parts = FistaPruner(config, progress=False)
     report = parts.prune(tmp_path / "zeros", texts, output_dir=tmp_path / "smaller")
     num_weights = sum(operator.shape[0] * operator.shape[1] for operator in report.carried)
 
