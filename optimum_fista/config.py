@@ -315,17 +315,19 @@ class FistaPruningConfig(PruningOptions):
         pattern chooses. `scope` stays `None` if it has no meaning. This configuration itself stays as it is.
         """
         chosen = {
-            name: value
-            for name, value in vars(self._method_defaults).items()
-            if getattr(self, name) is None
+            name: value for name, value in self._choices().items() if getattr(self, name) is None
         }
         # A pattern such as 2:4 has no scope, but an override may be a sparsity, which has one.
         has_scope = self.tokens_removal is None and not self._usual_pattern.fixed
         if not has_scope and not self.overrides:
             chosen.pop("scope", None)
-        if self.allocation_tokens is None:
-            chosen["allocation_tokens"] = 1024 if self.whole_parts is None else 2048
         return dataclasses.replace(self, **chosen)
+
+    def _choices(self) -> dict[str, Any]:
+        """Values for options that the user leaves `None`, by name: of the method, and of the kind of the pattern."""
+        choices = dict(vars(self._method_defaults))
+        choices["allocation_tokens"] = 1024 if self.whole_parts is None else 2048
+        return choices
 
     @cached_property
     def correction(self) -> Correction:
@@ -416,10 +418,8 @@ class FistaPruningConfig(PruningOptions):
             "held_out",  # a part of the text is always held out
         ):
             value = getattr(self, name)
-            usual_values = [getattr(_DEFAULTS, name)]
-            if hasattr(self._method_defaults, name):
-                usual_values.append(getattr(self._method_defaults, name))
-            if value not in usual_values:
+            default = getattr(_DEFAULTS, name)
+            if value not in (default, self._choices().get(name, default)):
                 raise ValueError(
                     f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes tokens: leave out "
                     "the option, or the recipe that sets it."
