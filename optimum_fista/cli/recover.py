@@ -71,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.cli.overview import next_commands
     from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
     from optimum_fista.folder.output import folder_beside
+    from optimum_fista.train.preview import preview
     from optimum_fista.train.recovery import recover
-    from optimum_fista.train.recovery_plan import plan_recovery, preview
+    from optimum_fista.train.recovery_plan import plan_recovery
 
     output = arguments.output or folder_beside(arguments.folder, "-recovered")
     options = {

@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from accelerate.utils import fsdp2_prepare_model
@@ -63,6 +63,7 @@ from optimum_fista.train.divergence import (
     divergence,
     text_loss,
 )
+from optimum_fista.train.sequences import Sequences
 from optimum_fista.train.stored_teacher import StoredTeacher
 from optimum_fista.train.training import local, plain_parameters
 
@@ -79,25 +80,6 @@ _EPSILON = 1e-10
 # Taken for the root mean square of a tensor that is all zeros, such as some biases.
 _SIZE_OF_ZEROS = 1e-3
 logger = logging.getLogger(__name__)
-
-
-class Sequences(NamedTuple):
-    """Sequences of a text, on the CPU."""
-
-    tokens: Tensor  # ids, int64 [sequences, length]
-    # Which tokens count in the loss when they are predicted, booleans [sequences, length]; None: all.
-    counted: Tensor | None = None
-
-    @property
-    def num_counted(self) -> int:
-        """How many tokens count: the first one of a sequence is not predicted."""
-        if self.counted is None:
-            return self.tokens[:, 1:].numel()
-        return int(self.counted[:, 1:].sum())
-
-    def part(self, rows: slice) -> "Sequences":
-        """Return some of the sequences."""
-        return Sequences(self.tokens[rows], None if self.counted is None else self.counted[rows])
 
 
 class Schedule:
@@ -208,8 +190,8 @@ class DistillationTrainer(Trainer):
         self._label_share = label_share
         # Tokens that count in a sequence, on average; None: all. Losses are divided by it, not by the number of the
         # batch itself. So each of these tokens counts as much, in whatever batch or process it is.
-        self._counted_to_train = _counted_in_a_sequence(trained_on)
-        self._counted_to_measure = _counted_in_a_sequence(held_out)
+        self._counted_to_train = trained_on.counted_in_a_sequence
+        self._counted_to_measure = held_out.counted_in_a_sequence
         self._read_start = read_start
         self.schedule = Schedule(steps)
 
@@ -438,11 +420,6 @@ def _dataset(text: Sequences) -> Any:
         {"input_ids": row, "counted": counted}
         for row, counted in zip(text.tokens, text.counted, strict=True)
     ]
-
-
-def _counted_in_a_sequence(text: Sequences) -> float | None:
-    """Return the number of tokens that count in a sequence, on average; `None` if all do."""
-    return None if text.counted is None else text.num_counted / len(text.tokens)
 
 
 def _divisor(ids: Tensor, counted_in_a_sequence: float | None) -> float | None:

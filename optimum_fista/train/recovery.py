@@ -63,15 +63,10 @@ from optimum_fista.source.loading import (
     load_model,
     load_tokenizer,
     read_model,
-    require_tokenizer,
 )
 from optimum_fista.source.quantization import quantized_source
-from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
-from optimum_fista.text.sources import load_text
-from optimum_fista.text.windows import windows_with_answers
 from optimum_fista.train.distillation import (
     DistillationTrainer,
-    Sequences,
     Watch,
     explaining_full_disk,
     intact_states,
@@ -87,6 +82,7 @@ from optimum_fista.train.recovery_plan import (
     round_head,
     shards_weights,
 )
+from optimum_fista.train.sequences import Sequences, draw_text
 from optimum_fista.train.stored_teacher import StoredTeacher, require_settings, stored_teacher
 from optimum_fista.train.teacher import require_dense_model
 from optimum_fista.train.training import (
@@ -189,7 +185,7 @@ def recover(
             settings = _settings_of_predictions(plan, teachers_files)
             folder_of_teacher = Path(plan.options.teacher_logits)
             ranks.first(lambda: require_settings(folder_of_teacher, settings))
-        text = ranks.first(lambda: _draw_text(plan, unfinished / JOURNAL, progress))
+        text = ranks.first(lambda: draw_text(plan, unfinished / JOURNAL, progress))
 
         # A run in `unfinished` with another fingerprint is refused, or deleted if `overwrite`.
         fingerprint = _fingerprint(plan, students_files, teachers_files, text, ranks.count)
@@ -276,74 +272,6 @@ def _require_right_models(
     was_pruned_before = bool(plan.report.first_model.steps)
     if was_pruned_before and refuses_zeros_without_mask:
         find_masks(load_student(plan.source), plan.source)  # which refuses zeros without a mask
-
-
-def _draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Sequences:
-    """Draw the text; the first `held_out` sequences are never trained on.
-
-    `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. `plan.text_model` is
-    the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
-    `journal`, the folder of the run, where a later start reads it; or beside the teacher's predictions of it, where
-    other runs read it, too. `progress`: whether to show a bar. A text of the Hub is downloaded into its cache.
-
-    With the option `answers_only`, only tokens of answers count. ValueError if the held-out sequences, or those to
-    train on, have none.
-    """
-    if plan.options.answers_only:
-        return _draw_answers(plan)
-
-    held_out = plan.options.held_out
-    folder_of_teacher = plan.options.teacher_logits
-    try:
-        tokens = calibration_tokens_by_name(
-            plan.text_model,
-            plan.calibration,
-            num_samples=plan.num_sequences + held_out,
-            sequence_length=plan.length,
-            seed=plan.options.seed,
-            held_out=held_out,
-            device=str(plan.device),
-            keep_in=journal if folder_of_teacher is None else Path(folder_of_teacher),
-            progress=progress,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
-        ) from error
-    return Sequences(tokens)
-
-
-def _draw_answers(plan: RecoveryPlan) -> Sequences:
-    """Draw conversations of the source `plan.calibration`, of which only tokens of answers count (`_draw_text`)."""
-    held_out = plan.options.held_out
-    text = load_text(plan.calibration, split="calibration")
-    try:
-        tokens, answers = windows_with_answers(
-            require_tokenizer(plan.text_model),
-            text,
-            num_samples=plan.num_sequences + held_out,
-            sequence_length=plan.length,
-            seed=plan.options.seed,
-            held_out=held_out,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"answers_only=True, tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
-        ) from error
-
-    drawn = Sequences(tokens, answers)
-    parts = {
-        "held out": drawn.part(slice(held_out)),
-        "trained on": drawn.part(slice(held_out, None)),
-    }
-    for use, part in parts.items():
-        if not part.num_counted:
-            raise ValueError(
-                f"answers_only=True: none of the {part.tokens.numel():,} tokens of {text.name!r} that are {use} is of "
-                'an answer: pass conversations with turns of the role "assistant", or more sequences (--tokens, '
-                "--held-out)."
-            )
-    return drawn
 
 
 def _settings_of_predictions(plan: RecoveryPlan, teachers_files: SourceFiles) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A recovery trains the *student* (the pruned model) so that it predicts as the *teacher* (the dense model) does.
 `plan_recovery` makes the plan before anything large is read, from configurations, tokenizers and a model without
-weights. `recover` then trains by it, after `choose` has found what fits into memory (a `Choice`). `preview` prints the
-plan, and measures the time of one step. Nothing here writes a file of the run.
+weights. `recover` then trains by it, after `choose` has found what fits into memory (a `Choice`). `plan_text` writes
+the plan for people. Nothing here writes a file of the run.
 
 A *step* is one update of the weights. It sums the gradients of several *passes* (forward and backward), each of
 `batch_size` sequences. Numbers of passes are those of all processes together. The source of text "self" means that the
@@ -14,9 +14,8 @@ import itertools
 import math
 import os
 import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import cached_file
 
 from optimum_fista import internals
-from optimum_fista.bars import tqdm
 from optimum_fista.devices import usable_device
-from optimum_fista.environment import numerical_environment
 from optimum_fista.folder.checkpoint import (
     CONFIG_KEY,
     REPORT_FILE,
@@ -40,16 +37,15 @@ from optimum_fista.folder.checkpoint import (
     read_report,
 )
 from optimum_fista.folder.output import folder_beside, require_output, unfinished_folder
-from optimum_fista.memory import available_bytes, size_text
+from optimum_fista.memory import size_text
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.precision import is_fast
-from optimum_fista.model.predictor import LOGITS_PER_CHUNK, Predictor
+from optimum_fista.model.predictor import LOGITS_PER_CHUNK
 from optimum_fista.recovery_report import WORDS_OF_TRAIN, RecoveryReport
 from optimum_fista.report import PruningReport
 from optimum_fista.source.loading import (
     forget_gguf,
-    load_model,
     load_tokenizer,
     model_without_weights,
     read_config,
@@ -59,14 +55,6 @@ from optimum_fista.source.loading import (
 from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.text.calibration_tokens import usual_length
 from optimum_fista.text.sources import require_source
-from optimum_fista.train.divergence import (
-    LiveTeacher,
-    Predictions,
-    Teacher,
-    TopPredictions,
-    bytes_of_whole_logits,
-    divergence,
-)
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
 
@@ -651,28 +639,6 @@ def _inner_parameters(model: PreTrainedModel) -> list[nn.Parameter]:
     ]
 
 
-@numerical_environment()
-def preview(plan: RecoveryPlan) -> str:
-    """Say in a few lines what a recovery will do and need.
-
-    If they fit into memory, both models are loaded to time one step. Nothing is written, and `plan` stays as it is.
-    During the call, numerical settings of PyTorch are those of a new process (`numerical_environment`).
-    """
-    free = available_bytes(plan.device)
-    choice = choose(plan, [free])
-    duration = "not measured: one step does not fit into the free memory"
-    if free is None or choice.num_bytes <= free:
-        seconds, num_bytes_not_estimated = _seconds_of_step(plan, choice)
-        interval = tqdm.format_interval(plan.steps * seconds)
-        duration = f"about {interval}, {seconds:.1f} seconds a step"
-        if plan.options.teacher_logits is not None:
-            duration += ", beside the time to store predictions that are missing"
-        if num_bytes_not_estimated:
-            # known now: these models can't be cut before their heads
-            choice = replace(choice, num_bytes=choice.num_bytes + num_bytes_not_estimated)
-    return plan_text(plan, choice, free, duration)
-
-
 def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: str) -> str:
     """Write the plan of a recovery as a few lines of text, each with a name before it. Changes nothing.
 
@@ -706,79 +672,3 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
         "output": str(plan.output),
     }
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
-
-
-def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
-    """Load the models, and time the forward and backward passes of one step, on any tokens.
-
-    Returns the seconds of a step, and the bytes that logits take more than `choice` says: 0 if models can be cut.
-
-    One pass is timed, after another one that fills caches. Its time, multiplied by the number of passes, is that of the
-    step. If the teacher's predictions are stored, others of the same shape take their place. All models are local to
-    this function, so their memory is free when it returns. `plan` and `choice` are only read: `choice.train` says what
-    has gradients, `choice.checkpointed` whether activations are computed twice.
-    """
-    # The student as the training has it: weights in float32, gradients for those that are trained. The head is rounded
-    # last, because it is not trained: it has the dtype of the products.
-    student = load_student(plan.source).float()
-    mark_trained(student, choice.train)
-    student.to(plan.device)
-    if choice.checkpointed:
-        student.gradient_checkpointing_enable()
-    round_head(student, plan.compute_dtype)
-    student.train()
-
-    in_16_bits = plan.compute_dtype != torch.float32
-    products = torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits)
-    with products:  # `Predictor` runs the model on a few tokens, to find out how to cut it
-        student_predictor = Predictor(student)
-
-    vocabulary = student.get_input_embeddings().num_embeddings
-    teacher: Teacher
-    if plan.options.teacher_logits is None:
-        model, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
-        model.eval()
-        with products:
-            teacher = LiveTeacher(model, plan.kept_tokens)
-    else:
-        teacher = _AnyTeacher(min(plan.options.top_k, vocabulary))
-
-    # Ids 0, 1, 2, ..., which begin again at the end of the vocabulary.
-    numbers = torch.arange(plan.options.batch_size * plan.length).remainder(vocabulary)
-    ids = numbers.view(plan.options.batch_size, plan.length).to(plan.device)
-
-    seconds_of_pass = 0.0
-    for _ in range(2):  # the time of the second pass counts
-        started = time.perf_counter()
-        with products:
-            loss = divergence(student_predictor, teacher, ids, plan.options.label_share)
-            loss.backward()
-        torch.get_device_module(plan.device).synchronize()  # waits for the device
-        seconds_of_pass = time.perf_counter() - started
-    num_bytes_not_estimated = bytes_of_whole_logits(
-        student_predictor, teacher, ids.numel(), plan.compute_dtype
-    )
-    return plan.passes_of_step * seconds_of_pass, num_bytes_not_estimated
-
-
-class _AnyTeacher:
-    """Stands for a stored teacher while a step is timed: it predicts the same at all positions."""
-
-    def __init__(self, top_k: int) -> None:
-        """Predict the tokens 0 to `top_k` - 1, equally likely, with one half of the probability."""
-        self._top_k = top_k
-
-    def predictions(self, ids: Tensor) -> Predictions:
-        """Make predictions of the shape of those that are stored (`divergence.Teacher`)."""
-        num_positions = ids.shape[0] * (ids.shape[1] - 1)
-        tokens = torch.arange(self._top_k, device=ids.device).expand(num_positions, -1)
-        top = TopPredictions(
-            tokens=tokens,
-            log_of_tokens=torch.full(tokens.shape, -math.log(2 * self._top_k), device=ids.device),
-            log_of_rest=torch.full((num_positions, 1), -math.log(2), device=ids.device),
-        )
-        return top.part
-
-    def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
-        """Return 0, as of a stored teacher."""
-        return 0

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import recover
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
+from optimum_fista.model.predictor import Predictor
 from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import windows_with_answers
-from optimum_fista.train import distillation, recovery_plan, stored_teacher
+from optimum_fista.train import distillation, stored_teacher
 from optimum_fista.train import recovery as recovery_module
 from optimum_fista.train.distillation import Watch
 
@@ -122,7 +123,7 @@ def test_answers_are_learned(run):
 def test_predictions_that_were_stored_for_all_tokens_serve_answers(run, tmp_path, monkeypatch):
     run("all", teacher_logits=tmp_path / "teacher", answers_only=False)
     live = run("live")
-    for module in (recovery_module, stored_teacher, recovery_plan):
+    for module in (recovery_module, stored_teacher):
         monkeypatch.setattr(module, "load_model", None)
 
     stored = run("stored", teacher_logits=tmp_path / "teacher", top_k=32)
@@ -198,3 +199,40 @@ def test_the_command_trains_on_answers(student, teacher, text, tmp_path, capsys)
 
     assert main(command) == 0
     assert read_report(tmp_path / "out").recoveries[-1].options["answers_only"] is True
+
+
+def test_a_dry_run_times_as_many_predictions_as_a_pass_of_the_run_has(
+    student, teacher, text, tmp_path, monkeypatch
+):
+    num_positions = []
+    logits = Predictor.logits
+
+    def counting(self, hidden):
+        num_positions.append(len(hidden))
+        return logits(self, hidden)
+
+    monkeypatch.setattr(Predictor, "logits", counting)
+    command = ["recover", str(student), "--teacher", str(teacher), "--calibration", text]
+    command += ["--answers-only", "--tokens", "64", "--sequence-length", "16", "--held-out", "4"]
+    command += ["--output", str(tmp_path / "out"), "--device", "cpu", "--batch-size", "2"]
+
+    assert main([*command, "--dry-run"]) == 0
+
+    conversations = load_text(text, "calibration")
+    _, answers = windows_with_answers(chat_tokenizer(), conversations, 8, 16, 0, held_out=4)
+    num_of_batch = round(2 * int(answers[4:, 1:].sum()) / 4)
+    assert 2 < num_of_batch < 30
+    # Two passes of both models, after the two tokens by which each is cut.
+    assert num_positions == [2, 2, *(4 * [num_of_batch])]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_refuses_the_text_that_the_run_refuses(student, teacher, tmp_path, capsys):
+    file = tmp_path / "other.jsonl"
+    file.write_text("".join(json.dumps({"text": sentence}) + "\n" for sentence in SENTENCES))
+    command = ["recover", str(student), "--teacher", str(teacher), "--calibration", str(file)]
+    command += ["--answers-only", "--tokens", "64", "--sequence-length", "16", "--held-out", "4"]
+
+    assert main([*command, "--output", str(tmp_path / "out"), "--device", "cpu", "--dry-run"]) == 1
+
+    assert "has no conversations" in capsys.readouterr().err

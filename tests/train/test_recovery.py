@@ -34,7 +34,7 @@ from optimum_fista.memory import size_text
 from optimum_fista.model import predictor
 from optimum_fista.prune.identity import require_same_run
 from optimum_fista.source.loading import load_model
-from optimum_fista.train import distillation, recovery, recovery_plan
+from optimum_fista.train import distillation, preview, recovery, recovery_plan
 from optimum_fista.train.distillation import (
     DistillationTrainer,
     Watch,
@@ -275,7 +275,7 @@ def test_a_run_says_its_plan_before_it_trains_and_the_time_after_a_step(run, cap
 
 
 def test_a_dry_run_measures_no_step_that_does_not_fit(dry_run, monkeypatch):
-    monkeypatch.setattr(recovery_plan, "available_bytes", lambda device: 1000)
+    monkeypatch.setattr(preview, "available_bytes", lambda device: 1000)
 
     shown = dry_run()
 

@@ -14,7 +14,7 @@ from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import predictor
 from optimum_fista.text import calibration_tokens
-from optimum_fista.train import recovery, recovery_plan, stored_teacher
+from optimum_fista.train import preview, recovery, recovery_plan, stored_teacher
 
 QUICK = quick_recovery.QUICK | {"train": "all"}
 SHARDS = 10
@@ -98,7 +98,7 @@ def test_the_report_says_how_many_tokens_were_stored(run, tmp_path):
 
 def test_a_training_from_a_filled_folder_has_no_teacher_in_memory(run, tmp_path, monkeypatch):
     run("first")
-    for module in (recovery, stored_teacher, recovery_plan):
+    for module in (recovery, stored_teacher):
         monkeypatch.setattr(module, "load_model", fail)
 
     run("second")
@@ -267,7 +267,7 @@ def test_the_command_has_a_flag_and_a_dry_run_writes_nothing(
     saved, tiny_folder, text, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recovery_plan, "load_model", fail)
+    monkeypatch.setattr(preview, "load_model", fail)
     command = ["recover", str(saved.folder), "--teacher", str(tiny_folder), "--output", "out"]
     command += ["--calibration", text, "--tokens", "640", "--sequence-length", "16"]
     command += ["--device", "cpu", "--teacher-logits", "stored", "--top-k", "5", "--dry-run"]
