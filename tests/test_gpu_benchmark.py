@@ -178,6 +178,6 @@ def test_the_arithmetic_of_the_page_is_that_of_the_script(benchmark, monkeypatch
     benchmark("gpu").main()
 
     table = capsys.readouterr().out
-    page = Path("docs/howto/big-models.md").read_text()
+    page = Path("docs/gpu.md").read_text()
     assert table.count("\n") > 10
     assert table in page
