@@ -134,29 +134,17 @@ def _compare_loaded(
         dense: Name of the dense model, for errors.
         progress: Called with the name of each tensor.
     """
-    linear_operators = operators_by_weight(pruned_model, report)
-    # The report calls an operator as its weight is called in the files; here it is needed by the weight's name in the
-    # model. `stored` has the names in the files by those in the model, `names_in_model` is the reverse.
-    stored = stored_names(pruned_model, linear_operators.values(), all_of_them=False)
-    names_in_model = {stored_name.name: name for name, stored_name in stored.items()}
-    operators = {names_in_model[operator.name]: operator for operator in report.operators}
-    pruned_operators = {name: linear_operators[name] for name in operators}
+    records, pruned_operators = _pruned_operators(pruned_model, report)
     changed = _changed_tensors(pruned_model, report, pruned_operators)
-    # Each is read from its file when the loop below comes to it.
-    if report.removed:
-        expected_tensors = _remaining_tensors(dense_model, report, operators)
-    else:
-        expected_tensors = (
-            (name, stored_tensor(dense_model, name)) for name in _tensor_names(dense_model)
-        )
 
     # A dictionary as a set of names, because it keeps their order.
     not_compared = dict.fromkeys(_tensor_names(pruned_model))
     num_equal = 0
-    for name, expected in expected_tensors:
+    for name, expected in _expected_tensors(dense_model, report, records):
         if name not in not_compared:
             raise VerificationError(f"{name} is in {dense!r} and not in the pruned model.")
         del not_compared[name]
+
         pruned = stored_tensor(pruned_model, name)
         if _lost_tokens(pruned.shape, expected.shape, tokens):
             assert tokens is not None
@@ -167,14 +155,46 @@ def _compare_loaded(
             raise VerificationError(
                 f"{name} has shape {tuple(pruned.shape)}, from {dense!r} {tuple(expected.shape)}."
             )
+
         if name not in changed:
             _require_equal(name, pruned, expected, dense)
             num_equal += 1
         progress(name)
+
     if not_compared:
         first_name = next(iter(not_compared))
         raise VerificationError(f"{first_name} is in the pruned model and not in {dense!r}.")
     return num_equal
+
+
+def _pruned_operators(
+    pruned_model: PreTrainedModel, report: PruningReport
+) -> tuple[dict[str, OperatorReport], dict[str, LinearOperator]]:
+    """Return the reports of the pruned operators, and the operators, both by the names of their weights in the model.
+
+    The report calls an operator as its weight is called in the files, where it may have another name.
+    """
+    operators = operators_by_weight(pruned_model, report)
+    # names in the files, by the names in the model
+    stored = stored_names(pruned_model, operators.values(), all_of_them=False)
+    names_in_model = {stored_name.name: name for name, stored_name in stored.items()}
+    records = {names_in_model[record.name]: record for record in report.operators}
+    return records, {name: operators[name] for name in records}
+
+
+def _expected_tensors(
+    dense_model: PreTrainedModel, report: PruningReport, records: dict[str, OperatorReport]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the dense model that the pruned one should have, each with its name in the pruned model.
+
+    Each is read from its file when it is yielded. `records` are the reports of the pruned operators, by the names of
+    their weights in the pruned model; they say which parts were removed.
+    """
+    if report.removed:
+        yield from _remaining_tensors(dense_model, report, records)
+    else:
+        for name in _tensor_names(dense_model):
+            yield name, stored_tensor(dense_model, name)
 
 
 def _require_equal(name: str, pruned: Tensor, expected: Tensor, dense: str) -> None:

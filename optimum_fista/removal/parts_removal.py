@@ -224,43 +224,54 @@ class PartsRemoval(Removal):
         that are not pruned, by name, each with the reason; for those that still are not, `self.smaller_plan` (the
         `Shrinking` of the run) words the reasons anew. This removal and the model are not changed.
         """
-        correction = self.config.correction
-        after_removed = set[int]()  # numbers of the layers that come after a removed one
-        # With "full", a layer sees the error of those before it. Otherwise dense states enter it, without an error.
-        if correction.carry == "full":
-            # Of removed neighbours, only the layer after the last one stays; the others are passed over below.
-            after_removed = {index + 1 for index in self.removed_layers}
-        may_compensate = correction.residual_share > 0 and (
-            "heads" in self.num_kept_by_kind or bool(after_removed)
-        )
-        # Operators without a place for their mask in the files can't be refitted either.
+        compensating_layers = self._compensating_layers()
+        # Operators without a place for their mask in the files can't be refitted.
         divided = set[str]()
-        if may_compensate:
+        if compensating_layers:
             divided = divided_weights(self.layers.model, self.layers.name)
+
         operators = dict[str, Mapping[str, LinearOperator]]()
         patterns = dict(self.patterns)
-        for index, (name, layer) in enumerate(self.layers):
+        for index, (layer_name, layer) in enumerate(self.layers):
             if index in self.removed_layers:
-                operators[name] = {}
-                continue
-            own = self.operators[name]
-            # A layer of which no operator loses columns loses no heads. One that lost only channels would count, too.
-            loses_heads = "heads" in self.num_kept_by_kind and bool(own)
-            has_error_to_correct = loses_heads or index in after_removed
-            if has_error_to_correct and may_compensate:
-                compensating = _compensating_operators(name, layer, divided)
-                for operator in compensating.values():
+                operators[layer_name] = {}
+            elif index not in compensating_layers:
+                operators[layer_name] = self.operators[layer_name]
+            else:
+                refitted = _refitted_operators(layer_name, layer, divided)
+                for name, operator in refitted.items():
                     num_columns = operator.shape[1]
                     # Operators that lose columns have a pattern already, and keep it.
-                    patterns.setdefault(operator.name, Columns.keeping(num_columns, num_columns))
-                # Objects of one name are operators of the same matrix. `own` may have experts besides.
-                own = {**compensating, **own}
-            operators[name] = own
+                    patterns.setdefault(name, Columns.keeping(num_columns, num_columns))
+                # Objects of one name are operators of the same matrix. `self.operators` may have experts besides.
+                operators[layer_name] = {**refitted, **self.operators[layer_name]}
 
         pruned = {name for of_layer in operators.values() for name in of_layer}
         not_pruned = [name for name in self.left_dense if name not in pruned]
         left_dense = self.smaller_plan.reasons_left_dense(not_pruned)
         return replace(self, operators=operators, patterns=patterns, left_dense=left_dense)
+
+    def _compensating_layers(self) -> set[int]:
+        """Return the numbers of the decoder layers whose last operator compensates for removed parts; often none.
+
+        These are the layers that lose heads, and those that come after a removed one. The option
+        `residual_correction` says whether there is a compensation at all.
+        """
+        correction = self.config.correction
+        compensating = set[int]()
+        if correction.residual_share == 0:
+            return compensating
+        for index, (layer_name, _) in enumerate(self.layers):
+            if index in self.removed_layers:
+                continue
+            # A layer of which no operator loses columns loses no heads. One that lost only channels would count, too.
+            loses_columns = bool(self.operators[layer_name])
+            loses_heads = "heads" in self.num_kept_by_kind and loses_columns
+            # With "full", a layer sees the error of those before it. Otherwise dense states enter it, without an error.
+            sees_removed_layer = correction.carry == "full" and index - 1 in self.removed_layers
+            if loses_heads or sees_removed_layer:
+                compensating.add(index)
+        return compensating
 
     def before(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
@@ -574,10 +585,10 @@ class PartsRemoval(Removal):
         shrink_model(model, self.smaller_plan, kept)
 
 
-def _compensating_operators(
+def _refitted_operators(
     layer_name: str, layer: nn.Module, divided: Collection[str]
 ) -> dict[str, LinearOperator]:
-    """Find the operators of a decoder layer of which the last one may be refitted, by name.
+    """Find the operators of a decoder layer of which the last one is refitted to compensate, by name.
 
     These are all but matrices of experts, and but those whose mask has no place in the files (`divided`).
     """
