@@ -123,7 +123,10 @@ _HELP = {
 
 
 def arguments_given() -> Namespace:
-    """Read the command line; SystemExit if a study is not known."""
+    """Read the command line; SystemExit if a study is not known.
+
+    Values are defaults. A type, such as `Path`, is that of an argument without a default (`parse_arguments`).
+    """
     arguments = parse_arguments(
         __doc__,
         "model",

@@ -428,7 +428,8 @@ def answers(
         reason = run_program(command, request, arguments.threads, end - time.monotonic())
         answered = {line["kind"] for line in lines_of(output)}
         waiting = {kind: folder for kind, folder in waiting.items() if kind not in answered}
-        if reason is None:
+        took_too_long = reason is None
+        if took_too_long:
             break
         if waiting:
             crashed = next(iter(waiting))

@@ -62,24 +62,24 @@ def draw(
     """
     length = arguments.sequence_length or usual_length(read_config(arguments.model))
     tokenizer, start = with_bos(arguments, tokenizer)
-    texts = {}
+    measured = {}  # windows by the name of the text
     recipe = []
     for source in arguments.texts:
         name = Path(source).stem
         text = load_text(source, "test")
-        first, *others = text.documents
-        text = replace(text, documents=(start + first, *others))
-        windows = evaluation_windows(tokenizer, text, length)
-        texts[name] = windows[: arguments.max_windows]
+        first_document, *other_documents = text.documents
+        text = replace(text, documents=(start + first_document, *other_documents))
+        all_windows = evaluation_windows(tokenizer, text, length)
+        measured[name] = all_windows[: arguments.max_windows]
         recipe.append(
-            f"Perplexity on {name}: {text.name} (sha256 {text.sha256[:16]}), the first {len(texts[name])} of "
-            f"{len(windows)} windows of {length} tokens, BOS: {arguments.bos}."
+            f"Perplexity on {name}: {text.name} (sha256 {text.sha256[:16]}), the first {len(measured[name])} of "
+            f"{len(all_windows)} windows of {length} tokens, BOS: {arguments.bos}."
         )
 
     calibration_length = arguments.calibration_length or length
     count = arguments.num_samples + arguments.held_out
     if arguments.calibration == "self":
-        windows = calibration_tokens_by_name(
+        drawn = calibration_tokens_by_name(
             arguments.model,
             "self",
             count,
@@ -92,19 +92,19 @@ def draw(
         origin = "text that the model samples itself"
     else:
         text = load_text(arguments.calibration, "calibration")
-        windows = calibration_windows(tokenizer, text, count, calibration_length, seed)
+        drawn = calibration_windows(tokenizer, text, count, calibration_length, seed)
         origin = f"{text.name} (sha256 {text.sha256[:16]})"
-    calibration = windows[: arguments.num_samples]
+    calibration = drawn[: arguments.num_samples]
     recipe.append(
         f"Calibration, seed {seed}: {len(calibration)} random windows of {calibration_length} tokens of {origin}."
     )
     if arguments.held_out:
-        texts[CALIBRATED] = calibration[: arguments.held_out]
-        texts[HELD_OUT] = windows[arguments.num_samples :]
+        measured[CALIBRATED] = calibration[: arguments.held_out]
+        measured[HELD_OUT] = drawn[arguments.num_samples :]
         recipe.append(
-            f"Perplexity on {HELD_OUT}: {len(texts[HELD_OUT])} further windows of that text, not calibrated on."
+            f"Perplexity on {HELD_OUT}: {len(measured[HELD_OUT])} further windows of that text, not calibrated on."
         )
-    return calibration, texts, recipe
+    return calibration, measured, recipe
 
 
 def with_bos(

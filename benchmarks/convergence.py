@@ -82,29 +82,31 @@ class Scaled:
         steps: int,
         *,
         restart: bool,
-        see: Step | None = None,
+        on_step: Step | None = None,
     ) -> Tensor:
         """Run FISTA with thresholds `l1_penalty * s_j / L`: the LASSO of the unscaled weights, whatever the scale.
 
-        `restart` drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme). `see` is called
-        with the number of each step and its weights. `start` stays as it is.
+        `restart` drops the momentum when it points uphill (O'Donoghue & Candes 2015, gradient scheme). `on_step` is
+        called with the number of each step and its weights. `start` stays as it is.
         """
         weight = start
         point = start  # where the gradient is taken: the weights with momentum
         lipschitz = largest_eigenvalue(self.gram)
         t = 1.0
         for step in range(1, steps + 1):
+            # point - (point G - C) / L, a step against the gradient
             values = torch.addmm(point, point, self.gram, alpha=-1 / lipschitz)
             values.add_(self.target, alpha=1 / lipschitz)
-            new = soft_threshold(values, l1_penalty * self.scale / lipschitz)
-            if see is not None:
-                see(step, new)
-            # point - new is the generalized gradient over L; a step along it goes uphill.
-            if restart and inner(point - new, new - weight) > 0:
+            next_weight = soft_threshold(values, l1_penalty * self.scale / lipschitz)
+            if on_step is not None:
+                on_step(step, next_weight)
+            # point - next_weight is the generalized gradient over L; a step along it goes uphill.
+            change = next_weight - weight
+            if restart and inner(point - next_weight, change) > 0:
                 t = 1.0
             t_next = (1 + math.sqrt(1 + 4 * t * t)) / 2
-            point = torch.add(new, new - weight, alpha=(t - 1) / t_next)
-            weight = new
+            point = torch.add(next_weight, change, alpha=(t - 1) / t_next)
+            weight = next_weight
             t = t_next
         return weight
 
@@ -181,7 +183,7 @@ def stalling(problem: LayerProblem, steps: int) -> tuple[dict[str, list], dict[s
                 mask = HALF.mask((weight * scaled.scale).abs())
                 errors[name].append((step, scaled.error(weight, mask)))
 
-        scaled.fista(start, l1_penalty, steps, restart=restart, see=see)
+        scaled.fista(start, l1_penalty, steps, restart=restart, on_step=see)
 
     def follow_admm(name: str, scaled: Scaled, rho: float) -> None:
         """Add the curve of ADMM to picture 2."""

@@ -152,7 +152,8 @@ def measure(
         measures_perplexity=False,
     )
     parts = estimate.memory["host"]
-    import_bytes, samples, seconds = watched(
+    # `held_bytes` has what the process held at each moment: 0 once it had ended.
+    import_bytes, held_bytes, seconds = watched(
         source=source,
         output=output,
         samples=num_samples,
@@ -160,7 +161,7 @@ def measure(
         vocabulary=estimate.vocabulary,
         config=config,
     )
-    curve = [(moment, held) for moment, held in samples if held]
+    curve = [(moment, held) for moment, held in held_bytes if held]
     row = {
         "pattern": config["pattern"],
         "num_tokens": num_samples * length,

@@ -146,11 +146,9 @@ def program_of(problem: dict[str, str], answer: str) -> str:
     name = re.escape(problem["entry_point"])
     definition = rf"^(?:async )?def {name}\b"
     if re.search(definition, code, flags=re.MULTILINE):
-        # the function that is asked for is the last one of its name
-        start = [match.start() for match in re.finditer(definition, problem["prompt"], flags=re.M)][
-            -1
-        ]
-        solution = problem["prompt"][:start] + "\n" + code
+        definitions = list(re.finditer(definition, problem["prompt"], flags=re.MULTILINE))
+        asked = definitions[-1]  # the function that is asked for is the last one of its name
+        solution = problem["prompt"][: asked.start()] + "\n" + code
     else:
         body = textwrap.indent(textwrap.dedent(code.strip("\n")), "    ")
         solution = problem["prompt"] + "\n" + body

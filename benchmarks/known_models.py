@@ -194,7 +194,8 @@ def conversations_file(arguments: Namespace) -> Path:
     tokenizer = require_tokenizer(arguments.model)
     conversations = []
     for number, problem in enumerate(problems_of(arguments.problems, Path(arguments.work))):
-        if number % EVERY == 0:
+        is_measured = number % EVERY == 0
+        if is_measured:
             continue
         question = {"role": "user", "content": QUESTION.format(prompt=problem["prompt"])}
         prompt = tokenizer.apply_chat_template(

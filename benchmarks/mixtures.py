@@ -222,7 +222,9 @@ def optimizer_of(mixture: PreTrainedModel, arguments: Namespace) -> torch.optim.
             size = root_mean_square(parameter.detach())
             share = 1.0 if ".mlp." in name else arguments.rest_share
             rate = arguments.relative_step * share * size
-            groups.append({"params": [parameter], "lr": rate, "base": rate, "eps": EPSILON / size})
+            group = {"params": [parameter], "lr": rate, "eps": EPSILON / size}
+            group["base"] = rate  # of which `lr` is a share, by the step
+            groups.append(group)
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
 

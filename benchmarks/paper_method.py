@@ -109,19 +109,24 @@ def descents(results: Results) -> list[str]:
     lines = []
     for penalty in unique(row["penalty"] for row in rows):
         for way in unique(row["way"] for row in rows):
-            cells: dict[str, list[str]] = {"fall": [], "calibration": [], "other": []}
+            # After 20 and after 80 steps.
+            falls = []
+            errors_on_calibration = []
+            errors_on_other_text = []
             for steps in (20, 80):
                 # The line of Wanda's own weights has rows without steps only, which stand for both numbers.
                 group = [
                     row
                     for row in rows
-                    if (row["penalty"], row["way"]) == (penalty, way) and row["steps"] in (0, steps)
+                    if row["penalty"] == penalty
+                    and row["way"] == way
+                    and row["steps"] in (0, steps)
                 ]
-                cells["fall"].append(percent(statistics.fmean(row["fall"] for row in group), 1))
-                for text in ("calibration", "other"):
-                    cells[text].append(percent(mean_error(group, text)))
-            fall, calibration, other = ("/".join(cell) for cell in cells.values())
-            lines.append([penalty, way, fall, calibration, other])
+                falls.append(percent(statistics.fmean(row["fall"] for row in group), 1))
+                errors_on_calibration.append(percent(mean_error(group, "calibration")))
+                errors_on_other_text.append(percent(mean_error(group, "other")))
+            numbers = (falls, errors_on_calibration, errors_on_other_text)
+            lines.append([penalty, way, *map("/".join, numbers)])
     headings = ["penalty", "method", "objective falls by, %", "error, rounded", "WikiText-2"]
     return markdown_lines(headings, lines)
 

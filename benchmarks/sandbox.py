@@ -183,10 +183,11 @@ def _main() -> None:
     import resource
 
     question = json.load(sys.stdin)
+    # Each limit is a pair. At the first number the system sends a signal or refuses; the second can't be raised again.
     seconds = math.ceil(question["seconds"])
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # bytes of a file that is written
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
     # What the program prints goes nowhere: the word goes through a descriptor of its own.

@@ -54,12 +54,15 @@ def split_texts(sources: list[str], folder: Path) -> tuple[list[Path], list[Path
     held_out = []
     for source in sources:
         text = load_text(source, "calibration").joined
+        # The end of the text is held out, from the end of a paragraph on.
         cut = text.index("\n\n", math.ceil(len(text) * (1 - HELD_OUT)))
         stem = Path(source).stem
-        trained.append(folder / "texts" / f"{stem}-trained.txt")
-        trained[-1].write_bytes(text[:cut].encode())
-        held_out.append(folder / "texts" / f"{stem}-held-out.txt")
-        held_out[-1].write_bytes(text[cut:].encode())
+        trained_file = folder / "texts" / f"{stem}-trained.txt"
+        trained_file.write_bytes(text[:cut].encode())
+        trained.append(trained_file)
+        held_out_file = folder / "texts" / f"{stem}-held-out.txt"
+        held_out_file.write_bytes(text[cut:].encode())
+        held_out.append(held_out_file)
     return trained, held_out
 
 
