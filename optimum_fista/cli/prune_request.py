@@ -14,7 +14,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,16 +203,7 @@ class PruneRequest:
         """
         from optimum_fista.text.sources import require_source
 
-        for index, source in enumerate(self.sources):
-            earlier_sources = self.sources[:index]
-            # Both ways round: only a source to measure on has to name its split to be the same text.
-            is_again = any(
-                _are_one_text(source, calibrated=earlier)
-                or _are_one_text(earlier, calibrated=source)
-                for earlier in earlier_sources
-            )
-            if is_again or source in earlier_sources:
-                raise ValueError(f"--calibration has the text {source!r} twice: pass it once.")
+        _require_different(self.sources)
         if self.config.tokens_removal is not None:
             if "self" in self.sources:
                 raise ValueError(
@@ -312,6 +303,21 @@ def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None
                 f"--measure or --protect: {source!r} is among the calibration text, so it is not held out: pass "
                 "another text."
             )
+
+
+def _require_different(sources: Sequence[str]) -> None:
+    """Refuse sources of calibration text, such as ("c4", "code.txt"), of which two are one text (ValueError)."""
+    for index, source in enumerate(sources):
+        for earlier in sources[:index]:
+            # `_are_one_text` says no if the source to measure on names no split. Of two sources to calibrate on, either
+            # may name one, so both orders are tried.
+            are_one_text = (
+                source == earlier
+                or _are_one_text(source, calibrated=earlier)
+                or _are_one_text(earlier, calibrated=source)
+            )
+            if are_one_text:
+                raise ValueError(f"--calibration has the text {source!r} twice: pass it once.")
 
 
 def _are_one_text(source: str, *, calibrated: str) -> bool:

@@ -199,7 +199,7 @@ def _allocating(run: RunSizes) -> Moment:
     # Activations of one decoder layer, which the backward pass computes again. For each token it holds about 12 vectors
     # of the width of hidden states, and 6 of the width of the widest operator.
     activations = tokens * run.value_bytes * (12 * run.hidden + 6 * widest)
-    # Inputs of an operator in float32, and their squares, or its gradients and theirs.
+    # In float32, the inputs of an operator and their squares; later the gradients of its outputs and their squares.
     activations += tokens * 2 * _FLOAT32 * widest
     # Weights with float32 copies at the same time: all of a decoder layer, because its graph keeps the copies, or a
     # piece of the head, whose copies are not kept.
@@ -211,8 +211,9 @@ def _allocating(run: RunSizes) -> Moment:
         "tokens together": activations,
         "float32 copies": _FLOAT32 * widened if run.widens else 0,
     }
-    # Hidden states of all layers wait for the backward pass.
-    return Moment(parts, len(run.layers) * run.sequence_bytes * tokens / run.length)
+    # Hidden states in front of all layers wait for the backward pass.
+    hidden_states = len(run.layers) * run.sequence_bytes * tokens / run.length
+    return Moment(parts, waiting=hidden_states)
 
 
 def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> Iterator[Moment]:

@@ -203,14 +203,17 @@ def _verify_routing_tables(
     state = model.state_dict()
     for name, place in source.places.items():
         layer_name, _ = layer_and_kind(place)
+        # A table has the numbers of experts. So, other than weights, it has no floating-point values.
         is_table = layer_name in mixtures_by_layer and not state[place].is_floating_point()
         if not is_table:
             continue
         num_kept = len(mixtures_by_layer[layer_name].groups_kept)
         table = source.stored[name].tensor()
-        if int(table.min()) < 0 or int(table.max()) >= num_kept:
+        least = int(table.min())
+        most = int(table.max())
+        if least < 0 or most >= num_kept:
             raise VerificationError(
-                f"{name} names experts from {int(table.min())} to {int(table.max())}, and the mixture has {num_kept}."
+                f"{name} names experts from {least} to {most}, and the mixture has {num_kept}."
             )
 
 

@@ -104,16 +104,17 @@ def skipped_modules(
     for name, module in layer.named_modules(prefix=layer_name):
         if is_fused_experts(module) and matches(name, dense_experts):
             reasons[name] = "exclude"
-        mixtures = [
+        fused_experts = [
             child for child in module.children() if is_fused_experts(child) and can_be_split(child)
         ]
-        if not mixtures:
+        if not fused_experts:
             continue
-        router_sizes = {1}  # the gate of a shared expert has one output
-        for mixture in mixtures:
-            # all parameters, weights and biases, are [experts, ...]
-            for parameter in mixture.parameters(recurse=False):
-                router_sizes.add(parameter.shape[0])
+        # Numbers of outputs that routers have: one for each expert, or one, as the gate of a shared expert.
+        router_sizes = {1}
+        for experts in fused_experts:
+            for parameter in experts.parameters(recurse=False):
+                num_experts = parameter.shape[0]  # weights and biases are [experts, ...]
+                router_sizes.add(num_experts)
         for child_name, child in module.named_children():
             is_router = isinstance(child, LINEAR) and child.weight.shape[0] in router_sizes
             if is_router:

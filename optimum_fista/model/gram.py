@@ -123,10 +123,12 @@ class GroupSums:
                 f"the inputs of {group[0].name} hold NaN or Inf (or overflow when squared in float32): the model is "
                 "damaged there, or overflows its dtype: load it in float32 or bfloat16 (--dtype float32)."
             )
-        row = 0  # of the first output of the operator, among the outputs of the group
+        first_row = 0  # of the operator, among the outputs of all operators of the group
         for operator, weight in zip(group, weights, strict=True):
             name = operator.name
-            if not self.cross:  # the target is W X*: the dense outputs if X* = X
+            if not self.cross:
+                # Nothing is known of the dense network, or X* = X: the target is W X*. With X* = X it is the dense
+                # output.
                 yield LayerProblem(weight, statistics, name=name, aims_at_dense=self.same_inputs)
             elif "targets" in self.cross:
                 # The group has one operator, whose targets were given for each token.
@@ -139,12 +141,12 @@ class GroupSums:
                 )
             else:
                 # W X X*^T of this operator. `_problem` may overwrite it: it is needed only once.
-                num_rows = weight.shape[0]
+                end_row = first_row + weight.shape[0]
                 if "outputs" in self.cross:
-                    cross = self.cross["outputs"][row : row + num_rows]
+                    cross = self.cross["outputs"][first_row:end_row]
                 else:
                     cross = weight @ self.cross["inputs"]
-                row += num_rows
+                first_row = end_row
                 yield _problem(
                     weight,
                     statistics,

@@ -220,10 +220,10 @@ class _Recorder:
         """
         # by layer, the hidden states before and after a change
         changes = self._run(run, gives_zeros=bool(self.additive))
-        is_new_change = not changes.keys() <= self.additive
-        if is_new_change:
+        has_new_changes = bool(changes.keys() - self.additive)
+        if has_new_changes:
             changes = self._prove_sums(run, changes)
-        # With zeros before the change, what is there afterwards was added.
+        # These are of a pass with zeros before each change. So what is there afterwards was added.
         for index, (_, added) in changes.items():
             self._keep_addition(index, added)
         return self.current.first
@@ -392,8 +392,10 @@ class _Recorder:
         )
         if is_expected:
             return
-        has_form = (hidden_states.shape, hidden_states.dtype) == (expected.shape, expected.dtype)
-        if self.runs_layers or not has_form:
+        has_same_form = (
+            hidden_states.shape == expected.shape and hidden_states.dtype == expected.dtype
+        )
+        if self.runs_layers or not has_same_form:
             raise UnsupportedArchitectureError(
                 f"the model changes the hidden states in front of decoder layer {name}: only models that run every "
                 "decoder layer once, in order, on the output of the one before, can be pruned: pass another model."

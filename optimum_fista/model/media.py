@@ -303,31 +303,33 @@ def _split(
     # The number of the first patch of each image. One more entry, the number of all patches, ends the last image.
     patch_bounds = [0, *accumulate(patches)]
     num_patches = patch_bounds[-1]
-    # whether each argument has a row for every image, or for every patch
-    have_rows = all(len(value) in (num_images, num_patches) for value in values.values())
-    # Of each sequence: the number of its first image, and of the first image after it. `None`: they can't be told. The
-    # placeholder tokens can tell them if they are in proportion to the patches (`_tokens_follow_patches`).
+    # Of each sequence: the number of its first image, and that of the first image after it. `None`: nobody can tell
+    # which images a sequence has. Its placeholder tokens tell it if they are in proportion to the patches.
     images_of_sequences = _images_of_sequences(
         counts, patches, tokens_follow_patches=_tokens_follow_patches(values)
     )
-    if images_of_sequences is None or not have_rows:
+    each_has_row_for_image_or_patch = all(
+        len(value) in (num_images, num_patches) for value in values.values()
+    )
+    if images_of_sequences is None or not each_has_row_for_image_or_patch:
         raise ValueError(
             f"{where} has {len(counts)} sequences, and it can't be told which of them has which part of "
             f"{' and '.join(values)}: pass one sequence a batch."
         )
 
-    rows: list[dict[str, Tensor]] = []
+    values_of_sequences: list[dict[str, Tensor]] = []
     for first_image, end_image in images_of_sequences:
-        row = {}
+        values_of_sequence = {}
         has_images = first_image < end_image
         if has_images:
             images = slice(first_image, end_image)
             patches_of_images = slice(patch_bounds[first_image], patch_bounds[end_image])
             for key, value in values.items():
                 has_row_for_each_image = len(value) == num_images
-                row[key] = value[images] if has_row_for_each_image else value[patches_of_images]
-        rows.append(row)
-    return rows
+                rows = images if has_row_for_each_image else patches_of_images
+                values_of_sequence[key] = value[rows]
+        values_of_sequences.append(values_of_sequence)
+    return values_of_sequences
 
 
 def _grid_of(values: Mapping[str, Tensor]) -> Tensor | None:

@@ -296,9 +296,9 @@ def _slope_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
     size = POSITIONS_ON_CPU if logits.device.type == "cpu" else len(logits)
     for start in range(0, len(logits), size):
         rows = slice(start, start + size)
-        some = logits[rows].float().requires_grad_()
-        loss = nn.functional.cross_entropy(some, targets[rows], reduction="sum")
-        (gradient,) = torch.autograd.grad(loss, some)
+        logits_of_rows = logits[rows].float().requires_grad_()
+        loss = nn.functional.cross_entropy(logits_of_rows, targets[rows], reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, logits_of_rows)
         slope[rows] = gradient
     return slope
 

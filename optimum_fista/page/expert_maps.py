@@ -184,11 +184,14 @@ def _row(mixture: MixtureReport, tokens_of_texts: Sequence[Sequence[int]]) -> _R
     stays = set(mixture.groups_kept)
     kept = [expert for expert in in_order if expert in stays]
     removed = [expert for expert in in_order if expert not in stays]
+
     together = _experts_in_a_cell(num_experts)
-    return _Row(
-        kept=[_cells([of_text[expert] for expert in kept], together) for of_text in shares],
-        removed=[_cells([of_text[expert] for expert in removed], together) for of_text in shares],
-    )
+    cells_of_kept = []  # of each text
+    cells_of_removed = []
+    for of_text in shares:
+        cells_of_kept.append(_cells([of_text[expert] for expert in kept], together))
+        cells_of_removed.append(_cells([of_text[expert] for expert in removed], together))
+    return _Row(kept=cells_of_kept, removed=cells_of_removed)
 
 
 def _relative_shares(tokens: Sequence[int]) -> list[float]:

@@ -52,9 +52,11 @@ def read_pruned_report(folder: Path) -> PruningReport:
         ValueError: If it is damaged, or if there is nothing that a page could show.
     """
     report = read_report(folder)
-    file = str(folder / REPORT_FILE)
-    if report.operators or report.mixtures or "vocabulary" in report.model:
+    has_lost_tokens = "vocabulary" in report.model
+    if report.operators or report.mixtures or has_lost_tokens:
         return report
+
+    file = str(folder / REPORT_FILE)
     if report.removed:
         raise ValueError(
             f"{file!r} names no pruned operator: only decoder layers were removed, so a page has nothing to show. The "

@@ -152,10 +152,11 @@ class SmallerMixture:
             problems = self._problems_by_text(expert)
             if len(problems) < 2:
                 continue
+            weight_before = problems[0].weight  # that of the problems of all texts
             refit = refit_that_helps(problems, _SHARES)
             if refit is not None:
                 shares[expert] = refit.share
-                messages += self._take(expert, refit, problems[0].weight)
+                messages += self._take(expert, refit, weight_before)
 
         # Without a test: the weights are fitted to all texts by now. A shrunk refit is not repeated: another step would
         # take the expert further than the test allows.
@@ -163,7 +164,8 @@ class SmallerMixture:
         for _ in range(ROUNDS - 1):
             for expert in refitted_whole:
                 problems = self._problems_by_text(expert)
-                messages += self._take(expert, refit_to_all(problems), problems[0].weight)
+                weight_before = problems[0].weight
+                messages += self._take(expert, refit_to_all(problems), weight_before)
 
         for expert in sorted(shares):
             down_projection = self._down[expert]

@@ -541,8 +541,9 @@ class PartsRemoval(Removal):
                 continue
             mixture = layer.mixture
             if mixture is not None:
-                # Its layer stays, so it has a new name.
-                mixture = replace(mixture, name=self.new_name(mixture.name) or mixture.name)
+                new_name_of_mixture = self.new_name(mixture.name)
+                assert new_name_of_mixture is not None  # its decoder layer stays
+                mixture = replace(mixture, name=new_name_of_mixture)
             renamed.append(replace(layer, name=new_name, mixture=mixture))
         return renamed
 

@@ -175,7 +175,7 @@ class Removal:
             return record
         reorderings = []
         for operator in record.operators:
-            # The old number of each channel that the operator reads; None: they have their old places.
+            # `input_order` has the old number of each channel that the operator reads; None: none has changed places.
             if operator.input_order is not None:
                 part = self.channels[operator.name.removesuffix(".weight")]
                 reorderings.append(Reordering(part, operator.input_order))

@@ -70,7 +70,8 @@ def choose_substitutes(
             errors = _errors_with_substitutes(sample, expert, kept, experts, samples.router)
         # The sort is stable: of equally good experts, that with the lower number comes first.
         best_first = sorted(kept, key=lambda candidate: errors[candidate])
-        substitutes.append(tuple(best_first[: sample.rows.shape[1]]))
+        num_entries = sample.rows.shape[1]  # of a row of the table
+        substitutes.append(tuple(best_first[:num_entries]))
     return tuple(substitutes)
 
 

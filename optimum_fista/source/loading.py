@@ -287,10 +287,10 @@ def read_model(
     require_weights(name)
     is_gguf = gguf_file(name) is not None
     if is_gguf:
-        automatic = AutoModelForCausalLM
+        class_to_load = AutoModelForCausalLM
     else:
         config = read_config(name) if config is None else copy.deepcopy(config)
-        automatic = model_class(config)
+        class_to_load = model_class(config)
         is_quantized = quantization(config) is not None
         if is_quantized:
             config = read_dequantized(config)
@@ -298,7 +298,7 @@ def read_model(
         options["config"] = config
 
     model: PreTrainedModel
-    model, info = _read(automatic, name, output_loading_info=True, **options)
+    model, info = _read(class_to_load, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
         raise ValueError(

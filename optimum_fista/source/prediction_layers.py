@@ -225,9 +225,9 @@ def _prefixes(names: Sequence[str], layers_prefix: str) -> tuple[_InputNames, st
 def _template(
     inner_names: Sequence[str], naming: Naming, layers_name: str, layers_prefix: str
 ) -> tuple[int, dict[str, str]] | None:
-    """Find the decoder layer of the model that has most of the parameters of a prediction layer, and no other ones.
+    """Find the template of a prediction layer: a decoder layer all of whose parameters the prediction layer has, too.
 
-    The last one is found if several have equally many.
+    Of several such decoder layers, it is the one with the most parameters, and of these the last one.
 
     Args:
         inner_names: Names of the stored tensors of the prediction layer, without what all begin with, such as
@@ -246,24 +246,26 @@ def _template(
             number, _, inner_name = name.removeprefix(f"{layers_name}.").partition(".")
             tensors_of_layers.setdefault(int(number), set()).add(inner_name)
 
-    best: tuple[int, dict[str, str]] | None = None
+    template: tuple[int, dict[str, str]] | None = None
+    most_places = 0  # number of parameters of the best decoder layer until now
     tried: list[set[str]] = []  # layers of one kind have the same tensors
     for layer_number in sorted(tensors_of_layers, reverse=True):
         tensors = tensors_of_layers[layer_number]
         if tensors in tried:
             continue
         tried.append(tensors)
-        places = {}
+        places = {}  # parameters of this decoder layer that the prediction layer has, by `inner_names`
         for inner_name in inner_names:
             stored_name = f"{layers_prefix}{layer_number}.{inner_name}"
             place = naming.names_of(stored_name).place
             if naming.is_loaded(stored_name, place):
                 places[inner_name] = place
         loaded = {place.removeprefix(f"{layers_name}.{layer_number}.") for place in places.values()}
-        has_more = best is None or len(places) > len(best[1])
-        if tensors <= loaded and has_more:
-            best = layer_number, places
-    return best
+        has_all_of_layer = tensors <= loaded
+        if has_all_of_layer and len(places) > most_places:
+            template = layer_number, places
+            most_places = len(places)
+    return template
 
 
 def _only_mixture(

@@ -57,18 +57,19 @@ def calibration_tokens(
     if held_out:
         other_seed = seed ^ 1
         num_sampled = {seed: held_out, other_seed: num_samples - held_out}
-    sampled = [
-        sample_text_from_model(
+    sampled = []
+    for seed_of_part, number in num_sampled.items():
+        kept_file = None if keep_as is None else _file_of_part(keep_as, seed_of_part)
+        sequences = sample_text_from_model(
             model,
             tokenizer,
             num_samples=number,
             sequence_length=length,
             seed=seed_of_part,
             progress=progress,
-            kept_file=None if keep_as is None else _file_of_part(keep_as, seed_of_part),
+            kept_file=kept_file,
         )
-        for seed_of_part, number in num_sampled.items()
-    ]
+        sampled.append(sequences)
     return torch.cat(sampled)
 
 

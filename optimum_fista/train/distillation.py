@@ -479,7 +479,7 @@ class Watch(TrainerCallback):
         # Does nothing until the caller sets `DistillationTrainer.back_off` of the trainer here.
         self.back_off: Callable[[], None] = lambda: None
         self.stopped = False  # whether a Ctrl-C in some process has stopped the training
-        self._asked = False  # by Ctrl-C in this process
+        self._asked_to_stop = False  # whether a Ctrl-C in this process asks for it
         self._first_check = first_check
         self._ranks = ranks
         self._progress = progress and ranks.index == 0
@@ -494,19 +494,19 @@ class Watch(TrainerCallback):
     def stopping_at_a_step(self) -> Iterator[None]:
         """Inside, the first Ctrl-C ends the training after the current step; a second one ends it at once.
 
-        The first one sets `self._asked`, which `on_step_end` reads. Replaces Python's own handler of the signal until
-        the block ends. A handler of the caller stays, and then Ctrl-C does what that handler does. Python lets only the
-        main thread set handlers: in another thread nothing is replaced.
+        The first one sets `self._asked_to_stop`, which `on_step_end` reads. Replaces Python's own handler of the signal
+        until the block ends. A handler of the caller stays, and then Ctrl-C does what that handler does. Python lets
+        only the main thread set handlers: in another thread nothing is replaced.
         """
 
         def stop(*_: object) -> None:
-            """Note the first Ctrl-C in `self._asked` and log it; raise KeyboardInterrupt at the second one.
+            """Note the first Ctrl-C in `self._asked_to_stop` and log it; raise KeyboardInterrupt at the second one.
 
             Python calls it at the signal.
             """
-            if self._asked:
+            if self._asked_to_stop:
                 raise KeyboardInterrupt
-            self._asked = True
+            self._asked_to_stop = True
             logger.warning(
                 "stopping: this step is finished and saved first; Ctrl-C again stops at once"
             )
@@ -564,9 +564,9 @@ class Watch(TrainerCallback):
         obeys, and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock decides
         when a state is saved: two minutes after the last one (`self._saved`).
 
-        `self._asked` is True after Ctrl-C in this process. `self._first_check` is the number of an early step after
-        which the loss is measured, before the Trainer would do so. `self._step_began` is the moment at which this step
-        began. `self._is_step_timed` is True once this start has said how long the steps take.
+        `self._asked_to_stop` is True after Ctrl-C in this process. `self._first_check` is the number of an early step
+        after which the loss is measured, before the Trainer would do so. `self._step_began` is the moment at which this
+        step began. `self._is_step_timed` is True once this start has said how long the steps take.
         """
         self._bar.update()
         if not self._is_step_timed:
@@ -575,7 +575,7 @@ class Watch(TrainerCallback):
             interval = tqdm.format_interval((state.max_steps - state.global_step) * seconds)
             logger.info("one step takes %.1f seconds: about %s for the others", seconds, interval)
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
-        of_all_ranks = self._ranks.gather((is_due, self._asked))  # a pair for each rank
+        of_all_ranks = self._ranks.gather((is_due, self._asked_to_stop))  # a pair for each rank
         is_due_in_rank_0 = of_all_ranks[0][0]
         self.stopped = any(asked for _, asked in of_all_ranks)
 

@@ -64,10 +64,10 @@ class PartShare:
         least = math.ceil(at_least / step) * step  # rounded up
         most = (number - 1) // step * step  # rounded down
         if most < least:
-            floor = f" with {at_least} left at least" if at_least > 1 else ""
+            limit = f" with {at_least} left at least" if at_least > 1 else ""
             raise ValueError(
                 f"pattern={str(self)!r}: {kept} of {number} {self.kind} would stay (a multiple of {step}); none can go "
-                f"in steps of {step}{floor}."
+                f"in steps of {step}{limit}."
             )
 
         possible = self._possible_shares(number, range(least, most + 1, step))
