@@ -148,17 +148,22 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         for tensor in tree_flatten((args, kwargs))[0]:
             if isinstance(tensor, torch.Tensor):
-                self._held.setdefault(tensor.untyped_storage()._cdata, 0)  # made outside
+                self._hold(tensor, 0)  # made outside, if it is not known
         output = function(*args, **(kwargs or {}))
         self.operations.append(function.overloadpacket.__name__)
         for tensor in tree_flatten(output)[0]:
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._held:
-                    self._held[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self._held.pop, storage._cdata, None)
-                    self.peak = max(self.peak, sum(self._held.values()))
+                self._hold(tensor, tensor.untyped_storage().nbytes())
+        self.peak = max(self.peak, sum(self._held.values()))
         return output
+
+    def _hold(self, tensor: torch.Tensor, num_bytes: int) -> None:
+        """Count the bytes of a tensor's memory until it is freed, unless they are counted already."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:
+            self._held[storage._cdata] = num_bytes
+            # A later tensor may get the same address.
+            weakref.finalize(storage, self._held.pop, storage._cdata, None)
 
 
 @pytest.mark.parametrize(("rows", "columns", "matrices"), [(32768, 128, 2.5), (128, 1024, 5.5)])
