@@ -254,7 +254,7 @@ def _watched_states(
     """
     with ExitStack() as hooks:
         for watcher in watchers:
-            watcher.calls = 0
+            watcher.begin(batch)
             module = watcher.operator.module
             hooks.enter_context(module.register_forward_hook(watcher.see, with_kwargs=True))
         return predictor.hidden_states_of(batch.run)
@@ -304,7 +304,7 @@ def _slope_of_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Watcher:
-    """Sums inputs and gradients of one operator over the batches; `calls` counts its calls in one batch."""
+    """Sums inputs and gradients of one operator over the batches; `begin` is called before each batch."""
 
     def __init__(self, operator: LinearOperator) -> None:
         """Begin with sums of zero, on the operator's device. Its weight is read once; no hook is set yet."""
@@ -318,6 +318,14 @@ class _Watcher:
         self.energy = torch.zeros((), dtype=torch.float64, device=device)  # sum_t e_t
         self.num_tokens_seen = 0  # that reached the operator
         self.calls = 0  # of the operator in this batch
+        self.num_sequences_of_batch = 0
+        self.num_tokens_of_batch = 0
+
+    def begin(self, batch: CalibrationBatch) -> None:
+        """Count the calls of the operator anew, and note the size of the batch that the model is about to run on."""
+        self.calls = 0
+        self.num_sequences_of_batch = len(batch.input_ids)
+        self.num_tokens_of_batch = batch.num_tokens
 
     def see(
         self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: object
@@ -335,8 +343,7 @@ class _Watcher:
         energies = (in_few_sizes(squares) @ self.columns)[: len(squares)]
         self.calls += 1
         if energies.numel():  # an expert may get no token
-            # [batch, sequence], or [tokens] of an expert, to which tokens of all sequences go together
-            by_sequence = energies.view(inputs.shape[:-1])
+            by_sequence = energies.view(self._sequences_in(inputs), -1)
             # A few tokens with huge activations must not outweigh all others.
             by_sequence.clamp_(max=_TYPICAL * _medians(by_sequence))
             self.input_squares += squares.sum(0)
@@ -348,6 +355,17 @@ class _Watcher:
         is_product = output.shape[-1] == num_outputs
         if is_product and output.requires_grad:
             output.register_hook(partial(self._add_gradient, energies))
+
+    def _sequences_in(self, inputs: Tensor) -> int:
+        """Return how many sequences the tokens of `inputs` [..., in] can be told to be of; 1 if that can't be told.
+
+        The first dimension may be the batch, whatever others follow: tokens, or groups of channels of each token. Some
+        models put the tokens of all sequences one after the other, [tokens, in]. So do the inputs of an expert, but
+        these are tokens that chose it, of any sequence.
+        """
+        begins_with_batch = inputs.ndim > 2 and inputs.shape[0] == self.num_sequences_of_batch
+        has_all_tokens = inputs.ndim == 2 and inputs.shape[0] == self.num_tokens_of_batch
+        return self.num_sequences_of_batch if begins_with_batch or has_all_tokens else 1
 
     def _add_gradient(self, energies: Tensor, gradient: Tensor) -> None:
         """Add the squares of a gradient by the outputs to `self.gradient_squares`, weighted by the tokens' energies.

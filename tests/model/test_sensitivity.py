@@ -11,7 +11,7 @@ from untouched import Untouched
 
 from optimum_fista.model import sensitivity
 from optimum_fista.model.activations import ActivationStore
-from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.calibration import CalibrationBatch, read_batches
 from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
@@ -172,6 +172,42 @@ def test_short_sequences_run_together_and_add_up_to_the_same(monkeypatch):
         assert together[name].num_tokens == alone[name].num_tokens == 24
         assert torch.allclose(together[name].inputs, alone[name].inputs, rtol=1e-4)
         assert torch.allclose(together[name].outputs, alone[name].outputs, rtol=1e-4)
+
+
+def test_energies_are_limited_sequence_by_sequence_where_a_model_joins_their_tokens(monkeypatch):
+    model = tiny_model("qwen3_next")
+    operators = {n: o for n, o in operators_of(model).items() if ".shared_expert." in n}
+    ids = torch.randint(3, VOCAB_SIZE, (4, 12), generator=torch.Generator().manual_seed(0))
+    ids[:2] = ids[:2] % 8 + 3
+    batches = read_batches([ids], VOCAB_SIZE)
+    loss = DenseLoss(find_decoder_layers(model), batches, 10_000, longest=12)
+    shapes = set()
+    for operator in operators.values():
+        operator.module.register_forward_hook(
+            lambda _, inputs, __: shapes.add(inputs[0].shape[:-1])
+        )
+
+    together, _ = measure_sensitivities(loss, operators)
+    assert shapes == {(48,)}
+    monkeypatch.setattr(sensitivity, "TOKENS_TOGETHER", 12)
+    alone, _ = measure_sensitivities(loss, operators)
+
+    for name in operators:
+        assert torch.allclose(together[name].outputs, alone[name].outputs, rtol=1e-3), name
+
+
+def test_groups_of_channels_are_not_taken_for_tokens_when_energies_are_limited():
+    linear = nn.Linear(4, 5, bias=False)
+    watcher = sensitivity._Watcher(LinearOperator("o_a_proj", linear))
+    inputs = torch.ones(2, 6, 2, 4)  # two sequences of six tokens with two groups of channels
+    inputs[1] = 10.0
+    inputs[:, 0] = 1000.0
+
+    watcher.begin(CalibrationBatch(torch.zeros(2, 6).long()))
+    watcher.see(linear, (inputs,), {}, None)
+
+    usual = watcher.columns.sum().item()  # of a group of a token in the first sequence
+    assert watcher.energy.item() == pytest.approx(usual * (1 + 10**2) * (10 + 2 * 2), rel=1e-5)
 
 
 @pytest.mark.parametrize(
