@@ -241,15 +241,19 @@ class PruneRequest:
         `has_images` tells whether the text has images. Texts are not compared here, but later, when the text is drawn.
         """
         from optimum_fista.folder.output import unfinished_folder
-        from optimum_fista.prune.identity import require_same_run
+        from optimum_fista.prune.identity import journal_format, require_same_run
 
-        options = self.config.resolved().to_dict()
+        config = self.config.resolved()
         # Some keys of the fingerprint that a run keeps in its unfinished folder.
         wanted: dict[str, Any] = {
             "recovery": None,  # a run of `recover` has a number here
             "sequences": self.num_sequences,
-            "config": json.loads(json.dumps(options)),  # tuples become lists, as in the file
+            "config": json.loads(
+                json.dumps(config.to_dict())
+            ),  # tuples become lists, as in the file
         }
+        if config.whole_parts is None:  # so no experts are removed
+            wanted["journal"] = journal_format(config, removes_experts=False)
         if self.sequence_length is not None and not has_images:
             wanted["length"] = self.sequence_length  # sequences with images may be shorter
         require_same_run(unfinished_folder(self.output), wanted)

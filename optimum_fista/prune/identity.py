@@ -11,6 +11,7 @@ from typing import Any
 
 from optimum_fista import internals
 from optimum_fista.atomic import read_record
+from optimum_fista.config import FistaPruningConfig
 from optimum_fista.folder.output import RUN_FILE, discard
 from optimum_fista.model.calibration import CalibrationBatch, sources_of
 from optimum_fista.prune.plan import Plan
@@ -27,10 +28,11 @@ _LETTERS = 80
 _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
 # Of the records of a journal. Since 11, experts are chosen and refitted in another way, and the last record has the
 # mixtures of layers that predict more tokens. Since 12, experts are refitted to several texts only, and since 13 a
-# quantized mixture stays quantized if nothing is refitted. Runs that remove no experts compute and record what they did
-# before.
+# quantized mixture stays quantized if nothing is refitted. Since 14, the method "obs_admm" takes fewer iterations, and
+# zeros are shared by gradients on the beginnings of sequences. Other runs compute and record what they did before.
 _FORMAT = 10
 _FORMAT_WITH_REMOVED_EXPERTS = 13
+_FORMAT_WITH_ZEROS_OF_DEFAULT = 14
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
 
@@ -56,10 +58,9 @@ def run_fingerprint(
         tokens = [tokens, calibration["held_out"]["sha256"]]
     # All values of the configuration, also those that are the defaults of this version of Transformers.
     model_config = json.loads(plan.layers.model.config.to_json_string(use_diff=False))
-    removes_experts = bool(plan.removal.mixtures)
     # Digests of files and tokens, and everything else as it is, so that a message can say what differs.
     fingerprint = {
-        "journal": _FORMAT_WITH_REMOVED_EXPERTS if removes_experts else _FORMAT,
+        "journal": journal_format(plan.config, removes_experts=bool(plan.removal.mixtures)),
         "weights": {name: digest for name, digest in source.digests.items() if name != CONFIG_FILE},
         "model_config": {
             key: value for key, value in model_config.items() if key not in _NOT_COMPUTED_WITH
@@ -83,6 +84,16 @@ def run_fingerprint(
         fingerprint["sources"] = [sources.index(batch.source) for batch in batches]
     # Through JSON, as it will be read from disk: tuples become lists, for instance.
     return dict(json.loads(json.dumps(fingerprint)))
+
+
+def journal_format(config: FistaPruningConfig, *, removes_experts: bool) -> int:
+    """Return the format of the journal of a run with a configuration, which is resolved."""
+    if removes_experts:
+        return _FORMAT_WITH_REMOVED_EXPERTS
+    is_of_default = config.method == "obs_admm" or config.allocation == "fisher"
+    if is_of_default and config.whole_parts is None:
+        return _FORMAT_WITH_ZEROS_OF_DEFAULT
+    return _FORMAT
 
 
 def _config_that_counts(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +170,9 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
             "or pass overwrite=True (--overwrite) to throw its layers away."
         )
     different_keys = [key for key in wanted if begun.get(key) != wanted[key]]
-    if different_keys == ["journal"]:
+    has_same_options = _options_of_any_version(begun) == _options_of_any_version(wanted)
+    has_same_data = set(different_keys) <= {"journal", "config"}
+    if "journal" in different_keys and has_same_options and has_same_data:
         raise ValueError(
             f"output: the unfinished run in {str(folder)!r} was begun by an older version of optimum-fista, which "
             "computes it in another way: end it with that version, pass another folder, or pass overwrite=True "
@@ -174,6 +187,19 @@ def require_same_run(folder: Path, wanted: Mapping[str, Any]) -> None:
             f"output: the unfinished run in {str(folder)!r} was another one ({differences}). Start it again as it was, "
             "pass another folder, or pass overwrite=True (--overwrite) to throw its layers away."
         )
+
+
+def _options_of_any_version(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options in a fingerprint that do not depend on the version; empty if it has no configuration.
+
+    An older version lacks options that came later, and chose another number of tokens for gradients.
+    """
+    options = fingerprint.get("config") or {}
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None and name != "allocation_tokens"
+    }
 
 
 def begun_batch_size(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from hub_standin import assert_pushed, hub_fixture, run_with_hub  # noqa: F401
 from killed import interrupted_after
 from tiny_llama import QUICK, TEXT, tiny_llama
 
+from optimum_fista.atomic import read_record, write_record
 from optimum_fista.cli.main import main
 from optimum_fista.cli.prune_request import default_output
 from optimum_fista.config import FistaPruningConfig
@@ -261,6 +262,25 @@ def test_a_run_of_other_settings_in_the_same_folder_needs_overwrite(
     assert "was another one (config.sparsity was 0.5, is 0.25)" in capsys.readouterr().err
 
     assert prune("--method", "wanda", "--sparsity", "0.25", "--overwrite") == 0
+
+
+def test_a_run_of_the_default_method_of_an_older_version_is_told_from_others(
+    prune, tmp_path, monkeypatch, capsys
+):
+    with interrupted_after(0):
+        assert prune() == 130
+    (file,) = tmp_path.glob("*.unfinished/journal/fingerprint.json")
+    run = read_record(file)
+    write_record(file, run | {"journal": 10, "config": run["config"] | {"allocation_tokens": 2048}})
+    capsys.readouterr()
+
+    for flags in ([], ["--allocation-tokens", "2048"]):
+        with monkeypatch.context() as patched:  # refused before any text is sampled
+            patched.setattr(
+                "optimum_fista.text.calibration_tokens.calibration_tokens_by_name", None
+            )
+            assert prune(*flags) == 1
+        assert "was begun by an older version of optimum-fista" in capsys.readouterr().err
 
 
 def test_sampled_text_is_kept_if_another_run_is_begun(prune, tmp_path, monkeypatch):

@@ -224,14 +224,17 @@ def test_a_fingerprint_has_no_entries_that_came_later_and_are_not_used(
     assert "keep_divisible" not in run["config"]
 
 
-def begun_by_an_older_version(source, config, journal=10):
-    """Cut a run off after its first layer, and make its journal one of this format, which is older."""
+def begun_by_an_older_version(source, config, journal=10, **options):
+    """Cut a run off after its first layer, and make its journal one of this format, which is older.
+
+    `options` are those that the older version had chosen otherwise.
+    """
     with interrupted_after(0), pytest.raises(KeyboardInterrupt):
         prune(source, config)
     run_file = source.parent / "pruned.unfinished" / "journal" / "fingerprint.json"
     run = read_record(run_file)
     assert run is not None
-    write_record(run_file, run | {"journal": journal})
+    write_record(run_file, run | {"journal": journal, "config": run["config"] | options})
 
 
 @pytest.mark.parametrize("journal", [10, 11])
@@ -248,6 +251,18 @@ def test_a_run_of_an_older_version_that_removes_experts_is_refused(tmp_path, jou
 
     report = prune(source, config, overwrite=True)
     assert report.mixtures
+
+
+@pytest.mark.parametrize("options", [{}, {"pattern": "2:4"}, {"allocation_tokens": 2048}])
+def test_a_run_of_the_default_method_that_an_older_version_has_begun_is_refused(source, options):
+    config = FistaPruningConfig(**options)
+    begun_by_an_older_version(source, config, allocation_tokens=2048)
+
+    with pytest.raises(ValueError, match=r"was begun by an older version of optimum-fista"):
+        prune(source, config)
+    other = FistaPruningConfig(**options, residual_correction=0.5)
+    with pytest.raises(ValueError, match=r"was another one \(.*config\.residual_correction was"):
+        prune(source, other)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "channels:0.25"])
