@@ -49,6 +49,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 _CONFIG_FILE = "pruning_config.json"
 _FILES = ("fista/report.json", _CONFIG_FILE)  # files of a folder that have a configuration
 _DEFAULTS = PruningOptions()
+_ALLOCATION_TOKENS = 1024  # by default
+_ALLOCATION_TOKENS_OF_PARTS = 2048  # where whole parts are removed
 _OPTIONS_OF_METHOD = ("warm_start", "max_iterations", "tolerance", "method_options")
 
 
@@ -326,7 +328,9 @@ class FistaPruningConfig(PruningOptions):
     def _choices(self) -> dict[str, Any]:
         """Values for options that the user leaves `None`, by name: of the method, and of the kind of the pattern."""
         choices = dict(vars(self._method_defaults))
-        choices["allocation_tokens"] = 1024 if self.whole_parts is None else 2048
+        choices["allocation_tokens"] = (
+            _ALLOCATION_TOKENS if self.whole_parts is None else _ALLOCATION_TOKENS_OF_PARTS
+        )
         return choices
 
     @cached_property
@@ -419,7 +423,11 @@ class FistaPruningConfig(PruningOptions):
         ):
             value = getattr(self, name)
             default = getattr(_DEFAULTS, name)
-            if value not in (default, self._choices().get(name, default)):
+            chosen = [default, self._choices().get(name, default)]
+            if name == "allocation_tokens":
+                # Older versions chose it for all runs, and their reports have it.
+                chosen.append(_ALLOCATION_TOKENS_OF_PARTS)
+            if value not in chosen:
                 raise ValueError(
                     f"{name}={value!r} has no meaning for pattern={self.pattern!r}, which removes tokens: leave out "
                     "the option, or the recipe that sets it."

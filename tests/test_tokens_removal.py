@@ -80,6 +80,15 @@ def test_a_report_with_the_choices_of_the_method_can_be_read_again():
     assert FistaPruningConfig.from_dict(config.to_dict()) == config
 
 
+def test_a_report_of_an_older_version_can_be_read_again():
+    """It has the 2048 tokens for gradients that all runs had."""
+    values = FistaPruningConfig(pattern="vocab:0.35").resolved().to_dict()
+
+    config = FistaPruningConfig.from_dict(values | {"allocation_tokens": 2048})
+
+    assert config.tokens_removal is not None
+
+
 def test_a_configuration_of_tokens_survives_json():
     config = FistaPruningConfig(pattern="vocab:0.35/128", keep_tokens=["zebra", 7])
 
