@@ -99,8 +99,8 @@ class PruningOptions:
     )
     allocation_tokens: int | None = option(
         None,
-        "calibration tokens to compute the loss and its gradients on (default: 1024, the first 128 of each sequence; "
-        "or 2048, to choose decoder layers)",
+        "calibration tokens to compute the loss and its gradients on (default: 1024, the first 128 of each sequence, "
+        "or more of each if there are fewer than eight; or 2048, to choose decoder layers)",
         limits=(2, None),
         advanced=_MACHINE,
     )

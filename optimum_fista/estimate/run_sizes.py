@@ -140,7 +140,11 @@ class RunSizes:
     @property
     def length_of_loss(self) -> int:
         """Tokens of a sequence that the run computes the loss and its gradients on."""
-        longest = longest_of_loss(self.config)
+        return self.length_of_loss_with(self.num_samples)
+
+    def length_of_loss_with(self, num_samples: int) -> int:
+        """Tokens of a sequence that a run with so many sequences, held-out ones too, computes the loss on."""
+        longest = longest_of_loss(self.config, num_samples - self.config.held_out)
         return self.length if longest is None else min(self.length, longest)
 
     @property

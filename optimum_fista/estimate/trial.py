@@ -82,7 +82,7 @@ def seconds_by_stage(run: RunSizes, memory: Mapping[str, Mapping[str, float]]) -
 def _allocation_seconds(run: RunSizes, trial: _Trial, firsts: Iterable[int]) -> float:
     """Estimate how long a run takes to share the zeros among its operators by gradients of the loss; 0 if it does not.
 
-    This is a pass over the whole model. Its time is assumed to grow in proportion to the weights, and to the sequences
+    This is a pass over the whole model. Its time is assumed to grow in proportion to the weights, and to the tokens
     of the pass. `firsts` are the numbers of the decoder layers that the model of the trial has.
     """
     seconds_of_trial = trial.report.seconds.get("allocation", 0.0)
@@ -91,13 +91,14 @@ def _allocation_seconds(run: RunSizes, trial: _Trial, firsts: Iterable[int]) -> 
     weights = head + sum(layer_sizes)
     weights_tried = head + sum(layer_sizes[first] for first in firsts)
 
-    # The pass takes the sequences that hold `allocation_tokens` tokens, or all sequences if these are fewer. The trial
+    # The pass takes the sequences that hold `allocation_tokens` tokens, or all sequences if these hold fewer. The trial
     # has one text.
     assert run.config.allocation_tokens is not None  # the configuration is resolved
-    wanted = run.config.allocation_tokens / run.length_of_loss
-    sequences_tried = min(wanted, trial.num_samples)
-    times_as_many_sequences = run.sequences_of_loss / sequences_tried
-    return seconds_of_trial * (weights / weights_tried) * times_as_many_sequences
+    length_tried = run.length_of_loss_with(trial.num_samples)
+    tokens_tried = min(run.config.allocation_tokens, trial.num_samples * length_tried)
+    tokens_of_run = run.sequences_of_loss * run.length_of_loss
+    times_as_many_tokens = tokens_of_run / tokens_tried
+    return seconds_of_trial * (weights / weights_tried) * times_as_many_tokens
 
 
 def _layers_by_kind(run: RunSizes) -> list[list[int]]:

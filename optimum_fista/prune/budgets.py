@@ -31,7 +31,7 @@ from optimum_fista.report import PruningReport
 from optimum_fista.solve.allocation import allocate, removal_cost
 
 # Gradients are computed on so many tokens from the start of each sequence: many short stretches of text say more than
-# a few long ones with as many tokens (docs/solver.md).
+# a few long ones with as many tokens (docs/solver.md). If there are too few sequences for that, on more of each.
 _LONGEST = 128
 # Gradients weight the outputs of an operator only if at least so many tokens reached it.
 _LEAST_TOKENS = 64
@@ -57,7 +57,7 @@ def share_budgets(
         num_tokens=config.allocation_tokens,
         progress=plan.progress,
         storage=plan.storage,
-        longest=longest_of_loss(config),
+        longest=longest_of_loss(config, sum(len(batch.input_ids) for batch in fitted)),
     )
 
     # Number of each layer, and the loss after its removal, in nats per token.
@@ -113,12 +113,18 @@ def _operators_that_share(plan: Plan, removed_layers: Sequence[int]) -> dict[str
     return sharing
 
 
-def longest_of_loss(config: FistaPruningConfig) -> int | None:
-    """How many tokens of each sequence the gradients are computed on; `None`: all of them.
+def longest_of_loss(config: FistaPruningConfig, num_sequences: int) -> int | None:
+    """How many tokens of each sequence the gradients are computed on, at most; `None`: all of them.
 
-    Decoder layers to remove are chosen by the loss of whole sequences: nothing else was measured.
+    The calibration has `num_sequences` sequences, and `config` is resolved. If they are few, more tokens of each are
+    taken, so that they have `allocation_tokens` together. Decoder layers to remove are chosen by the loss of whole
+    sequences: nothing else was measured.
     """
-    return _LONGEST if config.whole_parts is None else None
+    if config.whole_parts is not None:
+        return None
+    assert config.allocation_tokens is not None
+    share_of_sequence = math.ceil(config.allocation_tokens / max(1, num_sequences))
+    return max(_LONGEST, share_of_sequence)
 
 
 def _measured(

@@ -46,10 +46,10 @@ def test_where_every_operator_has_one_sparsity_budgets_take_no_forward_pass(llam
 
 
 @pytest.mark.parametrize(
-    ("options", "lengths"), [({}, [8] * 8), ({"allocation_tokens": 20}, [8] * 3)]
+    ("num_tokens", "lengths"), [(64, [8] * 8), (20, [8] * 3), (72, [9] * 8), (73, [10] * 8)]
 )
 def test_zeros_are_shared_by_the_beginnings_of_sequences(
-    llama, tokens, options, lengths, monkeypatch
+    llama, tokens, num_tokens, lengths, monkeypatch
 ):
     assert budgets._LONGEST == 128
     monkeypatch.setattr(budgets, "_LONGEST", 8)
@@ -60,14 +60,14 @@ def test_zeros_are_shared_by_the_beginnings_of_sequences(
         return measure_sensitivities(loss, operators, batches)
 
     monkeypatch.setattr(budgets, "measure_sensitivities", watched)
-    budgets_of(llama, tokens, **options)
+    budgets_of(llama, tokens, allocation_tokens=num_tokens)
 
     (loss,) = losses
     assert [sequence.num_tokens for sequence in loss.sequences()] == lengths
 
 
 def test_decoder_layers_are_chosen_by_the_loss_of_whole_sequences():
-    assert budgets.longest_of_loss(FistaPruningConfig(pattern="layers:0.25")) is None
+    assert budgets.longest_of_loss(FistaPruningConfig(pattern="layers:0.25"), 8) is None
 
 
 def test_operators_with_an_override_take_no_part_in_the_sharing_of_zeros(llama, tokens):
