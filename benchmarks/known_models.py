@@ -6,8 +6,8 @@
         --humaneval "dense,0.5 default"
     python benchmarks/known_models.py runs/known.json
 
-A row is `dense`, or PATTERN METHOD SEED: a fraction of zeros or what `prune --pattern` takes; a method with options of
-the command line, or a recipe (default, fast, paper); and the seed of the calibration, which is 0 if it is not given.
+A row is `dense`, or PATTERN METHOD SEED: a fraction of zeros or what `prune --pattern` takes; a method with options, or
+a recipe (default, fast, paper) with options; and the seed of the calibration, which is 0 if it is not given.
 Every row is pruned by `optimum-fista prune` in a process of its own, into a folder under `--work`, on windows of
 `mixed-calibration.txt` (half web text, half Python).
 
@@ -38,15 +38,16 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from frontier import bits_per_byte
 from humaneval import QUESTION, answers_in, loss_of_answers, problems_of
-from shared import open_record, parse_arguments, save, sparsity_of
+from shared import open_record, parse_arguments, parse_config, save, sparsity_of
 
-from optimum_fista.config import RECIPES
+from optimum_fista.config import RECIPES, FistaPruningConfig
 from optimum_fista.environment import processor_name
 from optimum_fista.evaluate.perplexity import evaluate_perplexity
 from optimum_fista.folder.card import markdown_lines
@@ -135,6 +136,13 @@ def prune_options(key: Row) -> list[str]:
     return [*words, "--seed", str(key["seed"])]
 
 
+def is_flag_missing(key: Row) -> bool:
+    """Whether a row names an option of a method, such as "max_trials", for which `prune` has no flag."""
+    names_of_flags = {field.name for field in fields(FistaPruningConfig)}
+    _, *pairs = key["method"].split(":")
+    return any(pair.partition("=")[0] not in names_of_flags for pair in pairs)
+
+
 def run(words: list[str], folder: Path) -> tuple[str, dict[str, Any]]:
     """Make a folder by `optimum-fista` with `words`, unless it exists; returns the command and what the run took.
 
@@ -166,7 +174,13 @@ def run(words: list[str], folder: Path) -> tuple[str, dict[str, Any]]:
 def prune(arguments: Namespace, key: Row) -> tuple[str, dict[str, Any]]:
     """Prune the model of a row without training it, unless that was done; returns the command and what it took."""
     folder = folder_of(arguments, key | {"recovered": 0})
-    words = ["prune", arguments.model, "--output", str(folder), *prune_options(key)]
+    words = ["prune", arguments.model, "--output", str(folder)]
+    if is_flag_missing(key):
+        config_folder = folder.with_name(folder.name + ".config")
+        parse_config(key["method"], key["pattern"], key["seed"]).save_pretrained(config_folder)
+        words += ["--config", str(config_folder)]
+    else:
+        words += prune_options(key)
     if key["calibration"] == SELF:
         words += ["--calibration", SELF]
     else:

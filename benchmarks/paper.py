@@ -10,7 +10,8 @@
 A *question* is a part of the page. It has rows in `--output`, in other files of benchmarks/results, or in both. A
 *unit* is a piece of work whose rows are written when they are measured, such as all warm starts of one operator. The
 same command resumes: units that `--output` has are not measured again. Layer problems are made by `paper_layers.py`,
-the training of a decoder layer by `paper_blocks.py`, whole models by `compare.py`, and tables by `paper_tables.py`.
+the training of a decoder layer by `paper_blocks.py`, whole models by `compare.py`, LLM-Pruner and the training of
+adapters by `paper_structured.py`, and tables by `paper_tables.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import compare
 import paper_blocks
 import paper_layers
+import paper_structured
 import torch
 from estimate import MODELS
 from paper_competitors import plot
@@ -43,6 +45,8 @@ from optimum_fista.model.choice import find_operators
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.source.loading import load_model, require_tokenizer
+from optimum_fista.text.calibration_tokens import calibration_windows
+from optimum_fista.text.sources import load_text
 
 Row = dict[str, Any]
 Key = dict[str, Any]
@@ -77,15 +81,35 @@ WHOLE_MODELS: dict[str, list[tuple[str, str]]] = {
 """Methods and patterns of whole models, by question."""
 QUANTIZED = [("dense", "-"), ("default", "0.5"), ("default", "2:4")]
 RETRAINED = [("wanda", "0.5"), ("sparsegpt", "0.5"), (_PAPER, "0.5"), ("default", "0.5")]
+LLM_PRUNER = "llm-pruner"
+"""The method that `paper_structured.py` has, and the package has not."""
+ADAPTER_RATES = (3e-3,)
+"""Learning rates of adapters that are tried; the better one counts. 3e-4 was tried once, and was much worse."""
+NUM_TRAINING_WINDOWS = 1024
+STRUCTURED = [
+    ("default", "channels:0.25"),
+    (LLM_PRUNER, "channels:0.25"),
+    ("default", "layers:0.2"),
+    ("default:residual_correction=0", "layers:0.2"),  # SLEB
+    (LLM_PRUNER, "heads:0.34+channels:0.156/16"),
+    ("default", "heads:0.34+channels:0.156/16"),
+    ("flap", "channels:0.25"),
+    ("flap", "heads:0.34+channels:0.156/16"),
+]
+SAMPLED = [
+    (method, count) for count in (4, 256) for method in ("wanda", "sparsegpt", "default", _PAPER)
+]
+"""Methods and numbers of calibration windows of whole models at 50%, besides the usual number."""
 ESTIMATED = ("default", "paper")
 
 
 class Session:
     """What the units of one call share: the arguments, and models and layer problems, made when first needed."""
 
-    def __init__(self, arguments: Namespace) -> None:
-        """Keep the arguments; nothing is loaded yet."""
+    def __init__(self, arguments: Namespace, rows: list[Row]) -> None:
+        """Keep the arguments, and the rows so far; nothing is loaded yet."""
         self.arguments = arguments
+        self.rows = rows
 
     @cached_property
     def operators(self) -> dict[tuple[int, str], paper_layers.Operator]:
@@ -162,6 +186,17 @@ def units(question: str, arguments: Namespace) -> Iterator[Unit]:
         for method, pattern in RETRAINED:
             key = {"part": "retrained", "method": method, "pattern": pattern}
             yield key, retrained(method, pattern)
+        for method, pattern in RETRAINED:
+            key = {"part": "adapted", "method": method, "pattern": pattern}
+            yield key, adapted(method, pattern)
+    if question == "structured":
+        for method, pattern in STRUCTURED:
+            key = {"part": "structured", "method": method, "pattern": pattern}
+            yield key, structured(method, pattern)
+    if question == "samples":
+        for method, count in SAMPLED:
+            key = {"part": "sampled", "method": method, "pattern": "0.5", "samples": count}
+            yield key, sampled(method, count)
     if question == "quantize":
         for method, pattern in QUANTIZED:
             key = {"part": "quantized", "method": method, "pattern": pattern}
@@ -275,35 +310,142 @@ def retrained(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
 
     def run(session: Session) -> Iterable[Row]:
         """Measure before and after; models lie in `--work`."""
-        arguments = session.arguments
-        words = f"{method}-{pattern}".replace(":", "-").replace("=", "-")
-        folder = arguments.work / words
-        if not folder.exists():
-            pruner = FistaPruner(parse_config(method, pattern))
-            pruner.prune(arguments.model, batches_of(session), output_dir=folder)
-        rows = []
-        for train in (None, "norms", "all"):
-            measured = folder
-            minutes = 0.0
-            if train is not None:
-                measured = folder.with_name(f"{words}-{train}")
-                began = time.process_time()
-                recover(
-                    folder,
-                    arguments.model,
-                    measured,
-                    calibration=arguments.calibration,
-                    tokens=arguments.tokens,
-                    train=train,
-                    device="cpu",
-                    seed=arguments.seed,
-                    overwrite=True,
-                )
-                minutes = (time.process_time() - began) / 60
-            model, _ = load_model(str(measured), dtype="float32", device="cpu")
-            row = {"trained": train or "nothing", "core_minutes": minutes}
-            rows.append(row | {"perplexity": perplexities(session, model)})
+        folder = pruned_folder(session, method, pattern)
+        rows = [trained_row(session, "nothing", 0.0, folder)]
+        for train in ("norms", "all"):
+            trained, minutes = recovered(session, folder, train)
+            rows.append(trained_row(session, train, minutes, trained))
         return rows
+
+    return run
+
+
+def adapted(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that trains adapters under the masks (PERP), for the time of `retrained` with all weights."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure; the time is that of a row of `retrained`."""
+        key = {"part": "retrained", "method": method, "pattern": pattern, "trained": "all"}
+        minutes = next(row["core_minutes"] for row in session.rows if key.items() <= row.items())
+        folder = pruned_folder(session, method, pattern)
+        return adapter_rows(session, folder, minutes, paper_structured.train_masked_adapters)
+
+    return run
+
+
+def structured(method: str, pattern: str) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that removes parts of a model, and trains all its weights or adapters for equal time."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure before and after."""
+        folder = pruned_folder(session, method, pattern)
+        rows = [trained_row(session, "nothing", 0.0, folder)]
+        trained, minutes = recovered(session, folder, "all")
+        rows.append(trained_row(session, "all", minutes, trained))
+        rows += adapter_rows(session, folder, minutes, paper_structured.train_adapters)
+        return rows
+
+    return run
+
+
+def pruned_folder(session: Session, method: str, pattern: str) -> Path:
+    """Return the folder in `--work` of a pruned model, which is made if it is not there."""
+    arguments = session.arguments
+    words = f"{method}-{pattern}"
+    for sign in ":=/+":
+        words = words.replace(sign, "-")
+    folder: Path = arguments.work / words
+    if folder.exists():
+        return folder
+    if method == LLM_PRUNER:
+        model, tokenizer = load_model(arguments.model, dtype="float32", device="cpu")
+        parts = {}
+        for term in pattern.split("+"):
+            kind, _, share = term.partition(":")
+            parts[kind] = float(share.partition("/")[0])
+        paper_structured.remove_parts(model, batches_of(session), parts)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    else:
+        pruner = FistaPruner(parse_config(method, pattern))
+        pruner.prune(arguments.model, batches_of(session), output_dir=folder)
+    return folder
+
+
+def recovered(session: Session, folder: Path, train: str) -> tuple[Path, float]:
+    """Train a pruned model by `recover`; returns its folder, and the minutes of the processor."""
+    arguments = session.arguments
+    output = folder.with_name(f"{folder.name}-{train}")
+    began = time.process_time()
+    recover(
+        folder,
+        arguments.model,
+        output,
+        calibration=arguments.calibration,
+        tokens=arguments.tokens,
+        train=train,
+        device="cpu",
+        seed=arguments.seed,
+        overwrite=True,
+    )
+    return output, (time.process_time() - began) / 60
+
+
+def trained_row(session: Session, trained: str, minutes: float, folder: Path) -> Row:
+    """Measure a model and say what was trained for how many minutes."""
+    model, _ = load_model(str(folder), dtype="float32", device="cpu")
+    return {
+        "trained": trained,
+        "core_minutes": minutes,
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "perplexity": perplexities(session, model),
+    }
+
+
+def adapter_rows(
+    session: Session,
+    folder: Path,
+    minutes: float,
+    train: Callable[..., tuple[PreTrainedModel, int]],
+) -> Iterator[Row]:
+    """Train adapters of a pruned model on the calibration text with each learning rate, and measure.
+
+    Args:
+        session: Has the arguments.
+        folder: The pruned model.
+        minutes: Of the processor, for each learning rate.
+        train: `train_adapters` or `train_masked_adapters`.
+    """
+    arguments = session.arguments
+    tokenizer = require_tokenizer(arguments.model)
+    text = load_text(arguments.calibration, "calibration")
+    windows = calibration_windows(
+        tokenizer, text, NUM_TRAINING_WINDOWS, arguments.sequence_length, arguments.seed
+    )
+    for rate in ADAPTER_RATES:
+        model, _ = load_model(str(folder), dtype="float32", device="cpu")
+        model, num_tokens = train(
+            model, windows, seconds=60 * minutes, rate=rate, seed=arguments.seed
+        )
+        yield {
+            "trained": "adapters",
+            "rate": rate,
+            "core_minutes": minutes,
+            "num_tokens": num_tokens,
+            "perplexity": perplexities(session, model),
+        }
+
+
+def sampled(method: str, count: int) -> Callable[[Session], Iterable[Row]]:
+    """Make the function that prunes a whole model to 50% on so many calibration windows."""
+
+    def run(session: Session) -> Iterable[Row]:
+        """Measure by `compare.py`."""
+        case = Namespace(**vars(session.case) | {"num_samples": count})
+        row, _ = compare.measure(case, method, "0.5", session.arguments.seed)
+        if row["error"] is not None:
+            raise SystemExit(f"{method}, {count} windows: {row['error']}")
+        return [{"perplexity": row["perplexity"], "seconds": row["seconds"]}]
 
     return run
 
@@ -342,7 +484,7 @@ def measure(arguments: Namespace) -> dict[str, Any]:
     """
     record = open_record(arguments, "questions", "only", "work", "page", "results")
     rows: list[Row] = record["rows"]
-    session = Session(arguments)
+    session = Session(arguments, rows)
     for question in arguments.questions:
         for key, run in units(question, arguments):
             if arguments.only and key["part"] not in arguments.only:

@@ -7,10 +7,11 @@ computes numbers that stand in sentences of its section, by a name that `paper.p
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 from ablations import geometric_mean
-from paper_rows import TEXTS, Results, mean_error, percent, perplexities, unique, zeros_text
+from paper_rows import TEXTS, Results, Row, mean_error, percent, perplexities, unique, zeros_text
 
 from optimum_fista.folder.card import markdown_lines
 
@@ -97,19 +98,30 @@ _RETRAINED = {
 
 def retrained(results: Results) -> list[str]:
     """Make the table of training after each method."""
-    rows = results.part("retrained")
     lines = []
     for method, name in _RETRAINED.items():
-        group = [row for row in rows if row["method"] == method]
+        rows = results.part("retrained", method=method) + results.part("adapted", method=method)
+        if rows:
+            lines.append([name, *_cells_of_training(rows, ("nothing", "norms", "adapters", "all"))])
+    headings = ["method", "nothing", "norms", "adapters", "all kept weights"]
+    return markdown_lines(headings, lines)
+
+
+def _cells_of_training(rows: list[Row], kinds: Sequence[str]) -> list[str]:
+    """Write the perplexities of one model after each kind of training, with minutes in brackets.
+
+    If a kind was trained with several learning rates, the best one counts, by the geometric mean of the perplexities.
+    """
+    cells = []
+    for kind in kinds:
+        group = [row for row in rows if row["trained"] == kind]
         if not group:
+            cells.append("")
             continue
-        cells = []
-        for trained in ("nothing", "norms", "all"):
-            (row,) = [row for row in group if row["trained"] == trained]
-            minutes = f" ({row['core_minutes']:.0f})" if row["core_minutes"] else ""
-            cells.append(f"{perplexities(row)}{minutes}")
-        lines.append([name, *cells])
-    return markdown_lines(["method", "nothing", "norms", "all kept weights"], lines)
+        best = min(group, key=lambda row: geometric_mean(row["perplexity"].values()))
+        minutes = f" ({best['core_minutes']:.0f})" if best["core_minutes"] else ""
+        cells.append(f"{perplexities(best)}{minutes}")
+    return cells
 
 
 # --- structured competitors ------------------------------------------------------------------------------------------
@@ -139,6 +151,37 @@ def structured(results: Results) -> list[str]:
         lines.append([f"`{pattern}`", f"{removed}%", name, *cells])
     headings = ["pattern", "removed", "method", "WikiText-2", "LAMBADA", "OpenWebText"]
     return markdown_lines(headings, lines)
+
+
+_STRUCTURED_TRAINED = {
+    "default": "default",
+    "flap": "FLAP",
+    "llm-pruner": "LLM-Pruner",
+    "default:residual_correction=0": "SLEB",
+}
+
+
+def structured_trained(results: Results) -> list[str]:
+    """Make the table of training after methods that remove whole parts."""
+    lines = []
+    patterns = unique(row["pattern"] for row in results.part("structured"))
+    for pattern in patterns:
+        for method, name in _STRUCTURED_TRAINED.items():
+            rows = results.part("structured", method=method, pattern=pattern)
+            if rows:
+                cells = _cells_of_training(rows, ("nothing", "adapters", "all"))
+                lines.append([f"`{pattern}`", name, *cells])
+    headings = ["pattern", "method", "nothing", "adapters (LoRA)", "all weights (`recover`)"]
+    return markdown_lines(headings, lines)
+
+
+def structured_facts(results: Results) -> dict[str, str]:
+    """Count the tokens that adapters were trained on."""
+    counts = [row["num_tokens"] for row in results.part("structured", trained="adapters")]
+    return {
+        "fewest tokens of adapters": str(min(counts, default=0)),
+        "most tokens of adapters": str(max(counts, default=0)),
+    }
 
 
 # --- SparseGPT at 2:4 ------------------------------------------------------------------------------------------------

@@ -52,8 +52,31 @@ def whole_samples(results: Results) -> list[str]:
     return markdown_lines(["zeros", *labels], lines)
 
 
+_SAMPLED = {
+    "default": "default",
+    "paper:max_trials=4": "FISTAPruner, four trials",
+    "sparsegpt": "SparseGPT",
+    "wanda": "Wanda",
+}
+
+
+def sampled(results: Results) -> list[str]:
+    """Make the table of whole models at 50% by windows; the usual 16 windows are those of other questions."""
+    counts = (4, 16, 256)
+    lines = []
+    for method, name in _SAMPLED.items():
+        rows = {row["samples"]: row for row in results.part("sampled", method=method)}
+        usual = results.part("models", method=method, pattern="0.5")
+        usual += results.part("retrained", method=method, pattern="0.5", trained="nothing")
+        if rows and usual:
+            rows[16] = usual[0]
+            cells = [perplexities(rows[count]) if count in rows else "" for count in counts]
+            lines.append([name, *cells])
+    return markdown_lines(["method", *(f"{count} windows" for count in counts)], lines)
+
+
 def samples_facts(results: Results) -> dict[str, str]:
-    """Compute by how much errors fall from 4 to 64 windows, and perplexities from 8 to 128, in percent."""
+    """Compute by how much errors fall from 4 to 64 windows, and perplexities from 4 to 256, in percent."""
     study = results.file("ablations.json")["samples"]["rows"]
     facts = {}
     for pattern in ("0.5", "0.7"):
@@ -67,6 +90,11 @@ def samples_facts(results: Results) -> dict[str, str]:
             mean_error([row for row in rows if row["way"] == way], "fresh") for rows in (few, many)
         ]
         facts[f"fall of the error, {way}"] = percent(1 - errors[1] / errors[0], 0)
+    for method, name in _SAMPLED.items():
+        rows = {row["samples"]: row for row in results.part("sampled", method=method)}
+        if {4, 256} <= rows.keys():
+            fall = 1 - ratio(rows[256], rows[4])
+            facts[f"fall of the perplexity from 4 to 256 windows, {name}"] = percent(fall, 0)
     return facts
 
 
@@ -107,7 +135,13 @@ def families_facts(_: Results) -> dict[str, str]:
 
 def newer_models(results: Results) -> list[str]:
     """Make the table of the two Qwen2.5 models at 50%."""
-    names = {"dense": "dense", "default": "default", "wanda": "Wanda", "sparsegpt": "SparseGPT"}
+    names = {
+        "dense": "dense",
+        "default": "default",
+        "wanda": "Wanda",
+        "sparsegpt": "SparseGPT",
+        "paper:max_trials=4": "FISTAPruner, four trials",
+    }
     lines = []
     for file, model in (("known_0.5b.json", "0.5B"), ("known_1.5b.json", "1.5B")):
         for method, name in names.items():

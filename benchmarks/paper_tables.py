@@ -28,8 +28,9 @@ _PARTS_OF_QUESTIONS = {
     "sgd": ("descents", "blocks"),
     "search": ("searches",),
     "start": ("starts",),
-    "competitors": ("swaps", "retrained"),
-    "samples": ("samples",),
+    "competitors": ("swaps", "retrained", "adapted"),
+    "structured": ("structured",),
+    "samples": ("samples", "sampled"),
     "quantize": ("quantized",),
 }
 
@@ -97,9 +98,19 @@ QUESTIONS: dict[str, Question] = {
         },
         paper_competitors.dsnot_facts,
     ),
-    "structured": Question({"structured": paper_competitors.structured}),
+    "structured": Question(
+        {
+            "structured": paper_competitors.structured,
+            "structured-trained": paper_competitors.structured_trained,
+        },
+        paper_competitors.structured_facts,
+    ),
     "samples": Question(
-        {"samples": paper_settings.samples, "whole-samples": paper_settings.whole_samples},
+        {
+            "samples": paper_settings.samples,
+            "sampled": paper_settings.sampled,
+            "whole-samples": paper_settings.whole_samples,
+        },
         paper_settings.samples_facts,
     ),
     "families": Question(

@@ -46,7 +46,7 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     words += ["--output", tmp_path / "rows.json", "--num-samples", "4", "--sequence-length", "32"]
     words += ["--max-windows", "3"]
     rows = ["dense", "0.5 wanda:error_correction=intra", "0.5 magnitude 3", "vocab:0.1 default"]
-    rows += ["0.5 magnitude 3 recover=128", "dense recover=128"]
+    rows += ["0.5 magnitude 3 recover=128", "dense recover=128", "0.5 paper:max_trials=2"]
     words += ["--rows", ",".join(rows)]
     answers = tmp_path / "work" / "humaneval" / "model.jsonl"  # of the dense model
     answers.parent.mkdir(parents=True)
@@ -61,7 +61,7 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     shown = capsys.readouterr().out
     run(script, monkeypatch, tmp_path / "rows.json")
 
-    dense, wanda, magnitude, fewer_tokens, recovered, trained = record["rows"]
+    dense, wanda, magnitude, fewer_tokens, recovered, trained, paper = record["rows"]
     assert capsys.readouterr().out == shown
     assert dense["perplexity"].keys() == {"web", "wikitext2", "python"}
     assert wanda["totals"]["sparsity"] == pytest.approx(0.5, abs=0.01)
@@ -78,6 +78,10 @@ def test_a_table_of_rows_is_measured_once_and_shown_again(
     assert "magnitude-3-recovered-128 --tokens 128 --teacher model" in recovered["command"]
     assert recovered["recovery"]["num_tokens"] == 128
     assert "model-recovered-128 --tokens 128 --label-share 1" in trained["command"]
+    assert "--config model-0.5-paper-max_trials-2-0.config" in paper["command"]
+    report = tmp_path / "work" / "model-0.5-paper-max_trials-2-0" / "fista" / "report.json"
+    config = json.loads(report.read_text())["config"]
+    assert (config["method"], config["method_options"]["max_trials"]) == ("fista", 2)
     assert trained["recovery"]["options"]["label_share"] == 1
 
 

@@ -1,5 +1,6 @@
 """benchmarks/paper.py and its modules measure what they say, on tiny models and random layer problems."""
 
+import copy
 import importlib
 import json
 import sys
@@ -250,8 +251,15 @@ def measured(benchmark, tmp_path, monkeypatch):
     flags += ["--sample-counts", "2,8", "--num-samples", "4", "--num-fresh", "2"]
     flags += ["--sequence-length", "16", "--max-windows", "3", "--output", str(output)]
 
-    def run(questions):
-        command = ["paper.py", str(tmp_path / "model"), "--questions", questions, *flags]
+    def run(questions, *more_flags):
+        command = [
+            "paper.py",
+            str(tmp_path / "model"),
+            "--questions",
+            questions,
+            *flags,
+            *more_flags,
+        ]
         monkeypatch.setattr(sys, "argv", command)
         script.main()
         return json.loads(output.read_text())["rows"]
@@ -286,6 +294,82 @@ def test_whole_models_are_pruned_and_rounded(measured, benchmark, monkeypatch):
     assert whole["wanda"] == pytest.approx(exact["wanda"])
     assert whole["wanda"] != whole["dense"]
     assert len([row for row in rows if row["part"] == "quantized"]) == 2 * 3
+
+
+def test_structured_models_are_trained_for_equal_time(measured, benchmark, monkeypatch, tmp_path):
+    script = benchmark("paper")
+    units = [("llm-pruner", "heads:0.5+channels:0.25"), ("flap", "channels:0.25")]
+    monkeypatch.setattr(script, "STRUCTURED", units)
+    monkeypatch.setattr(script, "ADAPTER_RATES", (1e-2,))
+    monkeypatch.setattr(script, "NUM_TRAINING_WINDOWS", 100)
+
+    rows = measured("structured", "--work", str(tmp_path / "work"), "--tokens", "1024")
+
+    for method, _ in units:
+        nothing, everything, adapters = (row for row in rows if row["method"] == method)
+        assert [row["trained"] for row in (nothing, everything, adapters)] == [
+            "nothing",
+            "all",
+            "adapters",
+        ]
+        assert adapters["core_minutes"] == everything["core_minutes"] > 0
+        assert nothing["parameters"] == everything["parameters"]
+        assert adapters["num_tokens"] >= 2 * 16
+        assert len({*map(str, (row["perplexity"] for row in (nothing, everything, adapters)))}) == 3
+
+
+def test_adapters_after_zeros_keep_the_zeros(benchmark):
+    structured = benchmark("paper_structured")
+    model = tiny_llama()
+    linear = model.model.layers[0].mlp.up_proj
+    dense = model.model.layers[1].mlp.up_proj.weight.detach().clone()
+    linear.weight.data[:, ::2] = 0
+    kept = linear.weight.detach().clone()
+    windows = torch.randint(0, model.config.vocab_size, (4, 16))
+
+    trained, num_tokens = structured.train_masked_adapters(
+        model, windows, seconds=0.5, rate=1e-2, seed=0
+    )
+
+    assert num_tokens % (2 * 16) == 0
+    weights = trained.state_dict()
+    assert not any("parametrizations" in name for name in weights)
+    assert (weights["model.layers.0.mlp.up_proj.weight"][:, ::2] == 0).all()
+    assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], kept)
+    change = weights["model.layers.1.mlp.up_proj.weight"] - dense
+    assert 0 < torch.linalg.matrix_rank(change) <= structured.RANK
+
+
+def test_llm_pruner_removes_the_groups_with_the_least_first_order_importance(benchmark):
+    structured = benchmark("paper_structured")
+    model = tiny_llama()
+    before = copy.deepcopy(model)
+    windows = torch.randint(0, model.config.vocab_size, (4, 16))
+    # Two channels and a group of heads that do nothing are the least important of their layers.
+    for one in (model, before):
+        layer = one.model.layers[1]
+        layer.mlp.down_proj.weight.data[:, [1, 5]] = 0
+        head_size = layer.self_attn.head_dim
+        queries = layer.self_attn.num_key_value_groups * head_size
+        layer.self_attn.o_proj.weight.data[:, :queries] = 0
+    num_channels = model.config.intermediate_size
+    num_heads = model.config.num_key_value_heads
+
+    structured.remove_parts(
+        model, list(windows.split(2)), {"channels": 2 / num_channels, "heads": 1 / num_heads}
+    )
+
+    assert model.config.intermediate_size == num_channels - 2
+    assert model.config.num_key_value_heads == num_heads - 1
+    inputs = torch.randn(1, 16, model.config.hidden_size)
+    kept, whole = model.model.layers[1].mlp, before.model.layers[1].mlp
+    torch.testing.assert_close(kept(inputs), whole(inputs))
+    o_proj = model.model.layers[1].self_attn.o_proj.weight
+    torch.testing.assert_close(o_proj, before.model.layers[1].self_attn.o_proj.weight[:, queries:])
+    rebuilt = type(model)(model.config)
+    rebuilt.load_state_dict(model.state_dict())
+    logits = rebuilt.eval()(windows).logits
+    torch.testing.assert_close(logits, model.eval()(windows).logits)
 
 
 def test_unknown_questions_are_refused(measured):
