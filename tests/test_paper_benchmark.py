@@ -268,6 +268,8 @@ def measured(benchmark, tmp_path, monkeypatch):
 
 
 def test_every_unit_is_measured_once(measured, benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark("paper"), "SAMPLED", [("wanda", 2), ("wanda", 8)])
+
     rows = measured("start,samples")
 
     starts = [row for row in rows if row["part"] == "starts"]
@@ -275,6 +277,9 @@ def test_every_unit_is_measured_once(measured, benchmark, monkeypatch, capsys):
     assert len(units) == len(starts) == 2 * 1 * 2 * 4
     samples = [row for row in rows if row["part"] == "samples"]
     assert {row["samples"] for row in samples} == {2, 4, 8}
+    few, many = (row for row in rows if row["part"] == "sampled")
+    assert (few["samples"], many["samples"]) == (2, 8)
+    assert few["perplexity"] != many["perplexity"]
     assert "| 50% | sparsegpt |" in capsys.readouterr().out
 
     monkeypatch.setattr(benchmark("paper_layers"), "operators_of", lambda *_, **__: 1 / 0)
