@@ -249,7 +249,7 @@ def test_a_real_run_takes_what_is_estimated(monkeypatch):
 def test_held_out_logits_of_a_large_vocabulary_are_counted():
     run = beside_a_run(CASES["a large vocabulary, channels"])
 
-    assert run["measured_bytes"] > 1.5 * LIBRARIES, "the logits must matter here"
+    assert run["measured_bytes"] > LIBRARIES + 150 * 2**20, "the logits must matter here"
     assert 1 / 1.25 < run["estimated_bytes"] / run["measured_bytes"] < 1.25
 
 

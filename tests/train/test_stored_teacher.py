@@ -14,7 +14,7 @@ from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.model import predictor
 from optimum_fista.text import calibration_tokens
-from optimum_fista.train import preview, recovery, recovery_plan, stored_teacher
+from optimum_fista.train import preview, recovery, recovery_plan, sequences, stored_teacher
 
 QUICK = quick_recovery.QUICK | {"train": "all"}
 SHARDS = 10
@@ -200,7 +200,7 @@ def test_predictions_of_another_teacher_are_refused_before_the_text_is_drawn(
     with torch.no_grad():
         model.model.norm.weight[0] += 1.0
     model.save_pretrained(other)
-    monkeypatch.setattr(recovery, "calibration_tokens_by_name", fail)
+    monkeypatch.setattr(sequences, "calibration_tokens_by_name", fail)
 
     with pytest.raises(ValueError, match="has the predictions for another teacher"):
         run("out", teacher=other, other_teacher=True, tokens=64)
