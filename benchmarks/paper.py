@@ -86,6 +86,7 @@ LLM_PRUNER = "llm-pruner"
 ADAPTER_RATES = (3e-3,)
 """Learning rates of adapters that are tried; the better one counts. 3e-4 was tried once, and was much worse."""
 NUM_TRAINING_WINDOWS = 1024
+"""Windows of the calibration text of which adapters see some, at random."""
 STRUCTURED = [
     ("default", "channels:0.25"),
     (LLM_PRUNER, "channels:0.25"),
@@ -96,6 +97,7 @@ STRUCTURED = [
     ("flap", "channels:0.25"),
     ("flap", "heads:0.34+channels:0.156/16"),
 ]
+"""Methods and patterns that remove a fifth of the decoder layers' weights."""
 SAMPLED = [
     (method, count) for count in (4, 256) for method in ("wanda", "sparsegpt", "default", _PAPER)
 ]

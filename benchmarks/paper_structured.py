@@ -168,6 +168,8 @@ def train_adapters(
 ) -> tuple[PreTrainedModel, int]:
     """Train LoRA adapters of all linear operators in the decoder layers by peft, and merge them.
 
+    The arguments are those of `train_for`.
+
     Returns:
         The model with merged adapters.
         The number of tokens that it was trained on.

@@ -312,15 +312,14 @@ def test_structured_models_are_trained_for_equal_time(measured, benchmark, monke
 
     for method, _ in units:
         nothing, everything, adapters = (row for row in rows if row["method"] == method)
-        assert [row["trained"] for row in (nothing, everything, adapters)] == [
-            "nothing",
-            "all",
-            "adapters",
-        ]
+        trained = [row["trained"] for row in (nothing, everything, adapters)]
+        assert trained == ["nothing", "all", "adapters"]
         assert adapters["core_minutes"] == everything["core_minutes"] > 0
         assert nothing["parameters"] == everything["parameters"]
         assert adapters["num_tokens"] >= 2 * 16
-        assert len({*map(str, (row["perplexity"] for row in (nothing, everything, adapters)))}) == 3
+        assert everything["perplexity"] != nothing["perplexity"]
+        assert adapters["perplexity"] != nothing["perplexity"]
+        assert adapters["perplexity"] != everything["perplexity"]
 
 
 def test_adapters_after_zeros_keep_the_zeros(benchmark):
@@ -369,8 +368,9 @@ def test_llm_pruner_removes_the_groups_with_the_least_first_order_importance(ben
     inputs = torch.randn(1, 16, model.config.hidden_size)
     kept, whole = model.model.layers[1].mlp, before.model.layers[1].mlp
     torch.testing.assert_close(kept(inputs), whole(inputs))
-    o_proj = model.model.layers[1].self_attn.o_proj.weight
-    torch.testing.assert_close(o_proj, before.model.layers[1].self_attn.o_proj.weight[:, queries:])
+    kept_output = model.model.layers[1].self_attn.o_proj.weight
+    whole_output = before.model.layers[1].self_attn.o_proj.weight
+    torch.testing.assert_close(kept_output, whole_output[:, queries:])
     rebuilt = type(model)(model.config)
     rebuilt.load_state_dict(model.state_dict())
     logits = rebuilt.eval()(windows).logits

@@ -32,7 +32,7 @@ from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import largest_memory_factors, method_class
 from optimum_fista.text.self_sampling import num_batches, num_texts
 
-# Bytes of Python, torch and Transformers. Builds of torch for GPUs have larger libraries.
+# Bytes of Python, torch and Transformers on the host, once they are imported. Libraries of CUDA builds are larger.
 LIBRARIES = (325 if torch.version.cuda is None else 455) * 2**20
 _FLOAT32 = 4  # bytes
 

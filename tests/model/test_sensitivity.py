@@ -206,8 +206,12 @@ def test_groups_of_channels_are_not_taken_for_tokens_when_energies_are_limited()
     watcher.begin(CalibrationBatch(torch.zeros(2, 6).long()))
     watcher.see(linear, (inputs,), {}, None)
 
-    usual = watcher.columns.sum().item()  # of a group of a token in the first sequence
-    assert watcher.energy.item() == pytest.approx(usual * (1 + 10**2) * (10 + 2 * 2), rel=1e-5)
+    usual = watcher.columns.sum().item()  # energy of a group of a usual token in the first sequence
+    of_both_sequences = usual * (1 + 10**2)
+    num_usual_groups = 5 * 2  # five usual tokens with two groups
+    of_huge_groups = 2 * sensitivity._TYPICAL  # those of the first token, limited
+    expected = of_both_sequences * (num_usual_groups + of_huge_groups)
+    assert watcher.energy.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,13 @@ def test_where_every_operator_has_one_sparsity_budgets_take_no_forward_pass(llam
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "lengths"), [(64, [8] * 8), (20, [8] * 3), (72, [9] * 8), (73, [10] * 8)]
+    ("num_tokens", "lengths"),
+    [
+        (64, [8] * 8),  # eight sequences of `_LONGEST` tokens
+        (20, [8] * 3),
+        (72, [9] * 8),  # more tokens of each, since there are eight sequences only
+        (73, [10] * 8),
+    ],
 )
 def test_zeros_are_shared_by_the_beginnings_of_sequences(
     llama, tokens, num_tokens, lengths, monkeypatch
