@@ -59,6 +59,7 @@ from optimum_fista.prune.ranks import Ranks
 from optimum_fista.train.divergence import (
     LiveTeacher,
     Teacher,
+    TextAlone,
     bytes_of_whole_logits,
     divergence,
     text_loss,
@@ -126,7 +127,7 @@ class DistillationTrainer(Trainer):
         self,
         *,
         model: PreTrainedModel,
-        teacher: PreTrainedModel | StoredTeacher,
+        teacher: PreTrainedModel | StoredTeacher | None,
         kept_tokens: Tensor | None,
         label_share: float,
         steps: int,
@@ -143,7 +144,8 @@ class DistillationTrainer(Trainer):
 
         Args:
             model: The student in float32; gradients are on for the parameters to train (`mark_trained`).
-            teacher: The dense model, on the device of the training; or its stored predictions.
+            teacher: The dense model, on the device of the training; or its stored predictions. `None`: the text alone
+                counts (`label_share` is 1).
             kept_tokens: The teacher's token for each of the student's, int64; `None`: both have the same tokens.
             label_share: Share of the text's cross-entropy in the loss.
             steps: Updates of the weights.
@@ -176,14 +178,16 @@ class DistillationTrainer(Trainer):
             )
 
         is_sharded = bool(self.is_fsdp_enabled)
-        if is_sharded and not isinstance(teacher, StoredTeacher):
+        if is_sharded and isinstance(teacher, PreTrainedModel):
             teacher = fsdp2_prepare_model(self.accelerator, teacher)
         # The student's head may be in 16 bits, and its hidden states are not. The head of a sharded model is whole only
         # inside a call of the whole model, which then is not cut.
         with self.accelerator.autocast():
             self._student = Predictor(model, whole=is_sharded)
             self._teacher: Teacher
-            if isinstance(teacher, StoredTeacher):
+            if teacher is None:
+                self._teacher = TextAlone()
+            elif isinstance(teacher, StoredTeacher):
                 self._teacher = teacher
             else:
                 self._teacher = LiveTeacher(teacher, kept_tokens, whole=is_sharded)

@@ -103,12 +103,13 @@ class TopPredictions:
         return distance, p.scatter_(1, self.tokens, of_tokens)
 
 
-# Gives the predictions at some of the positions of a batch: a slice of them, or their numbers, int64.
-Predictions: TypeAlias = Callable[[slice | Tensor], WholePredictions | TopPredictions]
+# Gives the predictions at some of the positions of a batch: a slice of them, or their numbers, int64. `None`: there are
+# none, and the loss is that of the text alone.
+Predictions: TypeAlias = Callable[[slice | Tensor], WholePredictions | TopPredictions | None]
 
 
 class Teacher(Protocol):
-    """What a student imitates: a model in memory (`LiveTeacher`), or stored predictions."""
+    """What a student imitates: a model in memory (`LiveTeacher`), stored predictions, or nobody (`TextAlone`)."""
 
     def predictions(self, ids: Tensor) -> Predictions:
         """Predict the tokens of `ids`, int64 [batch, length], at all tokens but the last of each sequence.
@@ -131,6 +132,18 @@ class LiveTeacher(Predictor):
         with torch.no_grad():
             hidden = self.hidden_states(ids)
         return lambda rows: WholePredictions(self.logits(hidden[rows]))
+
+
+class TextAlone:
+    """Stands for a teacher if the text's own cross-entropy is the whole loss (`label_share` is 1): nothing runs."""
+
+    def predictions(self, ids: Tensor) -> Predictions:
+        """Predict nothing (`Teacher`)."""
+        return lambda _: None
+
+    def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
+        """Return 0: there are no logits (`Teacher`)."""
+        return 0
 
 
 class _Divergence(torch.autograd.Function):
@@ -190,15 +203,16 @@ class _Divergence(torch.autograd.Function):
 
 def _loss_and_slope(
     logits: Tensor,
-    of_teacher: WholePredictions | TopPredictions,
+    of_teacher: WholePredictions | TopPredictions | None,
     labels: Tensor,
     label_share: float,
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the divergence over positions, and its gradient by the student's logits.
 
     `logits` are the student's, [positions, vocabulary of the student], and `of_teacher` are the teacher's predictions
-    at these positions. `labels`, int64 [positions], are the tokens that follow in the text. With p of the teacher, q of
-    the student and s = `label_share`, the loss of a position is (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label.
+    at these positions; they may be `None` if s is 1. `labels`, int64 [positions], are the tokens that follow in the
+    text. With p of the teacher, q of the student and s = `label_share`, the loss of a position is
+    (1 - s) sum_i p_i (log p_i - log q_i) - s log q_label.
 
     Logits may have any dtype; sums are float32, and the gradient has the shape and dtype of `logits`. No argument is
     changed.
@@ -211,16 +225,17 @@ def _loss_and_slope(
         rows = slice(start, start + size)
         log_q = logits[rows].float().log_softmax(-1)  # [chunk, vocabulary]
         q = log_q.exp()
-        distance, p = of_teacher.part(rows).divergence_and_probabilities(log_q, q)
         following = labels[rows, None]  # [chunk, 1]
-
-        total += (1 - label_share) * distance
-        if label_share:  # with 0, a label without probability would give 0 times infinity
-            total -= label_share * log_q.gather(1, following).sum()
 
         # The gradient by logits is q - (1 - s) p - s [label]. Both terms of the loss have a q in theirs, and the shares
         # of the terms add up to 1.
-        slope = q.sub_(p, alpha=1 - label_share)  # in the memory of q
+        slope = q
+        if of_teacher is not None:
+            distance, p = of_teacher.part(rows).divergence_and_probabilities(log_q, q)
+            total += (1 - label_share) * distance
+            slope = q.sub_(p, alpha=1 - label_share)  # in the memory of q
+        if label_share:  # with 0, a label without probability would give 0 times infinity
+            total -= label_share * log_q.gather(1, following).sum()
         at_label = torch.full_like(slope[:, :1], -label_share)
         slopes[rows] = slope.scatter_add_(1, following, at_label)
     return total, slopes
@@ -246,7 +261,7 @@ def divergence(
 
     Args:
         student: The model that is trained; the result has a gradient by its parameters before the head.
-        teacher: What the student imitates; a model in memory gets no gradient.
+        teacher: What the student imitates; a model in memory gets no gradient. `TextAlone` if `label_share` is 1.
         ids: Token ids of the student, [batch, length].
         label_share: Share of the text's own cross-entropy, in [0, 1].
         wrapped: The student in a wrapper such as DistributedDataParallel, which is then called instead of the student.

@@ -23,6 +23,7 @@ from optimum_fista.train.divergence import (
     LiveTeacher,
     Predictions,
     Teacher,
+    TextAlone,
     TopPredictions,
     bytes_of_whole_logits,
     divergence,
@@ -68,9 +69,10 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     Returns the seconds of a step, and the bytes that logits take more than `choice` says: 0 if models can be cut.
 
     One pass is timed, after another one that fills caches. Its time, multiplied by the number of passes, is that of the
-    step. If the teacher's predictions are stored, others of the same shape take their place. All models are local to
-    this function, so their memory is free when it returns. `plan` and `choice` are only read: `choice.train` says what
-    has gradients, `choice.checkpointed` whether activations are computed twice.
+    step. If the teacher's predictions are stored, others of the same shape take their place; if the text alone counts,
+    there is no teacher. All models are local to this function, so their memory is free when it returns. `plan` and
+    `choice` are only read: `choice.train` says what has gradients, `choice.checkpointed` whether activations are
+    computed twice.
     """
     counted = _counted_in_batch(plan)  # before the models, because it may raise an error
     student = _student_in_training(plan, choice)
@@ -82,7 +84,9 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     teacher: Teacher
     with products:  # `Predictor` runs a model on a few tokens, to find out how to cut it
         student_predictor = Predictor(student)
-        if plan.options.teacher_logits is None:
+        if not plan.has_teacher:
+            teacher = TextAlone()
+        elif plan.options.teacher_logits is None:
             model, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
             teacher = LiveTeacher(model.eval(), plan.kept_tokens)
         else:

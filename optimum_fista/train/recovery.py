@@ -538,18 +538,19 @@ def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) 
 
 def _load_models(
     plan: RecoveryPlan, stored: StoredTeacher | None, journal: Path
-) -> tuple[PreTrainedModel, PreTrainedModel | StoredTeacher]:
+) -> tuple[PreTrainedModel, PreTrainedModel | StoredTeacher | None]:
     """Load the pruned model (the first result) to the CPU, and the dense model to the device of the plan.
 
     The pruned model has the dtypes of its files. The dense model has that of products (`plan.compute_dtype`), and gets
-    no gradients. If its predictions are `stored`, it is not loaded, and they are the second result. `journal` is the
-    folder of the run, which rank 0 has made: a process that does not see it raises an error.
+    no gradients. If its predictions are `stored`, it is not loaded, and they are the second result. If the text alone
+    counts, it is not loaded either, and the second result is `None`. `journal` is the folder of the run, which rank 0
+    has made: a process that does not see it raises an error.
     """
     if not journal.exists():
         raise ValueError(
             f"output: rank 0 began {str(journal.parent)!r}, and it isn't here: pass a folder that all nodes share."
         )
-    if stored is not None:
+    if stored is not None or not plan.has_teacher:
         return load_student(plan.source), stored
     teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
     return load_student(plan.source), teacher.eval().requires_grad_(False)

@@ -55,7 +55,10 @@ class RecoveryOptions:
         advanced=_TRAINING,
     )
     label_share: float = option(
-        0.5, "share of the text's own cross-entropy in the loss", limits=(0, 1), advanced=_TRAINING
+        0.5,
+        "share of the text's own cross-entropy in the loss; with 1, the teacher is not loaded",
+        limits=(0, 1),
+        advanced=_TRAINING,
     )
     seed: int = option(
         0, "seed by which text is drawn and ordered", limits=SEEDS, advanced=_TRAINING
@@ -91,4 +94,9 @@ class RecoveryOptions:
             raise ValueError(
                 f"relative_step={self.relative_step}: pass a positive share of the weights' root mean square, such as "
                 "0.001."
+            )
+        if self.teacher_logits is not None and self.label_share == 1:
+            raise ValueError(
+                f"teacher_logits={str(self.teacher_logits)!r} has no meaning with label_share=1, where the text alone "
+                "counts: leave out one of them (--teacher-logits, --label-share)."
             )

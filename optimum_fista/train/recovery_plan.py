@@ -92,6 +92,11 @@ class RecoveryPlan:
         """Sequences that are trained on, each once."""
         return self.steps * self.passes_of_step * self.options.batch_size
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the teacher's predictions count in the loss; otherwise the text alone does."""
+        return self.options.label_share < 1
+
     def relative_step(self, train: str) -> float:
         """About how far a step moves weights, as a share of the root mean square of their tensor.
 
@@ -565,6 +570,8 @@ def _needed_bytes(
         logits_bytes += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
 
     training_bytes = student_bytes + mask_bytes + tokens * bytes_of_token + logits_bytes
+    if not plan.has_teacher:
+        return training_bytes
     teacher_is_stored = plan.options.teacher_logits is not None
     if teacher_is_stored:  # the teacher is in memory before the training, and not during it
         return max(training_bytes, teacher_bytes + logits_bytes)
@@ -651,6 +658,8 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
         teacher += f", its predictions of {len(plan.kept_tokens):,} tokens"
     if options.teacher_logits is not None:
         teacher += f", the {options.top_k} most likely tokens, stored in {options.teacher_logits}"
+    if not plan.has_teacher:
+        teacher += ", which is not used: the text alone counts (label_share is 1)"
     memory = f"{size_text(choice.num_bytes)} on {plan.device}"
     if free:
         memory += f", {size_text(free)} are free"

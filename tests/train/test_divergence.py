@@ -5,7 +5,13 @@ import torch
 from families import family_model
 
 from optimum_fista.model.predictor import Predictor
-from optimum_fista.train.divergence import LiveTeacher, TopPredictions, divergence, text_loss
+from optimum_fista.train.divergence import (
+    LiveTeacher,
+    TextAlone,
+    TopPredictions,
+    divergence,
+    text_loss,
+)
 
 # a head with a bias, soft-capping, a factor, a divisor, a decoder inside another module; and one that can't be cut
 FAMILIES = {
@@ -64,6 +70,22 @@ def test_the_divergence_and_its_gradient_are_those_of_pytorch(family, share, mon
     torch.testing.assert_close(text_loss(predictors[0], ids), expected_text)
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_the_text_alone_is_the_loss_with_any_teacher_whose_predictions_have_no_share(ids):
+    student, teacher = models("llama")
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    predictor = Predictor(student)
+
+    expected = divergence(predictor, LiveTeacher(teacher), ids, 1.0)
+    expected_gradients = torch.autograd.grad(expected, trained, allow_unused=True)
+    loss = divergence(predictor, TextAlone(), ids, 1.0)
+    gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+
+    assert torch.equal(loss, expected)
+    assert loss > 0
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        assert torch.equal(gradient, expected_gradient)
 
 
 def test_a_teacher_with_more_tokens_is_compared_on_the_kept_ones():

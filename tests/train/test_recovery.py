@@ -463,7 +463,9 @@ def test_the_head_is_in_16_bits_while_products_are_and_is_saved_as_it_was(tied, 
             compute_dtype="bfloat16",
         )
 
-    assert dtypes_of_heads == {torch.bfloat16}  # of student and teacher
+    assert dtypes_of_heads == {
+        torch.bfloat16
+    }  # of the student, in training and when it is measured
     assert found.best_step  # so trained weights were saved
     after = weights(tmp_path / "out")
     assert after.keys() == before.keys()
@@ -738,6 +740,42 @@ def test_the_plan_of_a_sharded_training_counts_whole_logits(
     sharded = recovery_plan.choose(plan, [None, None])
 
     assert sharded.num_bytes - whole.num_bytes == 3 * 4 * 16 * VOCABULARY
+
+
+def test_no_teacher_is_loaded_if_the_text_alone_counts(
+    run, saved, tiny_folder, text, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise AssertionError("the teacher is loaded")
+
+    for module in (recovery, preview):
+        monkeypatch.setattr(module, "load_model", fail)
+    options = {name: value for name, value in QUICK.items() if name != "progress"}
+
+    def plan_with(label_share):
+        return recovery_plan.plan_recovery(
+            saved.folder,
+            tiny_folder,
+            tmp_path / "planned",
+            calibration=text,
+            overwrite=False,
+            processes=1,
+            label_share=label_share,
+            **options,
+        )
+
+    found = run(label_share=1.0)
+
+    assert found.held_out_loss < found.held_out_loss_before
+    assert "the text alone counts" in preview.preview(plan_with(1.0))
+    needed = [recovery_plan.choose(plan_with(share), [None]).num_bytes for share in (1.0, 0.9)]
+    parameters = saved.report.first_model.num_parameters
+    assert needed[1] - needed[0] == 4 * parameters  # the teacher in float32
+
+
+def test_stored_predictions_are_refused_if_the_text_alone_counts(run, tmp_path):
+    with pytest.raises(ValueError, match="has no meaning with label_share=1"):
+        run(label_share=1.0, teacher_logits=tmp_path / "predictions")
 
 
 def test_every_training_of_a_dense_model_stays_on_record(run, tiny_folder, tmp_path):
