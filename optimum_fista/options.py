@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-ErrorCorrection = Literal["none", "intra", "full"] | float
+ErrorCorrection = Literal["none", "after_attention", "intra", "full"] | float
 Allocation = Literal["uniform", "fisher"]
 Limits = tuple[float, float | None]
 SEEDS = (0, 2**64 - 1)  # least and largest seed of torch.manual_seed
@@ -79,8 +79,9 @@ class PruningOptions:
     error_correction: ErrorCorrection | None = option(
         None,
         "compensate for the errors of operators that were pruned before: none; intra: those in the same decoder layer; "
-        "full: also those in all earlier decoder layers; a number from 0 to 1: as full, but only for this share of the "
-        "error (docs/method.md; default: by method; for obs_admm intra, or 0.5 if whole parts are removed)",
+        "after_attention: as intra, but not inside of the attention, which takes less time; full: also those in all "
+        "earlier decoder layers; a number from 0 to 1: as full, but only for this share of the error (docs/method.md; "
+        "default: by method; for obs_admm intra, or 0.5 if whole parts are removed)",
         limits=(0, 1),
         advanced=_METHOD,
     )
@@ -259,9 +260,9 @@ _WORDS = {
 
 
 def _words(hint: Any) -> str:
-    """Say in words what a field with this type hint takes, such as "'none', 'intra', 'full' or a number".
+    """Say in words what a field with this type hint takes, such as "'uniform', 'fisher' or a number".
 
-    `hint` is a type hint, such as `Literal["none", "intra", "full"] | float`.
+    `hint` is a type hint, such as `Literal["uniform", "fisher"] | float`.
     """
     words: list[str] = []
     for kind in kinds_of(hint):

@@ -34,7 +34,7 @@ def test_the_scope_is_that_of_the_method_unless_given():
         ({"method": "obd"}, "method='obd': pass one of .*'fista'"),
         (
             {"error_correction": "inter"},
-            r"error_correction='inter': pass 'none', 'intra', 'full' or a number from 0 to 1",
+            r"error_correction='inter': pass 'none', 'after_attention', 'intra', 'full' or a number from 0 to 1",
         ),
         ({"allocation": "owl"}, "allocation='owl': pass 'uniform' or 'fisher'"),
         ({"allocation_tokens": 1}, "allocation_tokens=1: pass a whole number of at least 2"),

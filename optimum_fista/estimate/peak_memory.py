@@ -240,10 +240,16 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         if ".experts." not in f"{module}."
     }
     parts |= _running_layer(run, names, groups_of_all_tokens)
-    all_groups_together = run.config.correction.carry == "none"  # none needs the others' results
+    carry = run.config.correction.carry
+    all_groups_together = carry == "none"  # none needs the others' results
     if all_groups_together or run.config.held_out:
         # All groups of a decoder layer are summed in one pass over the tokens.
         parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
+    # The module with the first operator is the attention, whose groups may be summed in one pass as well.
+    attention = next((module for module, _ in groups), "")
+    grams_of_attention = sum(
+        _FLOAT32 * columns**2 for module, columns in groups if module == attention
+    )
 
     # Features of a token in the dense network that are kept, if operators are fitted to it: outputs of a group, or its
     # inputs if they are fewer.
@@ -257,7 +263,10 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         features = recorded + columns + (run.num_streams + 2) * run.hidden
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         together = _groups_solved_together(run, groups, module, columns)
-        yield Moment({**parts, **_solving(run, outputs, columns, together)}, waiting)
+        moment = {**parts, **_solving(run, outputs, columns, together)}
+        if carry == "after_attention" and module == attention:
+            moment.setdefault("other Gram matrices", grams_of_attention)
+        yield Moment(moment, waiting)
 
 
 def _removing_experts(run: RunSizes, layer_name: str, layer: torch.nn.Module) -> Moment:

@@ -1,9 +1,10 @@
 """Error correction: on which inputs the operators of a decoder layer are pruned, and which outputs they should have.
 
 `Correction` has the equation; everything that depends on it is in this file. FISTAPruner corrects errors inside a
-decoder layer. Here, errors of earlier layers may be corrected too. The targets may lie between those of the dense and
-of the pruned network. The last operator of a layer may compensate for the errors of all others. For this, activations
-of the dense network are kept for one layer: the inputs or the outputs of an operator, whichever take less memory.
+decoder layer. Here the operators of the attention may be left out of this, which saves time, or errors of earlier
+layers may be corrected too. The targets may lie between those of the dense and of the pruned network. The last operator
+of a layer may compensate for the errors of all others. For this, activations of the dense network are kept for one
+layer: the inputs or the outputs of an operator, whichever take less memory.
 
 Letters in comments: `W` is the dense weight of an operator [out, in], `X` its inputs in the dense network, `X*` in the
 network as pruned so far. A group is a list of operators that share their inputs, so they share `X` and `X*`. Tokens are
@@ -37,7 +38,7 @@ from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.precision import quick_products
 from optimum_fista.solve.problem import LayerProblem, relative_norm
 
-Carry = Literal["none", "intra", "full"]
+Carry = Literal["none", "after_attention", "intra", "full"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Correction:
     """
 
     # Where X* comes from. "none": from the dense network, X* = X. "intra": from the pruned operators of the same layer,
-    # and the hidden states that enter the layer are dense. "full": these are pruned too.
+    # and the hidden states that enter the layer are dense. "after_attention": as "intra", but operators of the
+    # attention have X* = X. "full": as "intra", but the hidden states that enter the layer are pruned too.
     carry: Carry
     dense_share: float = 1.0  # a, in [0, 1]
     residual_share: float = 0.0  # b, in [0, 1]
@@ -62,8 +64,8 @@ class Correction:
     def parse(cls, error_correction: str | float, residual_correction: float = 0.0) -> Self:
         """Read the two options of a configuration.
 
-        `error_correction` is "none", "intra" or "full" (`carry`); a number means "full" with this share of the dense
-        inputs, `a` in [0, 1]. `residual_correction` is the share `b` in [0, 1].
+        `error_correction` is one of the words of `carry`; a number means "full" with this share of the dense inputs,
+        `a` in [0, 1]. `residual_correction` is the share `b` in [0, 1].
         """
         if isinstance(error_correction, int | float):
             return cls("full", float(error_correction), residual_correction)
@@ -76,9 +78,16 @@ class Correction:
         """Whether the targets need the dense network's inputs or outputs."""
         return self.carry != "full" or self.dense_share > 0 or self.residual_share > 0
 
-    def sees_dense_inputs(self, group: int) -> bool:
-        """Whether `X* = X` for the group of operators with this number in the decoder layer."""
-        return self.carry == "none" or (self.carry == "intra" and group == 0)
+    def sees_dense_inputs(self, group: int, groups_of_attention: int) -> bool:
+        """Whether `X* = X` for the group of operators with this number in the decoder layer.
+
+        The first `groups_of_attention` groups are those of the attention (`FinishedParts.groups_of_attention`).
+        """
+        if self.carry in ("none", "full"):
+            return self.carry == "none"
+        # The hidden states that enter the layer are dense, and so are the inputs of the first group.
+        is_in_attention = self.carry == "after_attention" and group < groups_of_attention
+        return group == 0 or is_in_attention
 
     def enter(self, hidden_states: Sequence[Tensor]) -> HiddenStates:
         """The hidden states that enter the first decoder layer: as dense ones, as pruned ones, or as both, as needed.
@@ -212,7 +221,7 @@ class LayerTargets:
             number: _DenseRecord(
                 group,
                 activations,
-                is_dense_input=correction.sees_dense_inputs(number),
+                is_dense_input=self._sees_dense_inputs(number),
                 needs_dense=correction.needs_dense,
             )
             for number, group in enumerate(groups)
@@ -228,7 +237,7 @@ class LayerTargets:
         # whether the sum of all experts gets a residual correction
         self.corrects_experts = False
         # Asked for a group after all others: the rest of the layer's output differs in the two networks.
-        has_rest = not correction.sees_dense_inputs(len(groups))
+        has_rest = not self._sees_dense_inputs(len(groups))
         if experts is not None and correction.residual_share > 0 and has_rest:
             hidden = entering.to_prune_on[0]
             self.corrects_experts = is_added_to_output(activations, experts, hidden)
@@ -236,18 +245,27 @@ class LayerTargets:
         if entering.dense is not None:
             self._outputs = self._run_dense(entering.dense)
 
+    def _sees_dense_inputs(self, index: int) -> bool:
+        """Whether `X* = X` for the group number `index`; the number after that of the last group may be asked, too."""
+        return self._correction.sees_dense_inputs(index, self._finished.groups_of_attention)
+
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
         """Run the dense layer on every batch, and return its output hidden states.
 
         One pass serves all groups: hooks fill the record of each (`self._records`), and `self._expert_outputs` if
         experts will be removed (`self._experts` is their module then). The hooks are removed at the end. The order in
-        which they are set does not matter: each sees only its own module.
+        which they are set does not matter: each sees only its own module. If the operators of the attention are pruned
+        on dense inputs, `self._finished` keeps the inputs of the last one.
 
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer.
         """
         outputs = self.activations.store()
         expert_sums = _ExpertSums(self._expert_outputs)
         with ExitStack() as hooks:
+            if self._correction.carry == "after_attention":
+                # These inputs are final, so the attention need not run again when it is pruned: only this operator.
+                last = self._finished.groups_of_attention - 1
+                hooks.enter_context(self._finished.skipped(last, keep=True))
             for record in self._records.values():
                 module = record.group[0].module
                 hooks.enter_context(
@@ -277,7 +295,7 @@ class LayerTargets:
         record = self._records.pop(index)
         group = self._groups[index]
         # If X* = X, the dense pass has summed everything.
-        if not self._correction.sees_dense_inputs(index):
+        if not self._sees_dense_inputs(index):
             self._sum_pruned_inputs(index, record)
 
         # Sums are over tokens to fit (False) and over held-out tokens (True), if there are any.

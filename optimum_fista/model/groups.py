@@ -363,6 +363,10 @@ class FinishedParts:
     Parts that return anything else besides one tensor run again.
 
     `groups` and `ends` are those of `LayerTrace`, groups in its order.
+
+    Attributes:
+        groups_of_attention: How many of the groups are in the *attention*. This is the part that runs first, whatever
+            its name, and its groups are the first ones. 0 if the first group is in no part, or if the part has all.
     """
 
     def __init__(
@@ -385,6 +389,7 @@ class FinishedParts:
         self._last_group: dict[nn.Module, int] = {}
         # by part, the operator that ends it
         self._ends: dict[nn.Module, tuple[LinearOperator, Rest]] = {}
+        self.groups_of_attention = 0
 
         operator_modules = {operator.module for group in groups for operator in group}
         for part in activations.layer.children():
@@ -401,6 +406,9 @@ class FinishedParts:
             if not numbers:
                 continue
             self._last_group[part] = max(numbers)
+            # True if these are the first groups, without one of another part between them, and others come after them.
+            if numbers == list(range(len(numbers))) and len(numbers) < len(groups):
+                self.groups_of_attention = len(numbers)
             # The pass that prunes a group stops at its first operator (`arguments_of`), so only the inputs of this one
             # can be watched.
             last_operator = groups[max(numbers)][0]

@@ -92,7 +92,7 @@ class MethodDefaults:
     """
 
     scope: Scope = "matrix"  # zeros are shared out among all weights of an operator
-    error_correction: Literal["none", "intra", "full"] | float = 0.0
+    error_correction: Literal["none", "after_attention", "intra", "full"] | float = 0.0
     residual_correction: float = 0.0
     allocation: Literal["uniform", "fisher"] = "uniform"
 

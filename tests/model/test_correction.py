@@ -1,14 +1,20 @@
+import copy
 import math
 
 import pytest
 import torch
+from families import family_model
 from pruning import prune
 from tiny_models import tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 from toy_layer import ToyLayer, toy_layer
 
+from optimum_fista.model.calibration import read_batches
+from optimum_fista.model.choice import find_operators
 from optimum_fista.model.correction import Correction, LayerTargets
-from optimum_fista.model.inputs import HiddenStates, LayerActivations, LayerCall
+from optimum_fista.model.groups import trace_groups
+from optimum_fista.model.inputs import HiddenStates, LayerActivations, LayerCall, record_inputs
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.solve.problem import LayerProblem
 
@@ -43,6 +49,7 @@ def reference(layer: ToyLayer, name: str, states: list[Tensor]) -> list[Tensor]:
     [
         (("none", 1.0), Correction("none")),
         (("intra", 0.5), Correction("intra", 1.0, 0.5)),
+        (("after_attention",), Correction("after_attention")),
         (("full",), Correction("full")),
         ((1, 0.0), Correction("full")),
         ((0.25, 1.0), Correction("full", 0.25, 1.0)),
@@ -103,7 +110,7 @@ def require_problem(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("correction", ["none", "intra", "full", 0.0, 0.25])
+@pytest.mark.parametrize("correction", ["none", "after_attention", "intra", "full", 0.0, 0.25])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_problems_and_errors_are_those_of_the_activations(correction, in_place, bias, held_out):
     parsed = Correction.parse(correction)
@@ -142,7 +149,7 @@ def test_problems_and_errors_are_those_of_the_activations(correction, in_place, 
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("correction", ["none", "intra", "full", 0.0, 0.25])
+@pytest.mark.parametrize("correction", ["none", "after_attention", "intra", "full", 0.0, 0.25])
 def test_hidden_states_after_the_layer_are_those_of_both_networks(correction, in_place):
     parsed = Correction.parse(correction)
     dense = toy_layer(in_place=in_place)
@@ -164,6 +171,83 @@ def test_hidden_states_after_the_layer_are_those_of_both_networks(correction, in
         expected = [layer(state) for state in hidden_states(0.7)]
         assert all(map(torch.equal, leaving.pruned, expected))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules())
+
+
+def inputs_of(layer: nn.Module, operator: nn.Module, activations: LayerActivations, states):
+    """Inputs [tokens, in] of an operator of a layer, of all batches."""
+    inputs = []
+    handle = operator.register_forward_pre_hook(lambda _, args: inputs.append(args[0].clone()))
+    for call, state in zip(activations.calls, states, strict=True):
+        call.run(layer, state)
+    handle.remove()
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "last"),
+    [
+        ("llama", "self_attn", "o_proj"),
+        ("falcon", "self_attention", "dense"),  # attention and MLP side by side
+        ("jamba", "mamba", "out_proj"),  # no attention, but what stands in its place
+        # The attention adds to the output of its last operator, so all of it runs again.
+        ("bloom", "self_attention", None),
+    ],
+)
+def test_the_attention_is_pruned_on_dense_inputs_and_what_follows_sees_errors_of_its_last_operator(
+    family, attention, last
+):
+    model = family_model(family)
+    layers = find_decoder_layers(model)
+    layer_name, layer = next(iter(layers))
+    recorded = record_inputs(layers, read_batches(IDS.split(4), 64))
+    states = recorded.hidden_states
+    trace = trace_groups(layer, find_operators(layer_name, layer), recorded.calls[0][0], states[0])
+    activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, CPU)
+    correction = Correction.parse("after_attention")
+    dense = copy.deepcopy(layer)
+    # The layer as operators after the attention see it: in the attention, only the last operator is pruned.
+    seen = copy.deepcopy(layer)
+
+    targets = LayerTargets(
+        activations, trace.groups, correction, HiddenStates(states), ends=trace.ends
+    )
+    runs_of_attention = []
+    trace.groups[0][0].module.register_forward_hook(lambda *_: runs_of_attention.append(1))
+    num_dense = 0
+    for index, group in enumerate(trace.groups):
+        names = [operator.name.removeprefix(f"{layer_name}.") for operator in group]
+        X = inputs_of(dense, dense.get_submodule(names[0]), activations, states)
+        X_star = inputs_of(seen, seen.get_submodule(names[0]), activations, states)
+        if names[0].startswith(f"{attention}."):
+            num_dense += 1
+            X_star = X
+
+        problems = targets.problems(index)
+
+        for operator, name, problem in zip(group, names, problems.fitted, strict=True):
+            W = dense.get_submodule(name).weight
+            require_problem(problem, correction, W, X, X_star)
+            pruned = magnitude_pruned(operator.parameter)
+            operator.parameter.copy_(pruned)
+            is_seen = last is None or name == f"{attention}.{last}"
+            if is_seen or not name.startswith(f"{attention}."):
+                seen.get_submodule(name).weight.copy_(pruned)
+    assert 1 < num_dense < len(trace.groups)
+    assert bool(runs_of_attention) == (last is None)
+
+
+def test_a_layer_that_is_one_part_is_corrected_inside_of_it():
+    def pruned(correction: str) -> dict[str, Tensor]:
+        model = family_model("mamba")
+        prune(model, IDS.split(4), method="alps", error_correction=correction)
+        return model.state_dict()
+
+    intra = pruned("intra")
+    after_attention = pruned("after_attention")
+    none = pruned("none")
+
+    assert all(torch.equal(intra[name], after_attention[name]) for name in intra)
+    assert any(not torch.equal(intra[name], none[name]) for name in intra)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
