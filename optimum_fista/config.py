@@ -349,11 +349,16 @@ class FistaPruningConfig(PruningOptions):
 
     @property
     def _method_defaults(self) -> MethodDefaults:
-        """The values of options that the user leaves to the method; they depend on whether whole parts are removed."""
+        """The values of options that the user leaves to the method; they depend on the pattern of most operators."""
         method = method_class(self.method)
-        if self.whole_parts is not None and method.defaults_of_parts is not None:
-            return method.defaults_of_parts
-        return method.defaults
+        chosen: MethodDefaults | None = None
+        if self.whole_parts is not None:
+            chosen = method.defaults_of_parts
+        elif self.tokens_removal is None:
+            pattern = self._usual_pattern
+            has_few_zeros = not pattern.fixed and pattern.sparsity <= 0.5
+            chosen = method.defaults_of_few_zeros if has_few_zeros else None
+        return method.defaults if chosen is None else chosen
 
     @property
     def may_refit_experts(self) -> bool:

@@ -81,7 +81,8 @@ class PruningOptions:
         "compensate for the errors of operators that were pruned before: none; intra: those in the same decoder layer; "
         "after_attention: as intra, but not inside of the attention, which takes less time; full: also those in all "
         "earlier decoder layers; a number from 0 to 1: as full, but only for this share of the error (docs/method.md; "
-        "default: by method; for obs_admm intra, or 0.5 if whole parts are removed)",
+        "default: by method; for obs_admm after_attention for at most half zeros, intra for more and for patterns such "
+        "as 2:4, and 0.5 if whole parts are removed)",
         limits=(0, 1),
         advanced=_METHOD,
     )

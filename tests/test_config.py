@@ -121,7 +121,8 @@ def test_the_first_override_that_matches_decides():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_left_open_take_the_defaults_of_the_method(name):
-    defaults = method_class(name).defaults
+    method = method_class(name)
+    defaults = method.defaults_of_few_zeros or method.defaults
 
     resolved = FistaPruningConfig(method=name).resolved()
 
@@ -237,6 +238,22 @@ def test_unknown_options_are_refused_by_name():
         ValueError, match=r"unknown options 'sparcity', 'zeros': pass some of sparsity, pattern"
     ):
         FistaPruningConfig.from_dict({"sparcity": 0.5, "zeros": 1, "seed": 0})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "after_attention"),
+        ({"sparsity": 0.51}, "intra"),
+        ({"pattern": "2:4"}, "intra"),
+        ({"pattern": "channels:0.25"}, 0.5),
+        ({"sparsity": 0.3, "error_correction": "full"}, "full"),
+        ({"sparsity": 0.3, "method": "fista"}, "intra"),
+        ({"sparsity": 0.3, "method": "wanda"}, 0.0),
+    ],
+)
+def test_the_error_correction_that_the_method_chooses_depends_on_the_pattern(options, expected):
+    assert FistaPruningConfig(**options).resolved().error_correction == expected
 
 
 def test_the_paper_configuration_has_the_settings_of_the_paper():

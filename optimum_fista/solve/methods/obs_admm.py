@@ -105,6 +105,10 @@ class ObsAdmm(PruningMethod):
     defaults: ClassVar[MethodDefaults] = MethodDefaults(
         error_correction="intra", allocation="fisher"
     )
+    # The attention has small errors then, and most of what the correction costs is its second run.
+    defaults_of_few_zeros: ClassVar[MethodDefaults | None] = MethodDefaults(
+        error_correction="after_attention", allocation="fisher"
+    )
     # A removed decoder layer, or a head, is an error that later layers can make up for.
     defaults_of_parts: ClassVar[MethodDefaults | None] = MethodDefaults(
         error_correction=0.5, residual_correction=1.0, allocation="fisher"
