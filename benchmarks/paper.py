@@ -366,8 +366,11 @@ def pruned_folder(session: Session, method: str, pattern: str) -> Path:
             kind, _, share = term.partition(":")
             parts[kind] = float(share.partition("/")[0])
         paper_structured.remove_parts(model, batches_of(session), parts)
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        # The folder gets its name when it is whole: a folder that exists is not made again.
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
     else:
         pruner = FistaPruner(parse_config(method, pattern))
         pruner.prune(arguments.model, batches_of(session), output_dir=folder)
