@@ -349,15 +349,17 @@ class FistaPruningConfig(PruningOptions):
 
     @property
     def _method_defaults(self) -> MethodDefaults:
-        """The values of options that the user leaves to the method; they depend on the pattern of most operators."""
+        """The values of options that the user leaves to the method; they depend on the pattern without an override."""
         method = method_class(self.method)
         chosen: MethodDefaults | None = None
         if self.whole_parts is not None:
             chosen = method.defaults_of_parts
         elif self.tokens_removal is None:
             pattern = self._usual_pattern
-            has_few_zeros = not pattern.fixed and pattern.sparsity <= 0.5
-            chosen = method.defaults_of_few_zeros if has_few_zeros else None
+            is_up_to_half = not pattern.fixed and pattern.sparsity <= 0.5
+            # A residual correction, which the user asks for here, wants to see all errors of the layer.
+            if is_up_to_half and not self.residual_correction:
+                chosen = method.defaults_up_to_half
         return method.defaults if chosen is None else chosen
 
     @property

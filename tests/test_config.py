@@ -122,7 +122,7 @@ def test_the_first_override_that_matches_decides():
 @pytest.mark.parametrize("name", METHODS)
 def test_options_left_open_take_the_defaults_of_the_method(name):
     method = method_class(name)
-    defaults = method.defaults_of_few_zeros or method.defaults
+    defaults = method.defaults_up_to_half or method.defaults
 
     resolved = FistaPruningConfig(method=name).resolved()
 
@@ -248,6 +248,7 @@ def test_unknown_options_are_refused_by_name():
         ({"pattern": "2:4"}, "intra"),
         ({"pattern": "channels:0.25"}, 0.5),
         ({"sparsity": 0.3, "error_correction": "full"}, "full"),
+        ({"sparsity": 0.3, "residual_correction": 1.0}, "intra"),
         ({"sparsity": 0.3, "method": "fista"}, "intra"),
         ({"sparsity": 0.3, "method": "wanda"}, 0.0),
     ],

@@ -245,8 +245,11 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
     if all_groups_together or run.config.held_out:
         # All groups of a decoder layer are summed in one pass over the tokens.
         parts["other Gram matrices"] = sum(_FLOAT32 * columns**2 for _, columns in groups)
-    # The module with the first operator is the attention, whose groups may be summed in one pass as well.
-    attention = next((module for module, _ in groups), "")
+    # With this correction the groups of the attention are summed in one pass, too. Its module is the first one.
+    modules = [module for module, _ in groups]
+    attention = None
+    if carry == "after_attention" and len(set(modules)) > 1:
+        attention = modules[0]
     grams_of_attention = sum(
         _FLOAT32 * columns**2 for module, columns in groups if module == attention
     )
@@ -264,7 +267,7 @@ def _pruning_layer(run: RunSizes, layer: torch.nn.Module, names: list[str]) -> I
         waiting = run.value_bytes * run.num_samples * run.length * features + held_out
         together = _groups_solved_together(run, groups, module, columns)
         moment = {**parts, **_solving(run, outputs, columns, together)}
-        if carry == "after_attention" and module == attention:
+        if module == attention:
             moment.setdefault("other Gram matrices", grams_of_attention)
         yield Moment(moment, waiting)
 

@@ -1,8 +1,8 @@
 """Error correction: on which inputs the operators of a decoder layer are pruned, and which outputs they should have.
 
 `Correction` has the equation; everything that depends on it is in this file. FISTAPruner corrects errors inside a
-decoder layer. Here the operators of the attention may be left out of this, which saves time, or errors of earlier
-layers may be corrected too. The targets may lie between those of the dense and of the pruned network. The last operator
+decoder layer. Here the attention may be left out of the correction, which saves time, or errors of earlier layers may
+be corrected too. The targets may lie between those of the dense and of the pruned network. The last operator
 of a layer may compensate for the errors of all others. For this, activations of the dense network are kept for one
 layer: the inputs or the outputs of an operator, whichever take less memory.
 
@@ -54,8 +54,9 @@ class Correction:
     """
 
     # Where X* comes from. "none": from the dense network, X* = X. "intra": from the pruned operators of the same layer,
-    # and the hidden states that enter the layer are dense. "after_attention": as "intra", but operators of the
-    # attention have X* = X. "full": as "intra", but the hidden states that enter the layer are pruned too.
+    # and the hidden states that enter the layer are dense. "after_attention": in the attention X* = X; operators after
+    # it see a layer in which the attention's last operator is pruned, but not the others of the attention. If the layer
+    # has no attention (`FinishedParts`), as "intra". "full": as "intra", but the hidden states that enter are pruned.
     carry: Carry
     dense_share: float = 1.0  # a, in [0, 1]
     residual_share: float = 0.0  # b, in [0, 1]
@@ -81,7 +82,8 @@ class Correction:
     def sees_dense_inputs(self, group: int, groups_of_attention: int) -> bool:
         """Whether `X* = X` for the group of operators with this number in the decoder layer.
 
-        The first `groups_of_attention` groups are those of the attention (`FinishedParts.groups_of_attention`).
+        The first `groups_of_attention` groups are those of the attention (`FinishedParts.groups_of_attention`); 0: the
+        layer has none.
         """
         if self.carry in ("none", "full"):
             return self.carry == "none"
@@ -246,7 +248,7 @@ class LayerTargets:
             self._outputs = self._run_dense(entering.dense)
 
     def _sees_dense_inputs(self, index: int) -> bool:
-        """Whether `X* = X` for the group number `index`; the number after that of the last group may be asked, too."""
+        """Whether `X* = X` for the group number `index`; the number of all groups stands for an operator after them."""
         return self._correction.sees_dense_inputs(index, self._finished.groups_of_attention)
 
     def _run_dense(self, hidden_states: Sequence[Tensor]) -> ActivationStore:
@@ -255,17 +257,15 @@ class LayerTargets:
         One pass serves all groups: hooks fill the record of each (`self._records`), and `self._expert_outputs` if
         experts will be removed (`self._experts` is their module then). The hooks are removed at the end. The order in
         which they are set does not matter: each sees only its own module. If the operators of the attention are pruned
-        on dense inputs, `self._finished` keeps the inputs of the last one.
+        on dense inputs, `self._finished` keeps those of the last one, so that the attention need not run again.
 
         `hidden_states` [batch, sequence, hidden] of each batch enter the layer.
         """
         outputs = self.activations.store()
         expert_sums = _ExpertSums(self._expert_outputs)
         with ExitStack() as hooks:
-            if self._correction.carry == "after_attention":
-                # These inputs are final, so the attention need not run again when it is pruned: only this operator.
-                last = self._finished.groups_of_attention - 1
-                hooks.enter_context(self._finished.skipped(last, keep=True))
+            if self._correction.carry == "after_attention" and self._finished.groups_of_attention:
+                hooks.enter_context(self._finished.keeping_inputs_of_attention())
             for record in self._records.values():
                 module = record.group[0].module
                 hooks.enter_context(

@@ -211,7 +211,8 @@ class _Tracer:
         # nothing was added to the output in place since the operator returned it
         is_unchanged = internals.version_of(operator_output) == version_after_call
         if first is operator_output and is_unchanged:
-            self.ends[operator.name] = PartEnd(part, rest)
+            # The first part that returns it: a dropout after the attention returns the same tensor.
+            self.ends.setdefault(operator.name, PartEnd(part, rest))
 
     def _see_operator(self, operator: LinearOperator, inputs: Tensor, output: object) -> None:
         """Note a call of an operator in `self.calls`, and in `self.left_dense` if its output is no product.
@@ -364,9 +365,12 @@ class FinishedParts:
 
     `groups` and `ends` are those of `LayerTrace`, groups in its order.
 
+    The *attention* is the first part of the layer with a linear operator, whatever its name (it may be a Mamba mixer).
+    It counts only if its groups are the first ones, if other groups come after them, and if it returns the output of
+    its last operator unchanged. Otherwise the layer has no attention in this sense.
+
     Attributes:
-        groups_of_attention: How many of the groups are in the *attention*. This is the part that runs first, whatever
-            its name, and its groups are the first ones. 0 if the first group is in no part, or if the part has all.
+        groups_of_attention: How many of the groups are in the attention; 0 without an attention.
     """
 
     def __init__(
@@ -390,6 +394,7 @@ class FinishedParts:
         # by part, the operator that ends it
         self._ends: dict[nn.Module, tuple[LinearOperator, Rest]] = {}
         self.groups_of_attention = 0
+        self._attention = _first_part_with_operators(activations.layer)
 
         operator_modules = {operator.module for group in groups for operator in group}
         for part in activations.layer.children():
@@ -406,9 +411,6 @@ class FinishedParts:
             if not numbers:
                 continue
             self._last_group[part] = max(numbers)
-            # True if these are the first groups, without one of another part between them, and others come after them.
-            if numbers == list(range(len(numbers))) and len(numbers) < len(groups):
-                self.groups_of_attention = len(numbers)
             # The pass that prunes a group stops at its first operator (`arguments_of`), so only the inputs of this one
             # can be watched.
             last_operator = groups[max(numbers)][0]
@@ -417,6 +419,26 @@ class FinishedParts:
             has_hooks = internals.has_forward_pre_hooks(last_operator.module)
             if end is not None and end.part is part and not has_hooks:
                 self._ends[part] = (last_operator, end.rest)
+            are_first = numbers == list(range(len(numbers)))
+            others_follow = len(numbers) < len(groups)
+            if part is self._attention and part in self._ends and are_first and others_follow:
+                self.groups_of_attention = len(numbers)
+
+    @contextmanager
+    def keeping_inputs_of_attention(self) -> Iterator[None]:
+        """Inside, the dense layer runs whole; keep the inputs of the attention's last operator for later passes.
+
+        Afterwards the attention does not run any more: only this operator runs, on these inputs, with the weights that
+        it has then. The caller must run the layer on every batch, in their order. `self.groups_of_attention` must not
+        be 0. `self._ends` has the operator; its inputs are kept in `self._inputs`, as copies, because the layer may
+        overwrite them.
+        """
+        assert self._attention is not None
+        operator, _ = self._ends[self._attention]
+        inputs = self._activations.store()
+        with watching({operator.module: partial(inputs.append, copy=True)}):
+            yield
+        self._inputs[self._attention] = inputs
 
     @contextmanager
     def skipped(self, group: int, *, keep: bool) -> Iterator[None]:
@@ -465,6 +487,14 @@ class FinishedParts:
         for part, store in new_inputs.items():
             if len(store) == num_batches:
                 self._inputs[part] = store
+
+
+def _first_part_with_operators(layer: nn.Module) -> nn.Module | None:
+    """Return the first child of a decoder layer that has linear operators inside; `None` if there is no such child."""
+    for part in layer.children():
+        if any(isinstance(module, LINEAR) for module in part.modules()):
+            return part
+    return None
 
 
 class _Pass:

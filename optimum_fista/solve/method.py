@@ -130,8 +130,8 @@ class PruningMethod(ABC):
     defaults: ClassVar[MethodDefaults] = MethodDefaults()
     # For patterns that remove whole parts, such as channels, heads or decoder layers; None: `defaults`.
     defaults_of_parts: ClassVar[MethodDefaults | None] = None
-    # For at most half zeros, of a pattern that is not fixed as 2:4 is; None: `defaults`.
-    defaults_of_few_zeros: ClassVar[MethodDefaults | None] = None
+    # For unstructured sparsity of at most 0.5; None: `defaults`.
+    defaults_up_to_half: ClassVar[MethodDefaults | None] = None
     # None: not measured. An estimate then takes the largest factors of all methods, and says so.
     memory_factors: ClassVar[MemoryFactors | None] = None
 

@@ -193,7 +193,7 @@ def recover(
         # With this file the folder is kept until the run ends.
         ranks.first(lambda: write_record(unfinished / RUN_FILE, fingerprint))
 
-        stored = None  # the teacher is loaded for the training
+        stored = None  # the teacher is loaded for the training, or has no part in it
         if plan.options.teacher_logits is not None:
             # Predictions of all tokens are stored, also of those that do not count.
             trained_on = text.tokens[plan.options.held_out :]
@@ -373,7 +373,7 @@ def _train(
     Args:
         plan: What to train, on which device, in how many steps.
         text: All sequences; the held-out ones are first.
-        stored: The stored predictions of the teacher; `None`: the teacher is loaded.
+        stored: The stored predictions of the teacher; `None`: the teacher is loaded, if it has a part in the loss.
         fingerprint: Of the run, from `_fingerprint`; parts of it stand in the report.
         journal: The folder of the run.
         ranks: The processes that train together; all of them call this.
@@ -539,7 +539,7 @@ def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) 
 def _load_models(
     plan: RecoveryPlan, stored: StoredTeacher | None, journal: Path
 ) -> tuple[PreTrainedModel, PreTrainedModel | StoredTeacher | None]:
-    """Load the pruned model (the first result) to the CPU, and the dense model to the device of the plan.
+    """Load the pruned model (the first result) to the CPU, and the dense model, if need be, to the device of the plan.
 
     The pruned model has the dtypes of its files. The dense model has that of products (`plan.compute_dtype`), and gets
     no gradients. If its predictions are `stored`, it is not loaded, and they are the second result. If the text alone

@@ -56,7 +56,7 @@ class RecoveryOptions:
     )
     label_share: float = option(
         0.5,
-        "share of the text's own cross-entropy in the loss; with 1, the teacher is not loaded",
+        "share of the text's own cross-entropy in the loss; with 1, the training has no teacher",
         limits=(0, 1),
         advanced=_TRAINING,
     )

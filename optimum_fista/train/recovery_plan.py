@@ -570,10 +570,13 @@ def _needed_bytes(
         logits_bytes += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
 
     training_bytes = student_bytes + mask_bytes + tokens * bytes_of_token + logits_bytes
-    if not plan.has_teacher:
+    teacher_writes_text = plan.calibration == "self"
+    if not plan.has_teacher and not teacher_writes_text:
         return training_bytes
-    teacher_is_stored = plan.options.teacher_logits is not None
-    if teacher_is_stored:  # the teacher is in memory before the training, and not during it
+    is_before_the_training = plan.options.teacher_logits is not None or not plan.has_teacher
+    if (
+        is_before_the_training
+    ):  # the teacher stores its predictions, or writes the text, and is not in memory later
         return max(training_bytes, teacher_bytes + logits_bytes)
     return training_bytes + teacher_bytes
 
@@ -659,7 +662,7 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
     if options.teacher_logits is not None:
         teacher += f", the {options.top_k} most likely tokens, stored in {options.teacher_logits}"
     if not plan.has_teacher:
-        teacher += ", which is not used: the text alone counts (label_share is 1)"
+        teacher += ", not loaded for the training: the text alone counts (label_share is 1)"
     memory = f"{size_text(choice.num_bytes)} on {plan.device}"
     if free:
         memory += f", {size_text(free)} are free"

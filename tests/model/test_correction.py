@@ -188,9 +188,9 @@ def inputs_of(layer: nn.Module, operator: nn.Module, activations: LayerActivatio
     [
         ("llama", "self_attn", "o_proj"),
         ("falcon", "self_attention", "dense"),  # attention and MLP side by side
+        ("gpt_neox", "attention", "dense"),  # a dropout returns the attention's output once more
+        ("phi3", "self_attn", "o_proj"),
         ("jamba", "mamba", "out_proj"),  # no attention, but what stands in its place
-        # The attention adds to the output of its last operator, so all of it runs again.
-        ("bloom", "self_attention", None),
     ],
 )
 def test_the_attention_is_pruned_on_dense_inputs_and_what_follows_sees_errors_of_its_last_operator(
@@ -229,17 +229,26 @@ def test_the_attention_is_pruned_on_dense_inputs_and_what_follows_sees_errors_of
             require_problem(problem, correction, W, X, X_star)
             pruned = magnitude_pruned(operator.parameter)
             operator.parameter.copy_(pruned)
-            is_seen = last is None or name == f"{attention}.{last}"
-            if is_seen or not name.startswith(f"{attention}."):
+            if name == f"{attention}.{last}" or not name.startswith(f"{attention}."):
                 seen.get_submodule(name).weight.copy_(pruned)
     assert 1 < num_dense < len(trace.groups)
-    assert bool(runs_of_attention) == (last is None)
+    assert not runs_of_attention
 
 
-def test_a_layer_that_is_one_part_is_corrected_inside_of_it():
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("mamba", {}),  # a layer is one part
+        ("bloom", {}),  # the attention adds to the output of its last operator
+        ("falcon_h1", {}),  # a mixer and an attention side by side
+        ("llama", {"exclude": "*.o_proj"}),
+        ("llama", {"exclude": "*.self_attn.*"}),  # the MLP does not take the attention's place
+    ],
+)
+def test_without_an_attention_all_errors_in_the_layer_are_corrected(family, options):
     def pruned(correction: str) -> dict[str, Tensor]:
-        model = family_model("mamba")
-        prune(model, IDS.split(4), method="alps", error_correction=correction)
+        model = family_model(family)
+        prune(model, IDS.split(4), method="alps", error_correction=correction, **options)
         return model.state_dict()
 
     intra = pruned("intra")
@@ -248,6 +257,51 @@ def test_a_layer_that_is_one_part_is_corrected_inside_of_it():
 
     assert all(torch.equal(intra[name], after_attention[name]) for name in intra)
     assert any(not torch.equal(intra[name], none[name]) for name in intra)
+
+
+class Overwriting(nn.Module):
+    """An attention that overwrites what its last operator has read, if it is told to, and an MLP after it."""
+
+    def __init__(self, overwrites: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.Module()
+        self.attention.mix = nn.Linear(8, 8)
+        self.attention.out = nn.Linear(8, 8)
+        self.attention.forward = self.attend
+        self.overwrites = overwrites
+        self.up = nn.Linear(8, 8)
+
+    def attend(self, hidden: Tensor) -> Tensor:
+        mixed = self.attention.mix(hidden).tanh()
+        output = self.attention.out(mixed)
+        if self.overwrites:
+            mixed.zero_()
+        return output
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.up(hidden + self.attention(hidden))
+
+
+def test_inputs_that_the_attention_overwrites_are_kept():
+    def grams(overwrites: bool) -> list[Tensor]:
+        layer = Overwriting(overwrites)
+        modules = {"mix": layer.attention.mix, "out": layer.attention.out, "up": layer.up}
+        operators = {name: LinearOperator(name, module) for name, module in modules.items()}
+        call = LayerCall((), {})
+        trace = trace_groups(layer, operators, call, hidden_states()[0])
+        activations = LayerActivations(layer, [call] * 3, [None] * 3, CPU)
+        correction = Correction.parse("after_attention")
+        states = HiddenStates(hidden_states())
+        targets = LayerTargets(activations, trace.groups, correction, states, ends=trace.ends)
+        assert len(trace.groups) == 3
+        found = []
+        for index, [operator] in enumerate(trace.groups):
+            found.append(targets.problems(index).fitted[0].gram.clone())
+            operator.parameter.copy_(magnitude_pruned(operator.parameter))
+        return found
+
+    assert all(map(torch.equal, grams(True), grams(False)))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])

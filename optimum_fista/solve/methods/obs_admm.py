@@ -105,8 +105,8 @@ class ObsAdmm(PruningMethod):
     defaults: ClassVar[MethodDefaults] = MethodDefaults(
         error_correction="intra", allocation="fisher"
     )
-    # The attention has small errors then, and most of what the correction costs is its second run.
-    defaults_of_few_zeros: ClassVar[MethodDefaults | None] = MethodDefaults(
+    # With so few zeros the errors of the attention are small, and to correct them it would have to run twice.
+    defaults_up_to_half: ClassVar[MethodDefaults | None] = MethodDefaults(
         error_correction="after_attention", allocation="fisher"
     )
     # A removed decoder layer, or a head, is an error that later layers can make up for.
