@@ -109,6 +109,22 @@ class Run:
         return self.is_default and self.pattern != "2:4"
 
     @property
+    def corrected_groups(self) -> list[Group]:
+        """The groups whose inputs differ from those of the dense network, and which are fitted to its outputs.
+
+        The default leaves out the attention's output if at most half of the weights become zeros.
+        """
+        if not self.is_default:
+            return []
+        return self.groups[1:] if self.corrects_attention else self.groups[2:]
+
+    @property
+    def corrects_attention(self) -> bool:
+        """Whether errors of queries, keys and values are corrected inside of the attention, which runs twice then."""
+        has_many_zeros = self.pattern == "2:4" or float(self.pattern) > 0.5
+        return self.is_default and has_many_zeros
+
+    @property
     def num_tokens(self) -> int:
         """Tokens to fit to."""
         return self.num_samples * self.sequence_length
@@ -182,16 +198,18 @@ def expected_seconds(run: Run) -> dict[str, float]:
 def _forward_passes(run: Run) -> Counter[str]:
     """Count the forward passes through all decoder layers.
 
-    With the default, a layer runs in the dense network; then up to the attention's output, with pruned queries, keys
-    and values; then that operator; then the gate and up projections. With SparseGPT, each operator runs once, after it
-    is pruned.
+    With the default, a layer runs in the dense network; then, if errors inside of the attention are corrected, up to
+    the attention's output, with pruned queries, keys and values; then that operator; then the gate and up projections.
+    With SparseGPT, each operator runs once, after it is pruned.
     """
     projections, output, gate_and_up, _ = (2 * group.weights for group in run.groups)
     # FLOP for each token in a decoder layer
     of_whole_layer = 2 * run.weights_of_layer + run.attention
     of_fitted_token = of_whole_layer
     if run.is_default:
-        of_fitted_token += projections + run.attention + output + gate_and_up
+        of_fitted_token += output + gate_and_up
+    if run.corrects_attention:
+        of_fitted_token += projections + run.attention
 
     # Tokens that run through whole layers besides, in all layers together. In each layer, one batch shows which
     # operators share their inputs, and held-out text runs in both networks.
@@ -219,12 +237,11 @@ def _triangle(size: int) -> int:
 def _cross_gram_matrices(run: Run) -> Counter[str]:
     """Count the products with the dense network's inputs, or its outputs if these are fewer, for one decoder layer.
 
-    The first group of a layer has the inputs of the dense network, and SparseGPT needs none of them.
+    Groups that are not corrected have the inputs of the dense network, and SparseGPT needs none of them.
     """
     flops = 0
-    if run.is_default:
-        for group in run.groups[1:]:
-            flops += 2 * group.inputs * min(group.inputs, sum(group.outputs))
+    for group in run.corrected_groups:
+        flops += 2 * group.inputs * min(group.inputs, sum(group.outputs))
     return Counter({_SUMS: run.num_tokens * flops})
 
 
@@ -329,11 +346,10 @@ def _rest(run: Run) -> Counter[str]:
     outputs were summed, that sum is the target.
     """
     work = Counter[str]()
-    if run.is_default:
-        for group in run.groups[1:]:
-            outputs_were_summed = sum(group.outputs) < group.inputs  # because they are fewer
-            if not outputs_were_summed:
-                work["float32"] += run.layers * 2 * group.weights * group.inputs
+    for group in run.corrected_groups:
+        outputs_were_summed = sum(group.outputs) < group.inputs  # because they are fewer
+        if not outputs_were_summed:
+            work["float32"] += run.layers * 2 * group.weights * group.inputs
 
     num_weights = run.layers * run.weights_of_layer
     num_weights_around = 2 * run.hidden * run.vocabulary  # embedding and head
