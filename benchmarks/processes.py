@@ -1,11 +1,11 @@
-"""Held-out losses of a recovery by step: in one process, in two, and in two that share the weights (FSDP2).
+"""Held-out losses of a recovery by step, in one process and in two.
 
     python benchmarks/processes.py PRUNED --teacher MODEL --calibration TEXT --output runs/processes.json
     python benchmarks/processes.py runs/processes.json
 
 PRUNED is a folder that `optimum-fista prune` has made of MODEL. Each training is `optimum-fista recover` on the CPU
-with the same options, in processes of one thread each that `accelerate launch` starts. The second command shows what
-was measured before.
+with the same options, in processes of one thread each. Weights that processes share (FSDP2) can't be measured so:
+Accelerate shards them on accelerators only. The second command shows what was measured before.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from optimum_fista.environment import processor_name
 from optimum_fista.folder.card import markdown_lines
 from optimum_fista.folder.checkpoint import read_report
 
-WAYS = {
+LAUNCHERS: dict[str, list[str]] = {
     "one": [],
-    "two": ["--num_processes", "2"],
-    "two, shared weights": [
-        "--num_processes", "2", "--use_fsdp", "--fsdp_version", "2",
-        "--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP",
-    ],
-}  # fmt: skip
-"""By the name of each row: what `accelerate launch` gets."""
+    "two": ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+}
+"""By the name of each row: what starts its processes. `accelerate launch --cpu` would start only one."""
 
 
-def recover(arguments: Namespace, launched: list[str], output: Path) -> dict[str, Any]:
+def recover(arguments: Namespace, launcher: list[str], output: Path) -> dict[str, Any]:
     """Train in new processes, and return the held-out losses and what else the report has of the training."""
-    command = [sys.executable]
-    if launched:
-        command += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", *launched]
-    command += [
-        "-m", "optimum_fista", "recover", arguments.model, "--output", str(output),
-        "--teacher", arguments.teacher, "--calibration", arguments.calibration, "--device", "cpu",
-        "--tokens", str(arguments.tokens), "--sequence-length", str(arguments.sequence_length),
-        "--accumulate", str(arguments.accumulate), "--compute-dtype", "float32",
-    ]  # fmt: skip
+    options = {
+        "--output": output,
+        "--teacher": arguments.teacher,
+        "--calibration": arguments.calibration,
+        "--device": "cpu",
+        "--tokens": arguments.tokens,
+        "--sequence-length": arguments.sequence_length,
+        "--accumulate": arguments.accumulate,
+        "--compute-dtype": "float32",
+    }
+    command = [sys.executable, *launcher, "-m", "optimum_fista", "recover", arguments.model]
+    for flag, value in options.items():
+        command += [flag, str(value)]
     subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     trained = read_report(output).recoveries[-1]
     return {
@@ -58,7 +58,7 @@ def recover(arguments: Namespace, launched: list[str], output: Path) -> dict[str
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Make a line for each step, with the loss of each way."""
+    """Make a line for each step, with the loss of each number of processes."""
     losses_by_step = zip(*(row["losses"] for row in rows), strict=True)
     lines = [
         [str(step), *(f"{loss:.6f}" for loss in losses)]
@@ -68,7 +68,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def main() -> None:
-    """Train in each way, or read an earlier record; print the table."""
+    """Train with each number of processes, or read an earlier record; print the table."""
     arguments = parse_arguments(
         __doc__,
         "model",
@@ -86,8 +86,8 @@ def main() -> None:
         return
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for number, (name, launched) in enumerate(WAYS.items()):
-            row = recover(arguments, launched, Path(folder) / str(number))
+        for name, launcher in LAUNCHERS.items():
+            row = recover(arguments, launcher, Path(folder) / name)
             rows.append({"processes": name} | row)
             save(arguments, {"rows": rows})
     print("\n".join(table(rows)))
