@@ -117,6 +117,19 @@ def test_every_expert_has_gram_matrices():
     assert sizes[1] - sizes[0] == 2 * 4 * (32**2 + 48**2)
 
 
+def test_gram_matrices_of_the_attention_wait_if_its_groups_are_summed_in_one_pass():
+    # The MLP is so narrow that the attention takes most memory.
+    model = tiny_model("llama", intermediate_size=4).config
+
+    def waiting(error_correction):
+        config = FistaPruningConfig(error_correction=error_correction, allocation="uniform")
+        memory = estimated(config, model, measures_perplexity=False).memory["host"]
+        return memory.get("other Gram matrices", 0)
+
+    assert waiting("intra") == 0
+    assert waiting("after_attention") == 4 * 32**2
+
+
 def test_the_copy_of_a_layer_without_its_removed_experts_is_counted():
     model = tiny_model("mixtral").config  # 4 experts a layer, in 2 layers
     config = FistaPruningConfig(pattern="experts:0.5")

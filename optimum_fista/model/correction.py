@@ -2,9 +2,9 @@
 
 `Correction` has the equation; everything that depends on it is in this file. FISTAPruner corrects errors inside a
 decoder layer. Here the attention may be left out of the correction, which saves time, or errors of earlier layers may
-be corrected too. The targets may lie between those of the dense and of the pruned network. The last operator
-of a layer may compensate for the errors of all others. For this, activations of the dense network are kept for one
-layer: the inputs or the outputs of an operator, whichever take less memory.
+be corrected too. The targets may lie between those of the dense and of the pruned network. The last operator of a layer
+may compensate for the errors of all others. For this, activations of the dense network are kept for one layer: the
+inputs or the outputs of an operator, whichever take less memory.
 
 Letters in comments: `W` is the dense weight of an operator [out, in], `X` its inputs in the dense network, `X*` in the
 network as pruned so far. A group is a list of operators that share their inputs, so they share `X` and `X*`. Tokens are

@@ -573,10 +573,9 @@ def _needed_bytes(
     teacher_writes_text = plan.calibration == "self"
     if not plan.has_teacher and not teacher_writes_text:
         return training_bytes
-    is_before_the_training = plan.options.teacher_logits is not None or not plan.has_teacher
-    if (
-        is_before_the_training
-    ):  # the teacher stores its predictions, or writes the text, and is not in memory later
+    # The teacher stores its predictions, or only writes the text: it is not in memory during the training.
+    is_there_before_alone = plan.options.teacher_logits is not None or not plan.has_teacher
+    if is_there_before_alone:
         return max(training_bytes, teacher_bytes + logits_bytes)
     return training_bytes + teacher_bytes
 

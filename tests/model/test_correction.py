@@ -180,7 +180,8 @@ def inputs_of(layer: nn.Module, operator: nn.Module, activations: LayerActivatio
     for call, state in zip(activations.calls, states, strict=True):
         call.run(layer, state)
     handle.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
+    rows_by_batch = [tensor.flatten(0, -2) for tensor in inputs]
+    return torch.cat(rows_by_batch)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +202,10 @@ def test_the_attention_is_pruned_on_dense_inputs_and_what_follows_sees_errors_of
     layer_name, layer = next(iter(layers))
     recorded = record_inputs(layers, read_batches(IDS.split(4), 64))
     states = recorded.hidden_states
-    trace = trace_groups(layer, find_operators(layer_name, layer), recorded.calls[0][0], states[0])
-    activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, CPU)
+    calls = recorded.calls[0]  # of the first layer, one for each batch
+    operators = find_operators(layer_name, layer)
+    trace = trace_groups(layer, operators, calls[0], states[0])
+    activations = LayerActivations(layer, calls, recorded.token_masks, CPU)
     correction = Correction.parse("after_attention")
     dense = copy.deepcopy(layer)
     # The layer as operators after the attention see it: in the attention, only the last operator is pruned.

@@ -768,9 +768,10 @@ def test_no_teacher_is_loaded_if_the_text_alone_counts(
 
     assert found.held_out_loss < found.held_out_loss_before
     assert "the text alone counts" in preview.preview(plan_with(1.0))
-    needed = [recovery_plan.choose(plan_with(share), [None]).num_bytes for share in (1.0, 0.9)]
-    parameters = saved.report.first_model.num_parameters
-    assert needed[1] - needed[0] == 4 * parameters  # the teacher in float32
+    bytes_of_text_alone = recovery_plan.choose(plan_with(1.0), [None]).num_bytes
+    bytes_with_teacher = recovery_plan.choose(plan_with(0.9), [None]).num_bytes
+    teacher_bytes = 4 * saved.report.first_model.num_parameters  # in float32
+    assert bytes_with_teacher - bytes_of_text_alone == teacher_bytes
 
 
 def test_stored_predictions_are_refused_if_the_text_alone_counts(run, tmp_path):
