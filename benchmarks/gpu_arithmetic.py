@@ -43,16 +43,15 @@ METHODS = ("default", "sparsegpt")
 _SUMS = "tf32"  # how a run multiplies Gram matrices on such a device (`model.precision.choose_products`)
 
 _BYTES_OF_WEIGHT = 2  # in bfloat16
-_LEAF = 256  # `model.gram`: a block of so many inputs is multiplied whole
-_ADMM_STAGES = 3  # of the default method, each with one inverse
-_ADMM_ITERATIONS = 9  # of all stages
+_LEAF = 256  # `add_upper_half`: a block of so many inputs is multiplied whole
+_ADMM_ITERATIONS = 9  # of all stages of the default method
 _ALLOCATION_TOKENS = 1024  # that gradients are computed on
 _LONGEST = 128  # of these in a sequence
-_REFIT_STEPS = 5
+_REFIT_STEPS = 3
 _BLOCK = 128  # columns that SparseGPT decides together
 
 # Bytes for each weight, of tensors in float32 and of masks of one byte that are read or written.
-_BYTES_OF_ITERATION = 85
+_BYTES_OF_ITERATION = 120
 _BYTES_OF_REFIT_STEP = 80
 # SparseGPT: after each column, half of its block on average is read and written.
 _BYTES_OF_COLUMN = 8 * _BLOCK / 2
@@ -227,7 +226,7 @@ def _gram_matrices(run: Run) -> Counter[str]:
 
 
 def _triangle(size: int) -> int:
-    """Count the FLOP of a Gram matrix for one token, as `model.gram` multiplies: about half of the whole product."""
+    """Count the FLOP of a Gram matrix for one token, as `add_upper_half` multiplies: about half of a whole product."""
     if size <= _LEAF:
         return 2 * size * size
     half = (size // 2 + 31) // 32 * 32
@@ -249,21 +248,26 @@ def _factorizations(run: Run) -> Counter[str]:
     """Count Cholesky factors (n^3 / 3) and inverses for one decoder layer.
 
     On a GPU, PyTorch inverts by solving for the identity, which takes 2 n^3 in place of 2/3 n^3. The default inverts
-    for its coordinates and in each of its stages. SparseGPT inverts for each operator, also if some share their inputs.
+    for its coordinates and for its first stage. Its other stages make their inverses from that one, with one product.
+    SparseGPT inverts for each operator, also if some share their inputs.
     """
-    flops = 0.0
+    work = Counter[str]()
     for group in run.groups:
-        times = 1 + _ADMM_STAGES if run.is_default else len(group.outputs)
-        flops += times * group.inputs**3 * (1 / 3 + 2)
-    return Counter({"factorization": flops})
+        times = 2 if run.is_default else len(group.outputs)
+        work["factorization"] += times * group.inputs**3 * (1 / 3 + 2)
+        if run.is_default:
+            work["bfloat16"] += group.inputs * _triangle(group.inputs)
+    return work
 
 
 def _iterations(run: Run) -> Counter[str]:
-    """Count the iterations of ADMM, or the columns of SparseGPT, for one decoder layer."""
+    """Count the iterations of ADMM, and the product before them, or the columns of SparseGPT, for one decoder layer."""
     work = Counter[str]()
     for group in run.groups:
         if run.is_default:
-            work["float32"] += _ADMM_ITERATIONS * 2 * group.weights * group.inputs
+            flops_of_product = 2 * group.weights * group.inputs
+            work["float32"] += flops_of_product
+            work["bfloat16"] += _ADMM_ITERATIONS * flops_of_product
             work["memory"] += _ADMM_ITERATIONS * _BYTES_OF_ITERATION * group.weights
         else:
             num_operators = len(group.outputs)
@@ -304,7 +308,9 @@ def _refit(run: Run) -> Counter[str]:
     work = Counter[str]()
     if run.is_default:
         for group in run.groups:
-            work["float32"] += (_REFIT_STEPS + 1) * 2 * group.weights * group.inputs
+            flops_of_product = 2 * group.weights * group.inputs
+            work["float32"] += flops_of_product
+            work["bfloat16"] += _REFIT_STEPS * flops_of_product
             work["memory"] += _REFIT_STEPS * _BYTES_OF_REFIT_STEP * group.weights
     return work
 

@@ -31,6 +31,7 @@ from optimum_fista.model.correction import Correction, LayerTargets
 from optimum_fista.model.groups import trace_groups
 from optimum_fista.model.inputs import HiddenStates, LayerActivations, record_inputs
 from optimum_fista.model.layers import find_decoder_layers
+from optimum_fista.solve.linalg import products_rounded_to
 from optimum_fista.solve.method import PruningMethod
 from optimum_fista.solve.methods import METHODS, create_method, method_class
 from optimum_fista.solve.problem import LayerProblem
@@ -172,6 +173,7 @@ _HELP = {
     "other": "text source from another domain",
     "layers": "decoder layers, such as 3,15,26, or all",
     "methods": "names, or name:option=value:option=value (values as JSON)",
+    "products": "bfloat16: methods may round products, as in a run that multiplies in bfloat16; or float32",
 }
 
 
@@ -191,6 +193,7 @@ def main() -> None:
         num_fresh=8,
         sequence_length=1024,
         seed=0,
+        products="float32",
         output=Path("runs/solvers.json"),
         plot=Path,
     )
@@ -202,10 +205,15 @@ def main() -> None:
     layers = None if arguments.layers == ["all"] else {int(i) for i in arguments.layers}
     rate = matrix_rate()
     rows: list[dict[str, Any]] = []
+    dtypes = {"float32": None, "bfloat16": torch.bfloat16}
+    if arguments.products not in dtypes:
+        raise SystemExit(f"--products {arguments.products}: pass one of {', '.join(dtypes)}.")
+    rounded_dtype = dtypes[arguments.products]
     for problems in tqdm(layer_problems(model, token_sets, layers), desc="Groups of operators"):
         for pattern in arguments.patterns:
             for method in arguments.methods:
-                rows.extend(measure(method, problems, pattern))
+                with products_rounded_to(rounded_dtype):
+                    rows.extend(measure(method, problems, pattern))
     rows.sort(key=lambda row: row["pattern"])
     save(arguments, {"matrix_rate_flops": rate, "threads": torch.get_num_threads(), "rows": rows})
     print("\n".join(summarise(rows, rate)))

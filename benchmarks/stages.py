@@ -42,7 +42,7 @@ STAGES = {
         "model.inputs:LayerCall.run",
         "model.groups:trace_groups",
     ],
-    "Gram matrices": ["model.gram:_add_upper", "model.gram:GroupSums.statistics"],
+    "Gram matrices": ["model.gram:GroupSums._add_gram", "model.gram:GroupSums.statistics"],
     "cross-Gram matrices, records of the dense network": [
         "model.gram:GroupSums.add",
         "model.gram:GroupSums.add_energies",
@@ -55,8 +55,11 @@ STAGES = {
         "solve.linalg:damped_choleskys",
         "solve.linalg:damped_inverse",
         "solve.linalg:inverse_in_place",
+        "solve.methods.obs_admm:_RoundedInverses.of",
+        "solve.methods.obs_admm:_RoundedInverses.begin_stage",
     ],
     "iterations (ADMM), columns (SparseGPT)": [
+        "solve.methods.admm:SplitState.round_products",
         "solve.methods.admm:SplitState.iterate",
         "solve.methods.sparsegpt:SparseGPT.prune",
     ],

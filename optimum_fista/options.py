@@ -157,7 +157,8 @@ class PruningOptions:
         "auto",
         "dtype in which float32 matrices are multiplied in forward passes, gradients and sums over tokens; bfloat16 "
         "means TensorFloat-32 on CUDA; auto: what is fastest on the device and keeps the perplexity, and 16-bit "
-        "matrices are multiplied in float32 if it is slow in their dtype; weights are solved for in float32",
+        "matrices are multiplied in float32 if it is slow in their dtype; weights are solved for in float32, but in "
+        "bfloat16 and TensorFloat-32 the default method rounds changes of them before it multiplies",
         advanced=_MACHINE,
     )
     seed: int = option(0, "seed of all random choices", limits=SEEDS, advanced=_MACHINE)

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from optimum_fista.model.operators import Group
 from optimum_fista.model.precision import as_multiplied, in_few_sizes, quick_products
-from optimum_fista.solve.linalg import row_blocks
+from optimum_fista.solve.linalg import add_upper_half, fill_lower_half, row_blocks
 from optimum_fista.solve.problem import DenseOutputs, InputStatistics, LayerProblem, inner_by_rows
-
-_LEAF = 256  # inputs up to which a block is multiplied whole
 
 
 class GroupSums:
@@ -56,13 +54,11 @@ class GroupSums:
         [in]), the cross-Gram matrix of this kind in `self.cross`, and for targets `self.energies`, which has the sum of
         squares of each column. Inside `quick_products`, matrices are multiplied in the precision of the run.
         """
-        if self._gram is None:
-            self._gram = self._total.new_zeros(len(self._total), len(self._total))
         self.num_tokens += inputs.shape[0]
         # Rounded as the run multiplies, for instance to bfloat16, and float32 again. Rows of zeros may be appended so
         # that oneDNN sees few shapes; they add nothing.
         inputs = in_few_sizes(as_multiplied(inputs))
-        _add_upper(self._gram, inputs)
+        self._add_gram(inputs)
         self._total += inputs.sum(0)
         if others is None:
             return
@@ -72,6 +68,15 @@ class GroupSums:
         self.cross[kind].addmm_(others.T, inputs)  # in place: no second matrix of this size
         if kind == "targets":
             self.add_energies(kind, others)
+
+    def _add_gram(self, inputs: Tensor) -> None:
+        """Add `inputs^T inputs` of a batch [tokens, in] to the upper half of the Gram matrix, `self._gram`.
+
+        With the first tokens that matrix is made. `inputs` are float32, and rounded as the run multiplies.
+        """
+        if self._gram is None:
+            self._gram = self._total.new_zeros(len(self._total), len(self._total))
+        add_upper_half(self._gram, inputs)
 
     def add_energies(self, name: str, outputs: Tensor) -> None:
         """Add the squares of outputs `W X` [tokens, out] to the energies of the operator `name`, in `self.energies`.
@@ -88,18 +93,12 @@ class GroupSums:
         """The symmetric Gram matrix and the mean of the inputs; nothing can be added afterwards.
 
         Until now `self._gram` has the sums in its upper half only. The lower half is filled in place, and the result
-        has the same memory. `self._total` are the sums of the inputs, [in]. `_LEAF` rows are completed at a time.
+        has the same memory. `self._total` are the sums of the inputs, [in].
         """
         gram = self._gram
         if gram is None:  # there was no token
             gram = self._total.new_zeros(len(self._total), len(self._total))
-        for start in range(0, gram.shape[0], _LEAF):
-            end = start + _LEAF
-            # Sums of the upper half are copied to the lower one, so that both are equal to the last bit. A block on the
-            # diagonal may have sums in its lower half: these are replaced, too.
-            corner = gram[start:end, start:end].triu_()
-            corner += corner.triu(1).T  # changes `gram`, of which it is a view
-            gram[end:, start:end] = gram[start:end, end:].T
+        fill_lower_half(gram)
         return InputStatistics(gram, self.num_tokens, self._total / max(1, self.num_tokens))
 
     def problems(
@@ -155,28 +154,6 @@ class GroupSums:
                     dense_share=dense_share,
                     name=name,
                 )
-
-
-def _add_upper(out: Tensor, inputs: Tensor) -> None:
-    """Add the upper half of `inputs^T inputs` to `out`, in blocks; the blocks below the diagonal stay as they are.
-
-    The matrix is halved into four blocks, and those on the diagonal are halved again in the same way. So about half of
-    the multiplications of the whole product are saved. Blocks on the diagonal of at most `_LEAF` columns are added
-    whole.
-
-    `out` [in, in] is float32, and is changed in place. `inputs` [tokens, in] are on the same device, float32, and
-    rounded as the run multiplies (`as_multiplied`).
-    """
-    size = inputs.shape[1]
-    if size <= _LEAF:
-        out.addmm_(inputs.T, inputs)
-        return
-    half = (size // 2 + 31) // 32 * 32  # rounded up to a multiple of 32, so that blocks are aligned
-    left = inputs[:, :half]
-    right = inputs[:, half:]
-    _add_upper(out[:half, :half], left)
-    out[:half, half:].addmm_(left.T, right)
-    _add_upper(out[half:, half:], right)
 
 
 def _problem(

@@ -3,8 +3,10 @@
 A run chooses this once (`choose_products`), and is inside `products_as` from then on, which keeps the choice in a
 context variable. Code that multiplies activations is inside `quick_products`, and prepares its matrices by
 `as_multiplied` and `in_few_sizes`. All other code, such as the solvers and the proofs, computes in float32. Only the
-default method rounds some products of its iterations and its refit, if the run multiplies in bfloat16
-(`products_rounded_to`).
+default method rounds some products of its iterations and its refit to bfloat16 (`products_rounded_to`). It does so if
+the run multiplies in bfloat16, or in TensorFloat-32, because an accelerator that has it multiplies in bfloat16 faster.
+This also holds for a model in float32: unlike an activation, a product that is rounded there belongs to a small change
+of the weights (`SplitState.round_products`).
 """
 
 import platform
@@ -100,11 +102,11 @@ def products_as(products: Products) -> Iterator[None]:
     """Inside, matrices in a `quick_products` context are multiplied in the way `products`.
 
     "widened" multiplies copies in float32. It is active at once, for all products of 16-bit matrices on the CPU inside,
-    also without `quick_products`. With "bfloat16", methods may round matrices to bfloat16 where their result hardly
-    depends on it (`products_rounded_to`). Sets the context variable `_PRODUCTS`, and sets it back at the end.
+    also without `quick_products`. With "bfloat16" and "tf32", methods may round matrices to bfloat16 where their result
+    hardly depends on it (`products_rounded_to`). Sets the context variable `_PRODUCTS`, and sets it back at the end.
     """
     token = _PRODUCTS.set(products)
-    rounded_dtype = torch.bfloat16 if products == "bfloat16" else None
+    rounded_dtype = torch.bfloat16 if products in ("bfloat16", "tf32") else None
     try:
         with (
             products_rounded_to(rounded_dtype),

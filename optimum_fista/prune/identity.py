@@ -29,10 +29,11 @@ _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
 # Of the records of a journal. Since 11, experts are chosen and refitted in another way, and the last record has the
 # mixtures of layers that predict more tokens. Since 12, experts are refitted to several texts only, and since 13 a
 # quantized mixture stays quantized if nothing is refitted. Since 14, the method "obs_admm" takes fewer iterations, and
-# zeros are shared by gradients on the beginnings of sequences. Other runs compute and record what they did before.
+# zeros are shared by gradients on the beginnings of sequences. Since 15, its refit takes fewer steps, and its rounded
+# products are others. Other runs compute and record what they did before.
 _FORMAT = 10
 _FORMAT_WITH_REMOVED_EXPERTS = 13
-_FORMAT_WITH_ZEROS_OF_DEFAULT = 14
+_FORMAT_WITH_ZEROS_OF_DEFAULT = 15
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
 

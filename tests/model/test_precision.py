@@ -186,7 +186,7 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
     monkeypatch, dtype, expected
 ):
     layers, gradients, sums, solvers = set(), set(), set(), set()  # precisions that they had
-    add_upper = gram._add_upper
+    add_upper = gram.add_upper_half
     solve_groups = loop.solve_groups
 
     def watched_sum(*arguments):
@@ -201,7 +201,7 @@ def test_layers_and_sums_have_the_precision_asked_for_and_the_solver_float32(
         has_gradients = torch.is_grad_enabled()
         (gradients if has_gradients else layers).add(precision())
 
-    monkeypatch.setattr(gram, "_add_upper", watched_sum)
+    monkeypatch.setattr(gram, "add_upper_half", watched_sum)
     monkeypatch.setattr(loop, "solve_groups", watched_solver)
     model = tiny_llama()
     for layer in model.model.layers:
@@ -243,11 +243,16 @@ def test_a_run_from_files_multiplies_as_one_in_memory(monkeypatch, tmp_path):
     assert [operator.fit_error for operator in report.operators] == errors
 
 
-def test_methods_may_round_products_only_in_a_run_in_bfloat16():
+def test_methods_may_round_products_if_the_device_has_units_for_it():
     allowed = {}
     for name in ("float32", "tf32", "bfloat16", "widened"):
         with products_as(name):
             allowed[name] = dtype_of_rounded_products()
 
-    assert allowed == {"float32": None, "tf32": None, "bfloat16": torch.bfloat16, "widened": None}
+    assert allowed == {
+        "float32": None,
+        "tf32": torch.bfloat16,
+        "bfloat16": torch.bfloat16,
+        "widened": None,
+    }
     assert dtype_of_rounded_products() is None

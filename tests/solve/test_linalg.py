@@ -8,6 +8,7 @@ from optimum_fista.solve.linalg import (
     damped_cholesky,
     damped_choleskys,
     damped_inverse,
+    line_to_other_rho,
     matrices_in_stack,
     rounded_in_place,
     stacked,
@@ -69,6 +70,38 @@ def test_damped_inverse_is_the_inverse():
     assert torch.allclose(
         inverse @ (gram + 0.7 * torch.eye(12, dtype=gram.dtype)), torch.eye(12, dtype=gram.dtype)
     )
+
+
+@pytest.mark.parametrize(
+    ("other_rho", "largest_error"), [(0.8, 0.003), (1.0, 1e-12), (1.22, 0.002), (1.5, 0.005)]
+)
+@pytest.mark.parametrize("rho", [1.0, 30.0])
+def test_an_inverse_with_another_rho_is_nearly_a_line_in_the_first(rho, other_rho, largest_error):
+    eigenvalues = rho * torch.cat([torch.zeros(1), torch.logspace(-4, 6, 1000)]).double()
+    inverses = 1 / (eigenvalues + rho)  # of a diagonal matrix
+
+    a, b = line_to_other_rho(rho, other_rho * rho)
+
+    errors = rho * (a * inverses + b * inverses**2 - 1 / (eigenvalues + other_rho * rho))
+    assert float(errors.abs().max()) <= largest_error
+
+
+@pytest.mark.parametrize("other_rho", [0.8, 1.22, 1.5])
+def test_hardly_any_line_has_a_smaller_error(other_rho):
+    eigenvalues = torch.logspace(-4, 6, 1000).double()
+    first = 1 / (eigenvalues + 1)
+    wanted = 1 / (eigenvalues + other_rho)
+    a, b = line_to_other_rho(1.0, other_rho)
+
+    def largest_error(a, b):
+        return float((a * first + b * first**2 - wanted).abs().max())
+
+    others = [
+        largest_error(a + da, b + db)
+        for da in torch.linspace(-0.02, 0.02, 41).tolist()
+        for db in torch.linspace(-0.02, 0.02, 41).tolist()
+    ]
+    assert min(others) > 0.7 * largest_error(a, b)
 
 
 def test_the_inverse_of_a_negative_matrix_is_an_error():

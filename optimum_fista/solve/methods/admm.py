@@ -12,6 +12,8 @@ ALPS and the default method `obs_admm` also use the iteration of `SplitState`, e
 own schedule of rho. The method here is that of Boza (arXiv 2401.02938), written as in its paper.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -37,6 +39,30 @@ from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
 
 
+@dataclass(frozen=True)
+class RoundedIterations:
+    """What iterations with rounded products need besides; symbols are those of `SplitState.round_products`."""
+
+    # Makes some rows of `W0`: a new tensor [operators, rows, in] of a slice.
+    dense: Callable[[slice], Tensor]
+    change: Tensor  # `D` [operators, out, in], rounded
+    rho: float  # `rho0`
+
+    def update(self, rows: slice, target: Tensor, inverse: Tensor, rho: float) -> Tensor:
+        """Return some rows of the next `W`, a new tensor [operators, rows, in]:
+
+            W0 + D + ((rho0 - rho) D + rho (Z - W0) - V) (G + rho I)^-1.
+
+        `target` is `Z - V / rho` [operators, rows, in], which is overwritten. `inverse` is `(G + rho I)^-1`, rounded.
+        """
+        dense = self.dense(rows)
+        change = self.change[:, rows]
+        target.sub_(dense).mul_(rho)  # rho (Z - W0) - V
+        target.add_(change, alpha=self.rho - rho)
+        product = torch.bmm(target.to(inverse.dtype), inverse)
+        return dense.add_(change).add_(product)
+
+
 @dataclass
 class SplitState:
     """Iterates of a stack of operators: the sparse iterate `Z` and the dual `V` in one matrix, told apart by a mask.
@@ -44,7 +70,7 @@ class SplitState:
     ADMM projects `P = W + V / rho` on the pattern: `Z` is `P` where the mask keeps it, and `V / rho` is what is left.
     """
 
-    # Makes some rows of `C`: [operators, rows, in] of a slice.
+    # Makes some rows of `C`, [operators, rows, in] of a slice, which stay as they are.
     target: Callable[[slice], Tensor]
     # `P` [operators, out, in]; the dense weights at the start. Changed in place.
     point: Tensor
@@ -52,38 +78,40 @@ class SplitState:
     mask: Tensor | None = None
     # The penalty parameter that `point` was made with.
     rho: float = 1.0
-    # `F = C (G + rho I)^-1` [operators, out, in] of rounded products (`fit`), in their dtype; None: none is rounded.
-    fitted: Tensor | None = None
+    # What rounded products need (`round_products`); None: no product is rounded.
+    rounded: RoundedIterations | None = None
 
-    def fit(self, inverse: Tensor, dtype: torch.dtype) -> None:
-        """Prepare iterations with rounded products: sets `self.fitted` to `F` of the first stage, rounded to `dtype`.
+    def round_products(
+        self, dense: Callable[[slice], Tensor], inverse: Tensor, rho: float, dtype: torch.dtype
+    ) -> None:
+        """Prepare iterations whose products are rounded to `dtype`; sets `self.rounded`.
 
         The entries of `C` are far larger than those of the weights, above all for strong inputs. Rounded to 8
-        significant bits, `C` would lose the weights. So the update of `W` (`iterate`) is taken apart:
+        significant bits, `C` would lose the weights. So the update of `W` (`iterate`) is written with matrices of the
+        size of the weights: the dense ones, `W0`, and their change `D` in an update that begins with `Z = W0` and
+        `V = 0`, with a `rho` called `rho0`:
 
-            W  <-  F + (rho Z - V) (G + rho I)^-1,    F = C (G + rho I)^-1.
+            D  =  (C + rho0 W0) (G + rho0 I)^-1 - W0.
 
-        Now all that is rounded has the size of weights, and an error of 0.4% in these can only exchange weights that
-        are about equally good. `inverse` is `(G + rho I)^-1` of each operator, [operators, in, in], not rounded.
+        For every `rho`, the update is then
+
+            W  <-  W0 + D + ((rho0 - rho) D + rho (Z - W0) - V) (G + rho I)^-1.
+
+        This equals the usual one, because `C = (W0 + D) (G + rho0 I) - rho0 W0`. Only `D` and the last product are
+        rounded. An error of 0.4% in these changes can only exchange weights that are about equally good.
+
+        Args:
+            dense: Makes some rows of `W0`: a new tensor [operators, rows, in] of a slice.
+            inverse: `(G + rho0 I)^-1` of each operator, [operators, in, in], not rounded.
+            rho: This `rho0`.
+            dtype: What to round to.
         """
-        self.fitted = torch.empty_like(self.point, dtype=dtype)
+        change = torch.empty_like(self.point, dtype=dtype)
         for rows in row_blocks(self.point):
-            self.fitted[:, rows] = torch.bmm(self.target(rows), inverse)
-
-    def fit_again(self, inverse: Tensor, rho: float) -> None:
-        """Change `F` (`self.fitted`) for the next stage, with a product that is rounded, too.
-
-        With rho' for the penalty parameter `rho` of the next stage, and `self.rho` that of the last iteration,
-
-            F'  =  C (G + rho' I)^-1  =  F - (rho' - self.rho) F (G + rho' I)^-1.
-
-        The second term is small. `inverse` is `(G + rho' I)^-1` of each operator, [operators, in, in], in the dtype of
-        `F`.
-        """
-        assert self.fitted is not None
-        for rows in row_blocks(self.point):
-            change = torch.bmm(self.fitted[:, rows], inverse)
-            self.fitted[:, rows].sub_(change, alpha=rho - self.rho)
+            of_rows = dense(rows)
+            right_side = torch.add(self.target(rows), of_rows, alpha=rho)  # C + rho0 W0
+            change[:, rows] = torch.bmm(right_side, inverse).sub_(of_rows)
+        self.rounded = RoundedIterations(dense, change, rho)
 
     def iterate(self, inverse: Tensor, rho: float, patterns: Sequence[SparsityPattern]) -> None:
         """Do one ADMM iteration; changes `point`, `mask` and `rho`.
@@ -105,11 +133,11 @@ class SplitState:
         Its entries are those of `Z` if `self.mask` is True there, and those of `V / rho` if it is False. Before the
         first iteration there is no mask, `Z` is the point, and `V` is zero.
 
-        The first update takes one block of rows at a time, for which `self.target` makes these rows of `C`. After `fit`
-        it is computed from `self.fitted` by a rounded product. The projection needs all rows.
+        The first update takes one block of rows at a time, for which `self.target` makes these rows of `C`. After
+        `round_products` it is written in another way, with a rounded product. The projection needs all rows.
 
         Args:
-            inverse: `(G + rho I)^-1` of each operator, [operators, in, in]; after `fit` in the dtype of `self.fitted`.
+            inverse: `(G + rho I)^-1` of each operator, [operators, in, in]; after `round_products` in its dtype.
             rho: The penalty parameter of this iteration; it may differ from that of the last one (`self.rho`).
             patterns: Choose the masks of `Z`, one for each operator.
         """
@@ -126,16 +154,15 @@ class SplitState:
             if has_other_rho:
                 # Z + V / rho with the new rho; Z stays, because the dual is zero there.
                 point.add_(dual, alpha=ratio - 1)
-            # C - V + rho Z, the right-hand side of the W step. First Z - V / rho: by now `point` is Z + V / rho.
+            # `point` is Z + V / rho by now; this makes Z - V / rho.
             right_side = torch.sub(point, dual, alpha=2 * ratio)
-            # W + V / rho, the next `P`, in the memory of the dual.
-            if self.fitted is None:
+            # `dual` becomes W + V / rho, the next `P`.
+            if self.rounded is None:
+                # C - V + rho Z
                 torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
                 dual.baddbmm_(right_side, inverse, beta=ratio)
             else:
-                product = torch.bmm(right_side.to(inverse.dtype), inverse)
-                dual.mul_(ratio).add_(self.fitted[:, rows]).add_(product, alpha=rho)
-                del product
+                dual.mul_(ratio).add_(self.rounded.update(rows, right_side, inverse, rho))
             del right_side
             point.copy_(dual)
         # The old mask and the last block go before the next mask is made.

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 from optimum_fista.solve.linalg import damped_inverse, products_rounded_to
 from optimum_fista.solve.methods import create_method
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
-from optimum_fista.solve.methods.obs_admm import ObsAdmm, _Surgeon
+from optimum_fista.solve.methods.obs_admm import ObsAdmm, _RoundedInverses, _Surgeon
 from optimum_fista.solve.patterns import Unstructured, parse_pattern
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 from optimum_fista.solve.refit import refit_stack
@@ -179,9 +179,9 @@ def test_obs_admm_takes_no_more_memory_than_its_working_set(pattern, rows, colum
     with products_rounded_to(torch.bfloat16), torch.no_grad(), LiveMemory() as rounded:
         create_method("obs_admm").prune(problem, parse_pattern(pattern))
 
-    # A matrix of two bytes a weight besides, and blocks of rows: here all 128 rows are one.
-    block_rows = min(rows, 4096)
-    assert rounded.peak <= memory.peak + 2 * rows * columns + 4 * block_rows * columns
+    # A matrix of two bytes a weight besides, and a block of rows, of the weights or of the Gram matrix.
+    values_in_block = 2**19
+    assert rounded.peak <= memory.peak + 2 * rows * columns + 4 * values_in_block
     algebra = [
         name for name in memory.operations if "linalg" in name and "check_errors" not in name
     ]
@@ -246,14 +246,18 @@ def test_norms_in_surgeon_coordinates_are_what_removing_a_group_costs(surgeon_of
         assert float(part.square().sum()) == pytest.approx(float(error.square().sum()), rel=1e-9)
 
 
-@pytest.mark.parametrize("fits", [False, True])
-def test_iterations_agree_with_the_equations_written_out(fits):
+@pytest.mark.parametrize("is_rounded", [False, True])
+def test_iterations_agree_with_the_equations_written_out(is_rounded):
     made = example(4, 8)
     gram = made.problem.gram
     target = made.problem.target
     pattern = Unstructured(0.5)
     # stacks of one operator
     state = SplitState(lambda rows: target[None, rows], made.weight.clone()[None])
+
+    def dense(rows):
+        return made.weight[None, rows].clone()
+
     sparse = made.weight.clone()
     dual = torch.zeros_like(target)
     for rho in (2.0, 2.0, 5.0, 3.0):  # equal, rising and falling penalties
@@ -265,10 +269,9 @@ def test_iterations_agree_with_the_equations_written_out(fits):
         dual = dual + rho * (weight - sparse)
 
         inverse = damped_inverse(gram.clone()[None], rho)
-        if fits and state.fitted is None:
-            state.fit(inverse, torch.float64)  # a dtype in which nothing is rounded
-        elif fits:
-            state.fit_again(inverse, rho)
+        if is_rounded and state.rounded is None:
+            # a dtype in which nothing is rounded
+            state.round_products(dense, inverse, rho, torch.float64)
         state.iterate(inverse, rho, [pattern])
 
         assert torch.equal(state.mask[0], mask)
@@ -276,14 +279,18 @@ def test_iterations_agree_with_the_equations_written_out(fits):
         assert torch.allclose(rho * state.point[0] * ~mask, dual)
 
 
-def problem_with_strong_inputs() -> LayerProblem:
-    """A corrected problem in float32: inputs are correlated, of sizes from 1 to 100, and one is far larger."""
+def problem_with_strong_inputs(*, error_of_common: float = 0.0) -> LayerProblem:
+    """A corrected problem in float32: inputs are correlated, of sizes from 1 to 100, and one is far larger.
+
+    `error_of_common` is the error of what all inputs have in common, as a share of it.
+    """
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(1000, 1, generator=generator)
     sizes = torch.logspace(0, 2, 96)[torch.randperm(96, generator=generator)]
     dense_inputs = (torch.randn(1000, 96, generator=generator) + 2 * common) * sizes
     dense_inputs[:, 7] = 3000 * common[:, 0]
     inputs = dense_inputs + 0.2 * sizes * torch.randn(1000, 96, generator=generator)
+    inputs -= 2 * error_of_common * common * sizes
     weight = torch.randn(64, 96, generator=generator) / sizes
     outputs = dense_inputs @ weight.T
     return LayerProblem(
@@ -295,8 +302,9 @@ def problem_with_strong_inputs() -> LayerProblem:
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
-def test_rounded_products_hardly_change_a_result(pattern):
-    problem = problem_with_strong_inputs()
+@pytest.mark.parametrize("error_of_common", [0.0, 0.1])
+def test_rounded_products_hardly_change_a_result(pattern, error_of_common):
+    problem = problem_with_strong_inputs(error_of_common=error_of_common)
     pattern = parse_pattern(pattern)
     method = create_method("obs_admm")
 
@@ -306,8 +314,8 @@ def test_rounded_products_hardly_change_a_result(pattern):
 
     assert rounded.weight.dtype == torch.float32
     assert not torch.equal(rounded.mask, exact.mask), "nothing was rounded"
-    assert float((rounded.mask != exact.mask).float().mean()) < 0.05
-    assert rounded.fit_error == pytest.approx(exact.fit_error, rel=5e-3)
+    assert float((rounded.mask != exact.mask).float().mean()) < 0.01
+    assert rounded.fit_error == pytest.approx(exact.fit_error, rel=5e-4)
 
 
 class DtypesOfProducts(TorchDispatchMode):
@@ -331,13 +339,41 @@ def test_of_the_products_with_large_terms_two_are_exact_and_all_others_are_round
     with products_rounded_to(torch.bfloat16), DtypesOfProducts() as products:
         method.prune(problem, Unstructured(0.5))
 
-    # those of the target with the inverse, and of the start of the refit with the Gram matrix
+    # those of the first change of the dense weights, and of the start of the refit
     assert products.counts[torch.float32] == 2
-    # of the iterations, of the change to the second stage, and of the steps of the refit
-    assert products.counts[torch.bfloat16] == 2 * 3 + 1 + 4
+    # of the iterations, and of the steps of the refit; the inverse of the second stage takes products of other kinds
+    assert products.counts[torch.bfloat16] == 2 * 3 + 4
 
 
-@pytest.mark.parametrize("sparsity", [0.5, 0.8])
+@pytest.mark.parametrize(("last_rho", "factorizations"), [(1.5, 1), (2.0, 1), (2.1, 3)])
+def test_inverses_of_near_penalties_take_one_factorization_if_products_are_rounded(
+    last_rho, factorizations
+):
+    method = create_method("obs_admm", last_rho=last_rho)
+
+    with products_rounded_to(torch.bfloat16), LiveMemory() as memory:
+        method.prune(problem_with_strong_inputs(), Unstructured(0.5))
+
+    of_coordinates = 1
+    assert memory.operations.count("linalg_cholesky_ex") == of_coordinates + factorizations
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_rounded_inverses_of_all_stages_are_near_the_exact_ones(groups):
+    grams = torch.stack([example(seed, 64).problem.gram.float() for seed in range(groups)])
+    grams /= grams.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    identity = torch.eye(64)
+
+    inverses = _RoundedInverses.of(damped_inverse(grams.clone(), 1.0), 1.0, torch.bfloat16)
+
+    for rho in (1.0, 1.2, 1.5):
+        inverse = inverses.begin_stage(rho)
+        assert inverse.dtype == torch.bfloat16
+        error = inverse.float() - torch.linalg.inv(grams + rho * identity)
+        assert float(torch.linalg.matrix_norm(error, 2).max()) < 0.01
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.9])
 def test_a_refit_by_rounded_steps_goes_as_far_as_an_exact_one(sparsity, monkeypatch):
     problem = problem_with_strong_inputs()
     pattern = Unstructured(sparsity)
