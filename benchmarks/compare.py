@@ -40,6 +40,7 @@ DENSE = ("dense", "-")
 HELPS = {
     "model": "Hub id, model folder, or folder with one GGUF file; or the JSON file of an earlier call",
     "patterns": "fractions of zeros, or what prune --pattern takes",
+    "calibration": "text source, or several divided by commas, each with an equal share of the windows",
     "held_out": "also measure on as many windows left out of calibration, and on as many in it",
     "bos": "auto, every (window), start (of a text only, as in the scripts of SparseGPT and Wanda) or none",
 }
@@ -52,11 +53,11 @@ Row = dict[str, Any]
 
 def draw(
     arguments: Namespace, tokenizer: PreTrainedTokenizerBase, seed: int
-) -> tuple[Tensor, dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """Draw windows of token ids, [windows, length]; `tokenizer` stays as it is.
 
     Returns:
-        Windows to calibrate on.
+        Windows to calibrate on, by the name of the text.
         Windows to measure on, by the name of the text.
         How both were made, a line each.
     """
@@ -77,30 +78,36 @@ def draw(
         )
 
     calibration_length = arguments.calibration_length or length
-    count = arguments.num_samples + arguments.held_out
-    if arguments.calibration == "self":
-        drawn = calibration_tokens_by_name(
-            arguments.model,
-            "self",
-            count,
-            calibration_length,
-            seed,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            keep_in=arguments.output.with_suffix(""),
+    sources = arguments.calibration.split(",")
+    if len(sources) > 1 and arguments.held_out:
+        raise SystemExit("--held-out: pass one --calibration, or --held-out 0.")
+    num_of_text = arguments.num_samples // len(sources)
+    calibration = {}  # windows by the name of the text
+    for source in sources:
+        if source == "self":
+            drawn = calibration_tokens_by_name(
+                arguments.model,
+                "self",
+                num_of_text + arguments.held_out,
+                calibration_length,
+                seed,
+                device=arguments.device,
+                dtype=arguments.dtype,
+                keep_in=arguments.output.with_suffix(""),
+            )
+            origin = "text that the model samples itself"
+        else:
+            text = load_text(source, "calibration")
+            count = num_of_text + arguments.held_out
+            drawn = calibration_windows(tokenizer, text, count, calibration_length, seed)
+            origin = f"{text.name} (sha256 {text.sha256[:16]})"
+        calibration[Path(source).stem] = drawn[:num_of_text]
+        recipe.append(
+            f"Calibration, seed {seed}: {num_of_text} random windows of {calibration_length} tokens of {origin}."
         )
-        origin = "text that the model samples itself"
-    else:
-        text = load_text(arguments.calibration, "calibration")
-        drawn = calibration_windows(tokenizer, text, count, calibration_length, seed)
-        origin = f"{text.name} (sha256 {text.sha256[:16]})"
-    calibration = drawn[: arguments.num_samples]
-    recipe.append(
-        f"Calibration, seed {seed}: {len(calibration)} random windows of {calibration_length} tokens of {origin}."
-    )
     if arguments.held_out:
-        measured[CALIBRATED] = calibration[: arguments.held_out]
-        measured[HELD_OUT] = drawn[arguments.num_samples :]
+        measured[CALIBRATED] = drawn[: arguments.held_out]
+        measured[HELD_OUT] = drawn[num_of_text:]
         recipe.append(
             f"Perplexity on {HELD_OUT}: {len(measured[HELD_OUT])} further windows of that text, not calibrated on."
         )
@@ -165,7 +172,15 @@ def measure(arguments: Namespace, method: str, pattern: str, seed: int) -> tuple
         )
         if not is_dense:
             config = parse_config(method, pattern, seed, arguments.held_out)
-            batches = list(calibration.split(arguments.batch_size))
+            batches: list[Any] = []
+            for source, windows in calibration.items():
+                parts = windows.split(arguments.batch_size)
+                # With several texts each batch says which it is of, because the refit of experts is tested by text.
+                is_of_several = len(calibration) > 1
+                batches += [
+                    {"input_ids": part, "source": source} if is_of_several else part
+                    for part in parts
+                ]
             if arguments.held_out:
                 batches += texts[HELD_OUT].split(arguments.batch_size)
             pruner = FistaPruner(config, storage_device=arguments.storage_device)

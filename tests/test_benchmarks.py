@@ -130,6 +130,33 @@ def test_compared_rows_are_what_pruning_and_measuring_give(compared, tmp_path):
     assert "random windows of 32 tokens of calm.txt" in record["recipe"][1]
 
 
+def test_several_texts_of_a_comparison_have_equal_shares_of_the_calibration(compared, tmp_path):
+    texts = {name: tmp_path / f"{name}.txt" for name in ("calm", "sea")}
+    _, record = compared(
+        "--methods",
+        "wanda",
+        "--patterns",
+        "2:4",
+        "--calibration",
+        ",".join(map(str, texts.values())),
+    )
+
+    wanda = record["rows"][1]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    batches = [
+        {"input_ids": ids, "source": name}
+        for name, path in texts.items()
+        for ids in calibration_windows(
+            tiny_tokenizer(), load_text(str(path), "calibration"), 3, 32, 0
+        ).split(1)
+    ]
+    config = FistaPruningConfig(pattern="2:4", method="wanda", held_out=0)
+    report = FistaPruner(config, progress=False).prune(model, batches)
+    assert wanda["totals"]["mean_fit_error"] == report.totals["mean_fit_error"]
+    assert record["settings"]["calibration"] == "calm.txt,sea.txt"
+    assert [line.split(": ")[1][:1] for line in record["recipe"][1:3]] == ["3", "3"]
+
+
 def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):
     _, first = compared("--methods", "magnitude,nothing", "--patterns", "0.5")
     first["rows"][1]["seconds"]["total"] = 12345  # shows that this row is not measured again
