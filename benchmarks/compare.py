@@ -57,7 +57,7 @@ def draw(
     """Draw windows of token ids, [windows, length]; `tokenizer` stays as it is.
 
     Returns:
-        Windows to calibrate on, by the name of the text.
+        Windows to calibrate on, by text as `--calibration` names it.
         Windows to measure on, by the name of the text.
         How both were made, a line each.
     """
@@ -78,11 +78,17 @@ def draw(
         )
 
     calibration_length = arguments.calibration_length or length
-    sources = arguments.calibration.split(",")
+    sources = [source.strip() for source in arguments.calibration.split(",")]
+    if len(set(sources)) < len(sources):
+        raise SystemExit(f"--calibration {arguments.calibration}: pass each text once.")
     if len(sources) > 1 and arguments.held_out:
         raise SystemExit("--held-out: pass one --calibration, or --held-out 0.")
-    num_of_text = arguments.num_samples // len(sources)
-    calibration = {}  # windows by the name of the text
+    num_of_text, rest = divmod(arguments.num_samples, len(sources))
+    if rest:
+        raise SystemExit(
+            f"--num-samples {arguments.num_samples}: pass a multiple of the {len(sources)} texts in --calibration."
+        )
+    calibration = {}  # windows by text
     for source in sources:
         if source == "self":
             drawn = calibration_tokens_by_name(
@@ -101,7 +107,7 @@ def draw(
             count = num_of_text + arguments.held_out
             drawn = calibration_windows(tokenizer, text, count, calibration_length, seed)
             origin = f"{text.name} (sha256 {text.sha256[:16]})"
-        calibration[Path(source).stem] = drawn[:num_of_text]
+        calibration[source] = drawn[:num_of_text]
         recipe.append(
             f"Calibration, seed {seed}: {num_of_text} random windows of {calibration_length} tokens of {origin}."
         )

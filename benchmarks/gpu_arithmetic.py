@@ -52,7 +52,7 @@ _BLOCK = 128  # columns that SparseGPT decides together
 
 # Bytes for each weight, of tensors in float32 and of masks of one byte that are read or written.
 _BYTES_OF_ITERATION = 120
-_BYTES_OF_REFIT_STEP = 80
+_BYTES_OF_REFIT_STEP = 93
 # SparseGPT: after each column, half of its block on average is read and written.
 _BYTES_OF_COLUMN = 8 * _BLOCK / 2
 _LAUNCHES_OF_COLUMN = 7

@@ -148,7 +148,8 @@ class Session:
         """Token ids to calibrate on, and those to measure on by name, each [windows, length]."""
         tokenizer = require_tokenizer(self.arguments.model)
         calibration, texts, _ = compare.draw(self.case, tokenizer, self.arguments.seed)
-        return calibration, texts
+        (windows,) = calibration.values()  # of the only text
+        return windows, texts
 
 
 Unit = tuple[Key, Callable[[Session], Iterable[Row]]]

@@ -33,7 +33,7 @@ _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
 # products are others. Other runs compute and record what they did before.
 _FORMAT = 10
 _FORMAT_WITH_REMOVED_EXPERTS = 13
-_FORMAT_WITH_ZEROS_OF_DEFAULT = 15
+_FORMAT_OF_DEFAULT = 15
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
 
@@ -91,9 +91,8 @@ def journal_format(config: FistaPruningConfig, *, removes_experts: bool) -> int:
     """Return the format of the journal of a run with a configuration, which is resolved."""
     if removes_experts:
         return _FORMAT_WITH_REMOVED_EXPERTS
-    is_of_default = config.method == "obs_admm" or config.allocation == "fisher"
-    if is_of_default and config.whole_parts is None:
-        return _FORMAT_WITH_ZEROS_OF_DEFAULT
+    if config.method == "obs_admm" or config.allocation == "fisher":
+        return _FORMAT_OF_DEFAULT
     return _FORMAT
 
 

@@ -11,8 +11,9 @@ a product to bfloat16 if its result hardly depends on the last bits, as the choi
 ones correct (`products_rounded_to`).
 
 A *stack* [matrices, rows, columns] has matrices of one shape, for which torch is called once. Many small matrices take
-longer one by one, because each call has its cost. On a CPU, every matrix gets the same bits in a stack as alone: so it
-was for all functions that are used here, with MKL and torch 2.13.
+longer one by one, because each call has its cost. On a CPU, every matrix with an even number of columns gets the same
+bits in a stack as alone: so it was for all functions that are used here, with MKL and torch 2.13. With an odd number
+the last bits may differ.
 """
 
 import math
@@ -303,7 +304,7 @@ def line_to_other_rho(rho: float, other_rho: float) -> tuple[float, float]:
     the Chebyshev polynomial of degree 3, moved and stretched so that the first one is 0 and the polynomial ends at 1.
     So the largest error is nearly as small as a line can make it.
 
-    In spectral norm the error is 0.13% of `1 / rho` if `rho'` is 1.22 times `rho`, 0.5% if it is 1.5 times, and 1.2% if
+    In spectral norm the error is 0.14% of `1 / rho` if `rho'` is 1.22 times `rho`, 0.5% if it is 1.5 times, and 1.2% if
     it is twice as large. Small eigenvalues of `X` are those of strong inputs. There the error is small, too, but a
     larger part of them: 1.6, 6 and 15%.
 

@@ -131,15 +131,20 @@ def descend(
 
     The Gram matrices may have a dtype of 16 bits. Then the directions are rounded to it before they are multiplied.
     Each residual is the one before minus such a product, which is rounded by 0.4%, so a few steps go nearly as far as
-    exact ones.
+    exact ones. But if inputs have much in common, most of a curvature `<D G, D>` may be rounding. A row takes no step
+    along a direction `D` whose curvature is at most `2 eps <D diag(G), D>`: it could be far too long.
     """
     factors = masks.view(torch.uint8)
     scale = _preconditioner(grams)[:, None].to(weight.dtype)  # [operators, 1, in]
     product = torch.empty_like(weight)  # memory for products, used again and again
     residual.mul_(factors)
     direction = residual * scale
+    is_rounded = grams.dtype != direction.dtype
     energy = _energies(residual, direction, noise)  # [operators, out], 0 for rows at rest
 
+    # How much of the diagonal of G may be rounding, [operators, in]. No other entry of G is larger than the geometric
+    # mean of two on the diagonal.
+    rounding = 2 * torch.finfo(grams.dtype).eps * diagonals(grams).to(weight.dtype)
     stop = tolerance**2 * energy.sum(-1).double()  # energies are squares
     steps = torch.zeros(len(grams), dtype=torch.int64, device=grams.device)
     # To learn whether all rows have converged, the host must wait for the device, so it rarely asks. Steps after
@@ -153,13 +158,17 @@ def descend(
 
         # The step of each row to the minimum along its direction D: energy / <D G, D>. There is none along directions
         # that no token has, nor after the end.
-        if grams.dtype == direction.dtype:
-            torch.bmm(direction, grams, out=product)
-        else:
+        least_curvature: Tensor | float = 0.0  # [operators, out]
+        if is_rounded:
+            torch.mul(direction, rounding[:, None], out=product)
+            least_curvature = _inner_by_rows(direction, product)
             product.copy_(torch.bmm(direction.to(grams.dtype), grams))
+        else:
+            torch.bmm(direction, grams, out=product)
         product.mul_(factors)
         curvature = _inner_by_rows(direction, product).to(residual.dtype)
-        length = _divide_where((curvature > 0) & ~has_converged[:, None], energy, curvature)
+        may_step = (curvature > least_curvature) & ~has_converged[:, None]
+        length = _divide_where(may_step, energy, curvature)
         weight.addcmul_(length[..., None], direction)
         if iteration == max_iterations:
             break  # the rest prepares the next step

@@ -34,7 +34,8 @@ A matrix is called `point` while ADMM changes it (`SplitState`).
 Groups of operators are solved together if their operators have equal shapes, as those of the experts of a mixture have
 (`ObsAdmm.prune_groups`). So all matrices here are stacks: the first dimension are the groups, each with its own Gram
 matrix. A group that is solved alone is a stack of one. torch computes the matrices of a stack one after the other, but
-in one call, which takes less time if they are small. On a CPU all have the same bits as alone.
+in one call, which takes less time if they are small. On a CPU all have the same bits as alone if they have an even
+number of inputs (`solve.linalg`).
 
 ALPS lets `rho` grow over about 40 iterations until the mask settles. Here the coordinates show which `rho` compares
 kept and removed weights correctly, so that nine iterations reach nearly the error of ALPS in a third of the time
@@ -82,6 +83,9 @@ from optimum_fista.solve.refit import descend, refit_columns, refit_stack
 # By how much `rho` may grow from the first stage to the last one if products are rounded. The inverse of the last stage
 # then has an error of 1.2% of `1 / rho` (`line_to_other_rho`).
 _LARGEST_GROWTH = 2.0
+# With more stages than these no products are rounded: each rounds the inverse of the last one again. After ten the
+# error is 0.8% of `1 / rho`, after 100 it is 18%.
+_MOST_ROUNDED_STAGES = 10
 
 
 @register
@@ -99,7 +103,7 @@ class ObsAdmm(PruningMethod):
     # `r` above; None: `1.5 * inputs / calibration tokens`, within [0.003, 0.5] (docs/solver.md). The fewer tokens an
     # input has, the more of the Gram matrix is noise.
     ridge: float | None = None
-    # Each with one inverse.
+    # Each with one inverse. With more than ten, iterations round no products.
     stages: int = 3
     # Of each stage.
     iterations: int = 3
@@ -315,7 +319,7 @@ class ObsAdmm(PruningMethod):
         out, in]. `surgeon` has the coordinates of step 2, and `grams` are `G` [groups, in, in]; all of these stay as
         they are. The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from
         stage to stage, and each stage has the number of iterations in `iterations`. If `rho` grows by more than a
-        factor of `_LARGEST_GROWTH`, no products are rounded here.
+        factor of `_LARGEST_GROWTH`, or in more than `_MOST_ROUNDED_STAGES` stages, no products are rounded here.
         """
         num_steps = max(1, self.stages - 1)  # from stage to stage; a single stage has `first_rho`
         growth = (self.last_rho / self.first_rho) ** (1 / num_steps)
@@ -324,7 +328,7 @@ class ObsAdmm(PruningMethod):
         inverses: _ExactInverses | _RoundedInverses = _ExactInverses(surgeon, grams)
         dtype = dtype_of_rounded_products()
         are_near = self.stages == 1 or self.last_rho <= _LARGEST_GROWTH * self.first_rho
-        if dtype is not None and are_near:
+        if dtype is not None and are_near and self.stages <= _MOST_ROUNDED_STAGES:
             exact = inverses.begin_stage(rhos[0])
             for state, weights in zip(states, dense_weights, strict=True):
                 dense = partial(surgeon.scaled_weight, weights)
@@ -557,7 +561,7 @@ class _Surgeon:
         (`self.scale`), the blocks of `B` (`self.blocks`; `None` if `B` is the identity), and the ridge `r diag(G)`
         (`self.penalty`).
         """
-        copy = grams.clone()
+        copy = grams.clone(memory_format=torch.contiguous_format)
         diagonals(copy).add_(self.penalty)
         copy = copy.mul_(self.scale[:, None]).mul_(self.scale[:, :, None])
         if self.blocks is None:

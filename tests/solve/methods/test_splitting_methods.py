@@ -318,6 +318,29 @@ def test_rounded_products_hardly_change_a_result(pattern, error_of_common):
     assert rounded.fit_error == pytest.approx(exact.fit_error, rel=5e-4)
 
 
+@pytest.mark.parametrize(("inputs", "mean", "sparsity"), [(64, 30, 0.8), (256, 10, 0.5)])
+def test_no_row_takes_a_huge_step_if_inputs_have_much_in_common(inputs, mean, sparsity):
+    generator = torch.Generator().manual_seed(0)
+    common_inputs = torch.randn(4096, inputs, generator=generator) + mean
+    weight = torch.randn(256, inputs, generator=generator)
+    changed_inputs = common_inputs + 0.2 * torch.randn(4096, inputs, generator=generator)
+    outputs = common_inputs @ weight.T
+    problem = LayerProblem(
+        weight,
+        InputStatistics(changed_inputs.T @ changed_inputs, 600 * inputs),
+        target=outputs.T @ changed_inputs,
+        output_energies=outputs.double().square().sum(0),
+    )
+    method = create_method("obs_admm")
+    pattern = Unstructured(sparsity)
+
+    exact = method.prune(problem, pattern)
+    with products_rounded_to(torch.bfloat16):
+        rounded = method.prune(problem, pattern)
+
+    assert rounded.fit_error == pytest.approx(exact.fit_error, rel=2e-3)
+
+
 class DtypesOfProducts(TorchDispatchMode):
     """As a context: counts the products of stacks of matrices by their dtype."""
 
@@ -345,11 +368,21 @@ def test_of_the_products_with_large_terms_two_are_exact_and_all_others_are_round
     assert products.counts[torch.bfloat16] == 2 * 3 + 4
 
 
-@pytest.mark.parametrize(("last_rho", "factorizations"), [(1.5, 1), (2.0, 1), (2.1, 3)])
-def test_inverses_of_near_penalties_take_one_factorization_if_products_are_rounded(
-    last_rho, factorizations
+@pytest.mark.parametrize(
+    ("options", "factorizations"),
+    [
+        ({"last_rho": 1.5}, 1),
+        ({"last_rho": 2.0}, 1),
+        ({"last_rho": 2.1}, 3),
+        ({"stages": 1, "first_rho": 0.5}, 1),
+        ({"stages": 10}, 1),
+        ({"stages": 11}, 11),
+    ],
+)
+def test_inverses_of_few_stages_with_near_penalties_take_one_factorization_if_products_are_rounded(
+    options, factorizations
 ):
-    method = create_method("obs_admm", last_rho=last_rho)
+    method = create_method("obs_admm", **options)
 
     with products_rounded_to(torch.bfloat16), LiveMemory() as memory:
         method.prune(problem_with_strong_inputs(), Unstructured(0.5))
