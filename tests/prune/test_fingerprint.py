@@ -253,7 +253,10 @@ def test_a_run_of_an_older_version_that_removes_experts_is_refused(tmp_path, jou
     assert report.mixtures
 
 
-@pytest.mark.parametrize("options", [{}, {"pattern": "2:4"}, {"allocation_tokens": 2048}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"pattern": "2:4"}, {"pattern": "channels:0.25"}, {"allocation_tokens": 2048}],
+)
 def test_a_run_of_the_default_method_that_an_older_version_has_begun_is_refused(source, options):
     config = FistaPruningConfig(**options)
     begun_by_an_older_version(source, config, allocation_tokens=2048)
