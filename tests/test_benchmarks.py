@@ -154,7 +154,44 @@ def test_several_texts_of_a_comparison_have_equal_shares_of_the_calibration(comp
     report = FistaPruner(config, progress=False).prune(model, batches)
     assert wanda["totals"]["mean_fit_error"] == report.totals["mean_fit_error"]
     assert record["settings"]["calibration"] == "calm.txt,sea.txt"
-    assert [line.split(": ")[1][:1] for line in record["recipe"][1:3]] == ["3", "3"]
+    _, of_calm, of_sea = record["recipe"]
+    assert "3 random windows of 32 tokens of calm.txt" in of_calm
+    assert "3 random windows of 32 tokens of sea.txt" in of_sea
+
+
+def test_batches_of_a_comparison_on_several_texts_name_their_text(compared, tmp_path, monkeypatch):
+    prune = FistaPruner.prune
+    named = []
+
+    def watched(pruner, model, batches):
+        named.extend(batch["source"] for batch in batches)
+        return prune(pruner, model, batches)
+
+    monkeypatch.setattr(FistaPruner, "prune", watched)
+    paths = []
+    for folder in ("first", "second"):  # two texts of one name
+        path = tmp_path / folder / "train.txt"
+        path.parent.mkdir()
+        path.write_text(TEXT if folder == "first" else TEXT[::-1])
+        paths.append(str(path))
+
+    flags = ["--methods", "wanda", "--patterns", "2:4"]
+    compared(*flags, "--calibration", f"{paths[0]}, {paths[1]}")
+
+    assert named == 3 * [paths[0]] + 3 * [paths[1]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--calibration", "a.txt,a.txt"], "pass each text once"),
+        (["--calibration", "a.txt,b.txt", "--num-samples", "5"], "pass a multiple of the 2 texts"),
+        (["--calibration", "a.txt,b.txt", "--held-out", "2"], "pass one --calibration"),
+    ],
+)
+def test_a_comparison_refuses_texts_that_it_cannot_share_out(compared, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        compared("--methods", "wanda", *flags)
 
 
 def test_a_comparison_resumes_and_its_table_is_shown_again(compared, tmp_path):

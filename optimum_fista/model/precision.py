@@ -4,7 +4,7 @@ A run chooses this once (`choose_products`), and is inside `products_as` from th
 context variable. Code that multiplies activations is inside `quick_products`, and prepares its matrices by
 `as_multiplied` and `in_few_sizes`. All other code, such as the solvers and the proofs, computes in float32. Only the
 default method rounds some products of its iterations and its refit to bfloat16 (`products_rounded_to`). It does so if
-the run multiplies in bfloat16, or in TensorFloat-32, because an accelerator that has it multiplies in bfloat16 faster.
+the run multiplies in bfloat16, or in TensorFloat-32: an accelerator that has units for it has them for bfloat16, too.
 This also holds for a model in float32: unlike an activation, a product that is rounded there belongs to a small change
 of the weights (`SplitState.round_products`).
 """

@@ -299,14 +299,17 @@ def line_to_other_rho(rho: float, other_rho: float) -> tuple[float, float]:
 
         (G + rho' I)^-1  =  (X^-1 + d I)^-1  =  X (I + d X)^-1.
 
-    For a `d` that is not large, `(I + d X)^-1` is nearly `a I + b X`, a straight line. As a function of the eigenvalues
-    of `rho X`, which lie between 0 and 1, the error is zero at three of them: 0, 0.46 and 0.93. These are the roots of
-    the Chebyshev polynomial of degree 3, moved and stretched so that the first one is 0 and the polynomial ends at 1.
-    So the largest error is nearly as small as a line can make it.
+    For a `d` that is not large, `(I + d X)^-1` is nearly a straight line, `a I + b X`.
 
-    In spectral norm the error is 0.14% of `1 / rho` if `rho'` is 1.22 times `rho`, 0.5% if it is 1.5 times, and 1.2% if
-    it is twice as large. Small eigenvalues of `X` are those of strong inputs. There the error is small, too, but a
-    larger part of them: 1.6, 6 and 15%.
+    The eigenvalues of `rho X` lie between 0 and 1. The line is chosen so that the error is zero for three of them: 0,
+    0.46 and 0.93. These are the roots of the Chebyshev polynomial of degree 3, moved and stretched so that the first
+    root is 0 and the polynomial ends at 1. So the largest error is nearly as small as a line can make it.
+
+    Small eigenvalues of `X` are those of strong inputs. Their error is small, too, but it is a larger part of them:
+
+        rho' / rho                                     1.22     1.5      2
+        largest error (spectral norm), of 1 / rho      0.14%    0.5%     1.2%
+        error of the smallest eigenvalues, of these    1.6%     6%       15%
 
     `rho` is that of `X`, and `other_rho` is `rho'`; both are positive.
     """

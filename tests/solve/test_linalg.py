@@ -73,17 +73,29 @@ def test_damped_inverse_is_the_inverse():
 
 
 @pytest.mark.parametrize(
-    ("other_rho", "largest_error"), [(0.8, 0.003), (1.0, 1e-12), (1.22, 0.002), (1.5, 0.005)]
+    ("factor", "largest_error", "error_of_smallest"),
+    [
+        (1.0, 0.0, 0.0),
+        (1.22, 0.0014, 0.016),
+        (1.5, 0.005, 0.06),
+        (2.0, 0.012, 0.15),
+    ],
 )
 @pytest.mark.parametrize("rho", [1.0, 30.0])
-def test_an_inverse_with_another_rho_is_nearly_a_line_in_the_first(rho, other_rho, largest_error):
-    eigenvalues = rho * torch.cat([torch.zeros(1), torch.logspace(-4, 6, 1000)]).double()
-    inverses = 1 / (eigenvalues + rho)  # of a diagonal matrix
+def test_an_inverse_with_another_rho_is_nearly_a_line_in_the_first(
+    rho, factor, largest_error, error_of_smallest
+):
+    zero = torch.zeros(1).double()
+    positive = torch.logspace(-4, 6, 1000).double()
+    eigenvalues = rho * torch.cat([zero, positive])
+    first = 1 / (eigenvalues + rho)  # the inverse of a diagonal matrix
+    wanted = 1 / (eigenvalues + factor * rho)
 
-    a, b = line_to_other_rho(rho, other_rho * rho)
+    a, b = line_to_other_rho(rho, factor * rho)
 
-    errors = rho * (a * inverses + b * inverses**2 - 1 / (eigenvalues + other_rho * rho))
-    assert float(errors.abs().max()) <= largest_error
+    errors = (a * first + b * first**2 - wanted).abs()
+    assert rho * float(errors.max()) == pytest.approx(largest_error, rel=0.05, abs=1e-12)
+    assert float(errors[-1] / wanted[-1]) == pytest.approx(error_of_smallest, rel=0.05, abs=1e-9)
 
 
 @pytest.mark.parametrize("other_rho", [0.8, 1.22, 1.5])

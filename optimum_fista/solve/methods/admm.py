@@ -53,7 +53,11 @@ class RoundedIterations:
 
             W0 + D + ((rho0 - rho) D + rho (Z - W0) - V) (G + rho I)^-1.
 
-        `target` is `Z - V / rho` [operators, rows, in], which is overwritten. `inverse` is `(G + rho I)^-1`, rounded.
+        Args:
+            rows: Which rows.
+            target: `Z - V / rho` of these rows, [operators, rows, in]; overwritten.
+            inverse: `(G + rho I)^-1` [operators, in, in], in the dtype of rounded products.
+            rho: The penalty parameter of this iteration.
         """
         dense = self.dense(rows)
         change = self.change[:, rows]
@@ -97,8 +101,12 @@ class SplitState:
 
             W  <-  W0 + D + ((rho0 - rho) D + rho (Z - W0) - V) (G + rho I)^-1.
 
-        This equals the usual one, because `C = (W0 + D) (G + rho0 I) - rho0 W0`. Only `D` and the last product are
-        rounded. An error of 0.4% in these changes can only exchange weights that are about equally good.
+        This equals the usual one, because of what the first equation says of `C`:
+
+            C  =  (W0 + D) (G + rho0 I) - rho0 W0.
+
+        Only `D` and the last product are rounded. An error of 0.4% in these changes exchanges weights that are about
+        equally good, and a refit makes up for it.
 
         Args:
             dense: Makes some rows of `W0`: a new tensor [operators, rows, in] of a slice.

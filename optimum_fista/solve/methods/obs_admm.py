@@ -83,8 +83,8 @@ from optimum_fista.solve.refit import descend, refit_columns, refit_stack
 # By how much `rho` may grow from the first stage to the last one if products are rounded. The inverse of the last stage
 # then has an error of 1.2% of `1 / rho` (`line_to_other_rho`).
 _LARGEST_GROWTH = 2.0
-# With more stages than these no products are rounded: each rounds the inverse of the last one again. After ten the
-# error is 0.8% of `1 / rho`, after 100 it is 18%.
+# With more stages than these no products are rounded. Each stage rounds the inverse of the last one again, and in the
+# end its changes are too small to be seen.
 _MOST_ROUNDED_STAGES = 10
 
 
@@ -315,11 +315,18 @@ class ObsAdmm(PruningMethod):
     ) -> None:
         """Run the stages of ADMM, step 3, for all operators; changes the point, mask and rho of each of `states`.
 
-        `patterns` has the patterns of each state, one for each group, and `dense_weights` its dense weights [groups,
-        out, in]. `surgeon` has the coordinates of step 2, and `grams` are `G` [groups, in, in]; all of these stay as
-        they are. The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from
-        stage to stage, and each stage has the number of iterations in `iterations`. If `rho` grows by more than a
-        factor of `_LARGEST_GROWTH`, or in more than `_MOST_ROUNDED_STAGES` stages, no products are rounded here.
+        The options are those of `self`: `rho` grows from `first_rho` to `last_rho` by the same factor from stage to
+        stage, and each stage has the number of iterations in `iterations`. If `rho` grows by more than a factor of
+        `_LARGEST_GROWTH`, or in more than `_MOST_ROUNDED_STAGES` stages, no products are rounded here.
+
+        Args:
+            states: One for each operator.
+            patterns: Those of each state, one for each group.
+            dense_weights: `W` [groups, out, in] of each state.
+            surgeon: The coordinates of step 2.
+            grams: `G` [groups, in, in].
+
+        All but `states` stay as they are.
         """
         num_steps = max(1, self.stages - 1)  # from stage to stage; a single stage has `first_rho`
         growth = (self.last_rho / self.first_rho) ** (1 / num_steps)
@@ -447,16 +454,14 @@ class _RoundedInverses:
     """Makes `(G_r + rho I)^-1` of later stages from that of the first one, if products are rounded.
 
     With the inverse `X` of the first stage, that of a later one is nearly `a X + b X^2` (`line_to_other_rho`). So all
-    stages take one factorisation, and one product of `X` with itself, of which half is computed. On a CPU, this product
-    takes a fifth of the time of a factorisation.
+    stages take one factorisation, and one product of `X` with itself, of which half is computed.
     """
 
     inverse: Tensor  # of the current stage, [groups, in, in]; the next stage overwrites it
     square: Tensor  # memory for `X^2`, of the same shape
     first_rho: float  # of `X`
-    line: tuple[float, float] | None = (
-        None  # `a` and `b` of `inverse`; None: `X^2` is not computed yet
-    )
+    # `a` and `b` of `inverse`; None: `X^2` is not computed yet
+    line: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, exact: Tensor, rho: float, dtype: torch.dtype) -> Self:
@@ -582,8 +587,8 @@ class _Surgeon:
     def scaled_weight(self, weights: Tensor, rows: slice = slice(None)) -> Tensor:
         """Return some rows of weights in these coordinates, a new stack [grams, rows, in]: `W' = W S^-1 B^-T`.
 
-        `weights` are `W` [grams, out, in]. `self.scale` is the diagonal of `S`; `self.blocks` [grams, in / width,
-        width, width] are those of `B`.
+        `weights` are `W` [grams, out, in]. `self.scale` is the diagonal of `S`, and `self.blocks` has the blocks of
+        `B`, [grams, in / width, width, width], or is `None` if `B` is the identity.
         """
         scaled = weights[:, rows] / self.scale[:, None]
         if self.blocks is None:

@@ -318,6 +318,19 @@ def test_rounded_products_hardly_change_a_result(pattern, error_of_common):
     assert rounded.fit_error == pytest.approx(exact.fit_error, rel=5e-4)
 
 
+def test_a_gram_matrix_that_is_a_transposed_view_may_be_rounded():
+    problem = problem_with_strong_inputs()
+    view = InputStatistics(problem.gram.T, 1000)
+    transposed = LayerProblem(problem.weight, view, problem.target, problem.output_energies)
+    method = create_method("obs_admm")
+
+    with products_rounded_to(torch.bfloat16):
+        expected = method.prune(problem, Unstructured(0.5))
+        result = method.prune(transposed, Unstructured(0.5))
+
+    assert result.fit_error == pytest.approx(expected.fit_error, rel=1e-3)
+
+
 @pytest.mark.parametrize(("inputs", "mean", "sparsity"), [(64, 30, 0.8), (256, 10, 0.5)])
 def test_no_row_takes_a_huge_step_if_inputs_have_much_in_common(inputs, mean, sparsity):
     generator = torch.Generator().manual_seed(0)
@@ -391,15 +404,16 @@ def test_inverses_of_few_stages_with_near_penalties_take_one_factorization_if_pr
     assert memory.operations.count("linalg_cholesky_ex") == of_coordinates + factorizations
 
 
+@pytest.mark.parametrize("rhos", [[1.0, 1.2, 1.5], torch.linspace(1.0, 1.5, 10).tolist()])
 @pytest.mark.parametrize("groups", [1, 2])
-def test_rounded_inverses_of_all_stages_are_near_the_exact_ones(groups):
+def test_rounded_inverses_of_all_stages_are_near_the_exact_ones(groups, rhos):
     grams = torch.stack([example(seed, 64).problem.gram.float() for seed in range(groups)])
     grams /= grams.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     identity = torch.eye(64)
 
     inverses = _RoundedInverses.of(damped_inverse(grams.clone(), 1.0), 1.0, torch.bfloat16)
 
-    for rho in (1.0, 1.2, 1.5):
+    for rho in rhos:
         inverse = inverses.begin_stage(rho)
         assert inverse.dtype == torch.bfloat16
         error = inverse.float() - torch.linalg.inv(grams + rho * identity)
