@@ -316,11 +316,16 @@ def _refit(run: Run) -> Counter[str]:
 
 
 def _errors(run: Run) -> Counter[str]:
-    """Count the products that measure errors for one decoder layer.
+    """Count the products that measure errors for one decoder layer, and those that make targets without a correction.
 
-    A product builds the problem of an operator, and another one measures the error of its new weights.
+    One product measures the error of an operator's new weights. The target of an operator that corrects no error of
+    others is the product of its weights and the Gram matrix.
     """
-    return Counter({"float32": 2 * sum(2 * group.weights * group.inputs for group in run.groups)})
+    of_all, of_corrected = (
+        sum(2 * group.weights * group.inputs for group in groups)
+        for groups in (run.groups, run.corrected_groups)
+    )
+    return Counter({"float32": 2 * of_all - of_corrected})
 
 
 def _allocation(run: Run) -> Counter[str]:

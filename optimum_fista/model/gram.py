@@ -217,6 +217,5 @@ def _problem(
         target=cross,
         output_energies=target_energies,
         name=name,
-        same_energies=same_energies,
         dense=dense,
     )

@@ -245,7 +245,6 @@ def _join(problems: Sequence[LayerProblem], scales: Tensor, rows: Sequence[int])
 
     squares = scales[:, 0].double().square()
     joined.output_energies = torch.cat([p.output_energies for p in problems]) * squares
-    joined.unpruned_errors = torch.cat([p.unpruned_errors for p in problems]) * squares
     joined.dense = None  # the sums over W X are those of the first operator only
     joined.name = " and ".join(problem.name for problem in problems)
     return joined

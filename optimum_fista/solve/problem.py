@@ -5,8 +5,8 @@ pruned, the operator gets other inputs `X*`, and the error correction chooses *t
 its pruned weight `W*` shall give for them. A method gets no model and no activations, only matrices of the operator's
 own size (`LayerProblem`): the weight, the Gram matrix `G = X* X*^T` of the inputs, and the cross-Gram matrix
 `C = Y X*^T` (the *target*). `InputStatistics` are what operators with the same inputs share. So operators are solved
-one after the other in the memory of a few matrices, for any number of tokens. But the error is a small difference of
-large numbers, which float32 would lose. So all formulas use the change of the weights, `D = W* - W`.
+one after the other in the memory of a few matrices, for any number of tokens. The error is a small difference of large
+numbers, of which float32 loses digits. So formulas use the change of the weights, `D = W* - W`, where that helps.
 
 The *energy* of an input is its squared norm over all tokens, a diagonal entry of `G`. An input is *nearly dead* if it
 has less than 5e-6 of the mean energy, and *live* otherwise.
@@ -124,9 +124,10 @@ class LayerProblem:
     network's `W X` (FISTAPruner, arXiv 2408.03728, eq. 2, without its penalty), or others that the error correction
     chooses. With `G = X* X*^T` and `C = Y X*^T`,
 
-        || W* X* - Y ||_F^2 = <D G, D> - 2 <D, R> + e0,   D = W* - W,  R = C - W G,  e0 = || W X* - Y ||_F^2.
+        || W* X* - Y ||_F^2  =  <W* G - 2 C, W*> + || Y ||_F^2
+                             =  <D G, D>    if Y = W X*, with D = W* - W.
 
-    This form loses no digits if `W*` is close to `W`. If `Y = W X*`, both `R` and `e0` vanish.
+    The second form loses no digits if `W*` is close to `W`.
 
     Attributes:
         weight: `W` [out, in], float32 or better.
@@ -134,7 +135,6 @@ class LayerProblem:
         gram: `G` [in, in], that of `statistics`.
         target: `C` [out, in].
         output_energies: Squared norms of the rows of `Y`, [out], float64.
-        unpruned_errors: Squared norms of the rows of `W X* - Y`, [out], float64; `e0` is their sum.
         name: Of the operator's weight, such as "model.layers.3.mlp.down_proj.weight", for messages.
         corrected: Whether `Y` is another matrix than `W X*`.
         aims_at_dense: Whether `Y` is known to be `W X`.
@@ -149,11 +149,10 @@ class LayerProblem:
         output_energies: Tensor | None = None,
         name: str = "weight",
         *,
-        same_energies: Tensor | None = None,
         aims_at_dense: bool = False,
         dense: DenseOutputs | None = None,
     ) -> None:
-        """Keep the matrices (no copies), and compute the energies and the error of the dense weights.
+        """Keep the matrices (no copies); without a target, compute it and the energies of the target outputs.
 
         Symbols are those of the module's docstring.
 
@@ -163,7 +162,6 @@ class LayerProblem:
             target: `C` [out, in], together with `output_energies`; `None`: the target outputs are `Y = W X*`.
             output_energies: Squared norms of the rows of `Y`, [out].
             name: Of the operator's weight, for messages.
-            same_energies: Squared norms of the rows of `W X*`, [out], float64; knowing them spares a product.
             aims_at_dense: Whether `Y` is known to be `W X`.
             dense: Sums over `W X` if `Y` is another matrix; `None` if they are not known.
         """
@@ -182,24 +180,13 @@ class LayerProblem:
         # Of a decoupled problem: the one that it was made from, which computes the errors of both.
         self._original: LayerProblem | None = None
 
-        if target is None or output_energies is None:
+        if target is not None and output_energies is not None:
+            self.target = target
+            self.output_energies = output_energies.double()
+        else:
             self.target = weight @ statistics.gram  # C = W X* X*^T
             # || W X* ||^2 = <W G, W>, by rows
             self.output_energies = inner_by_rows(self.target, weight)
-            self.unpruned_errors = torch.zeros_like(self.output_energies)
-            return
-
-        self.target = target
-        self.output_energies = output_energies.double()
-        if same_energies is None:
-            parts = [weight[rows] for rows in row_blocks(weight)]
-            same_energies = torch.cat(
-                [inner_by_rows(part @ statistics.gram, part) for part in parts]
-            )
-        # || W X* - Y ||^2 = || W X* ||^2 - 2 <W X*, Y> + || Y ||^2 by rows, with <W X*, Y> = <W, C>.
-        self.unpruned_errors = (
-            same_energies - 2 * inner_by_rows(weight, target) + self.output_energies
-        )
 
     def decoupled(self) -> LayerProblem:
         """Make the problem that methods solve: nearly dead inputs have no products with others, errors are of `self`.
@@ -254,14 +241,13 @@ class LayerProblem:
     def _squared_error(self, weight: Tensor) -> Tensor:
         """Compute `squared_error` as a scalar on the device; rounding may have made it negative.
 
-        With `D = W* - W`, and `e0` the squared error of the dense weights (the docstring of the class has more),
+        It takes one product. With `D = W* - W` (the docstring of the class has more),
 
-            || W* X* - Y ||_F^2  =  <D G, D> - 2 <D, C - W G> + e0
-                                 =  <(W* + W) G - 2 C, D> + e0       which takes one product,
-                                 =  <D G, D>                         if Y = W X*, because then C = W G and e0 = 0.
+            || W* X* - Y ||_F^2  =  <W* G - 2 C, W*> + || Y ||_F^2
+                                 =  <D G, D>                         if Y = W X*, because then C = W G.
 
         A decoupled problem has the error of `self._original`, from which it was made. `self.target` is `C`, `self.gram`
-        is `G`, and the sum of `self.unpruned_errors` is `e0`.
+        is `G`, and the sum of `self.output_energies` is `|| Y ||_F^2`.
 
         Args:
             weight: The new weights `W*` [out, in]. The dense ones, `W`, are `self.weight`.
@@ -269,19 +255,16 @@ class LayerProblem:
         if self._original is not None:  # this problem is decoupled
             return self._original._squared_error(weight)
 
-        error = self.unpruned_errors.sum().clamp_min(0.0)  # e0, zero when Y = W X*
+        error = self.output_energies.new_zeros(())
+        if self.corrected:  # Y is another matrix than W X*
+            error += self.output_energies.sum()
         for rows in row_blocks(weight):
             new = weight[rows]
-            dense = self.weight[rows]
-            if self.corrected:  # Y is another matrix than W X*
-                # <(W* + W) G - 2 C, D>: one product, two matrices
-                difference = new + dense  # W* + W at first
-                residual = torch.addmm(self.target[rows], difference, self.gram, beta=-2)
-                torch.sub(new, dense, out=difference)  # then D, in the same memory
-                error += inner_by_rows(residual, difference).sum()
+            if self.corrected:
+                outputs = torch.addmm(self.target[rows], new, self.gram, beta=-2)  # W* G - 2 C
+                error += inner_by_rows(outputs, new).sum()
             else:
-                # R = 0: <D G, D> is all that is left.
-                difference = new - dense
+                difference = new - self.weight[rows]  # D
                 error += inner_by_rows(difference @ self.gram, difference).sum()
         return error
 
