@@ -1,18 +1,26 @@
 """Removing experts of a mixture: which experts are removed, and how the layer runs without them.
 
-Experts are chosen as in REAP (arXiv 2510.13999). Unlike there, the kept experts are refitted afterwards
-(`mixture_refit`), on the tokens that the router then sends them. `remove_experts` does all of it for a decoder layer.
+A *mixture* is a module that has several experts, and a router that sends each token to some of them. `remove_experts`
+makes the mixture of one decoder layer smaller, after the other operators of the layer are pruned:
 
-A *mixture* is a module that has several experts, and a router that sends each token to some of them. As a `Part` it is
-called by the name of the module that holds the experts, such as "model.layers.3.mlp.experts". `LayerTargets` has a
-decoder layer whose operators are pruned, the hidden states that enter it, and what it should return. The plan of a
-smaller model is a `Shrinking`.
+1. `score_experts` measures the *saliency* of each expert e: over the tokens that the router sends to it, the mean of
+
+       || p_e E_e(x) ||,
+
+   where `E_e(x)` is its output and `p_e` the weight that the router gives to it (REAP, arXiv 2510.13999, eq. 9).
+2. `experts_to_keep` chooses the most salient experts. If the router reads the experts of a token from a table,
+   `choose_substitutes` chooses which of them replace the removed ones there.
+3. `smaller_copy` copies the decoder layer without the removed experts. In the copy, the router sends each token to
+   experts that stay.
+4. `SmallerMixture.refit` refits the experts that stay, so that together they come close to what all experts returned.
+   REAP has no such step.
+
+As a `Part`, a mixture is called by the name of the module that holds its experts, such as "model.layers.3.mlp.experts".
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,15 +46,19 @@ class ExpertScores(NamedTuple):
     # By the name of each text of the calibration (`None` if there is one), in the order of the batches: how many of its
     # tokens the router sends to each expert, int64 [experts].
     num_tokens_of_texts: dict[str | None, Tensor]
-    # Of each expert, float64 [experts]: the mean over these tokens of the norm of its output times the router's weight
-    # (REAP, eq. 9).
-    saliency: Tensor
+    # Of each expert, the sum of || p_e E_e(x) || over these tokens; float64 [experts].
+    norms: Tensor
     targets: ActivationStore  # for the sum of all experts (`LayerTargets.expert_targets`)
 
     @property
     def num_tokens(self) -> Tensor:
         """How many tokens of all texts (`self.num_tokens_of_texts`) reach each expert, int64 [experts]."""
         return torch.stack([*self.num_tokens_of_texts.values()]).sum(dim=0)
+
+    @property
+    def saliency(self) -> Tensor:
+        """Of each expert, the mean of `|| p_e E_e(x) ||` over its tokens; 0 without a token. float64 [experts]."""
+        return self.norms / self.num_tokens.clamp_min(1)
 
 
 def remove_experts(
@@ -80,14 +92,18 @@ def remove_experts(
     experts = experts_of(part, layer_name, layer)
     scores = score_experts(experts, targets)
     numbers = experts_to_keep(
-        scores.saliency, count, part.num_router_groups, num_tokens=scores.num_tokens
+        scores.saliency,
+        count,
+        num_router_groups=part.num_router_groups,
+        num_tokens=scores.num_tokens,
     )
-    kept = KeptExperts(numbers)  # rising
+    substitutes: tuple[tuple[int, ...], ...] = ()
     if part.table is not None:
         # The router reads the experts of a token from a table: its entries of removed experts need others.
-        kept = KeptExperts(kept, choose_substitutes(part, layer_name, experts, targets, kept))
-    smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
+        substitutes = choose_substitutes(part, layer_name, experts, targets, numbers)
+    kept = KeptExperts(numbers, substitutes)
 
+    smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
     # Runs the smaller layer on all tokens, which the router sends to the experts that stay. Weights change only in
     # `refit`.
     mixture = SmallerMixture(
@@ -100,12 +116,17 @@ def remove_experts(
     errors = errors_before
     refits = Refits(num_refitted=0, num_shrunk=0, message="")
     if write is not None:
-        # The down projections of all experts in the layer that keeps them, in the order of the experts' numbers.
-        down = [operator for operator in experts.operators if operator.kind == "down_proj"]
-        operators_that_stay = [down[number] for number in kept]
-        # The refit changes the smaller layer, and gives the same weights to `write` for the layer that keeps all
-        # experts: the run saves that one, cut in the same way.
-        refits = mixture.refit(partial(_write_expert, operators=operators_that_stay, write=write))
+        # The refit changes the copy. But the run saves the layer itself, cut in the same way, so it needs the same
+        # weights.
+        down_projections = [
+            operator for operator in experts.operators if operator.kind == "down_proj"
+        ]
+
+        def write_expert(number: int, weight: Tensor) -> None:
+            """Overwrite the down projection in the layer by `weight` [out, in]; `number` counts the kept experts."""
+            write(down_projections[kept[number]], weight)
+
+        refits = mixture.refit(write_expert)
         errors = mixture.errors()
 
     report = MixtureReport(
@@ -140,20 +161,6 @@ def _numbers_by_text(
     return tuple(tuple(numbers.tolist()) for numbers in num_tokens_of_texts.values())
 
 
-def _write_expert(
-    number: int,
-    weight: Tensor,
-    *,
-    operators: Sequence[LinearOperator],
-    write: Callable[[LinearOperator, Tensor], None],
-) -> None:
-    """Overwrite the down projection of an expert in the layer that keeps all experts, by `write`.
-
-    `number` counts the experts that stay, and `operators` are their down projections; `weight` is [out, in].
-    """
-    write(operators[number], weight)
-
-
 def experts_of(part: Part, layer_name: str, layer: nn.Module) -> FusedExperts:
     """Find the experts of a mixture in `layer`: the decoder layer called `layer_name`, or a copy of it."""
     name_in_layer = part.name.removeprefix(f"{layer_name}.")
@@ -169,20 +176,20 @@ def score_experts(experts: FusedExperts, targets: LayerTargets) -> ExpertScores:
     """
     sums = _ExpertSums(len(experts), targets.activations)
     expert_targets = targets.activations.store()  # a list of tensors, one for each batch
-    # Each target is made by a pass of the layer, in which `add_outputs` is called for every expert.
+    # For each target the layer runs on one batch, and calls `add_outputs` for every expert.
     with split_experts(experts.operators, sums.add_outputs):
         for target in targets.expert_targets():
             expert_targets.append(target)
-            sums.batch = len(expert_targets)
+            sums.batch += 1  # the one that runs next
     if not bool(torch.isfinite(sums.norms).all()):
         raise ValueError(
             f"the outputs of {experts.name} hold NaN or Inf: the model is damaged there, or overflows its dtype: load "
             "it in float32 or bfloat16 (--dtype float32)."
         )
-    on_host = {source: numbers.cpu() for source, numbers in sums.num_tokens_of_texts.items()}
-    num_tokens = torch.stack([*on_host.values()]).sum(dim=0)
-    saliency = sums.norms.cpu() / num_tokens.clamp_min(1)  # 0 for an expert without tokens
-    return ExpertScores(on_host, saliency, expert_targets)
+    num_tokens_of_texts = {
+        text: numbers.cpu() for text, numbers in sums.num_tokens_of_texts.items()
+    }
+    return ExpertScores(num_tokens_of_texts, sums.norms.cpu(), expert_targets)
 
 
 class _ExpertSums:
@@ -215,11 +222,14 @@ class _ExpertSums:
         if self._activations.held_out[self.batch]:
             return
         mask = self._activations.token_masks[self.batch]  # [batch, sequence], True = no padding
-        real_outputs = outputs if mask is None else outputs[mask.reshape(-1)[tokens]]
+        if mask is not None:
+            is_real = mask.reshape(-1)[tokens]
+            outputs = outputs[is_real]
         # Norms in float32, their sum over all tokens in float64: only that has many terms.
-        norms = torch.linalg.vector_norm(real_outputs.detach().float(), dim=-1)
+        norms = torch.linalg.vector_norm(outputs.detach().float(), dim=-1)
         self.norms[expert] += norms.sum(dtype=torch.float64)
-        # Some routers give a token that skips the mixture to an expert with the weight 0 (Zaya).
+        # A token may skip the mixture: some routers then send it to an expert with the weight 0 (Zaya). It does not
+        # count.
         num_tokens = self.num_tokens_of_texts[self._activations.sources[self.batch]]
         num_tokens[expert] += (norms > 0).sum()
 
@@ -229,8 +239,8 @@ def experts_to_keep(
 ) -> tuple[int, ...]:
     """Return the numbers of the `count` most salient experts, rising; the first ones if several are equal.
 
-    `saliency` is [experts], and `num_tokens`, int64 [experts], says how many tokens reached each expert; `None`: some
-    reached all. Nothing is known of an expert without tokens, so it comes after all others.
+    `saliency` is [experts], and `num_tokens`, int64 [experts], says how many tokens reached each expert; `None`: every
+    expert got some. Nothing is known of an expert without tokens, so it comes after all others.
 
     If the router chooses groups of experts first, there are `num_router_groups` of these groups, of equal size and one
     after the other. Equally many experts of each group are kept.
