@@ -2,8 +2,8 @@
 
 An expert is refitted only if this also helps on text that the fit did not see (`solve.tested_refit`): a fit to all
 other texts of the calibration must lessen the error on each text whose tokens reach the expert. If the fit fails that,
-a half of it is tried, then a quarter. An expert that the tokens of one text only reach is not refitted: nothing would
-tell whether the fit harms other text, and with one text it mostly does (docs/results.md, experts).
+a half of it is tried, then a quarter. An expert that gets tokens of a single text is not refitted: nothing would tell
+whether the fit harms other text, and with one text it mostly does (docs/results.md, experts).
 
 `experts.remove_experts` makes a `SmallerMixture`, asks it for its `errors`, and calls `refit`.
 
@@ -14,7 +14,6 @@ sends to each expert.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,12 +67,16 @@ class SmallerMixture:
         hidden_states: Sequence[Tensor],
         targets: ActivationStore,
     ) -> None:
-        """Run the decoder layer of `activations`, which has these experts only, up to the mixture, on all batches.
+        """Run the smaller decoder layer up to its mixture on all batches, then the experts on what enters them.
 
-        `hidden_states` [batch, sequence, hidden] of each batch enter the layer. `targets` are `Y` [batch, sequence,
-        out] of each batch, which `E*`, the sum of the experts that stay, should come close to: what all experts
-        returned, corrected for the error in the rest of the layer (`LayerTargets.expert_targets`). The inputs of the
-        mixture and `Y - E*` are kept at the layer's storage.
+        The inputs of the mixture and `Y - E*` are kept at the layer's storage.
+
+        Args:
+            experts: Those that stay.
+            activations: Runs the decoder layer, which has these experts only.
+            hidden_states: [batch, sequence, hidden] of each batch, which enter the layer.
+            targets: `Y` [batch, sequence, out] of each batch, which `E*` should come close to: what all experts
+                returned, corrected for the error in the rest of the layer (`LayerTargets.expert_targets`).
         """
         self.experts = experts
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]
@@ -86,29 +89,21 @@ class SmallerMixture:
         place = activations.storage
         if isinstance(place, Path):
             place = activations.device
+
+        def add_batch(batch: int, assigned: AssignedTokens) -> None:
+            """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`.
+
+            `assigned` has the inputs of the mixture in the batch, on which the experts run.
+            """
+            target = targets[batch].to(activations.device)
+            num_tokens = target.shape[:2].numel()
+            output = sum_of_experts(experts.outputs(assigned), num_tokens).view(target.shape)
+            self._residuals.append((target - output).to(place))
+            is_held_out = activations.held_out[batch]
+            self._energies[is_held_out] += self._energy_without_padding(batch, target)
+
         # inputs of the mixture, and which experts get which tokens
-        self._batches = activations.assigned_tokens(
-            experts, hidden_states, partial(self._add_batch, targets, place)
-        )
-
-    def _add_batch(
-        self,
-        targets: ActivationStore,
-        place: torch.device,
-        batch: int,
-        assigned: AssignedTokens,
-    ) -> None:
-        """Add `Y - E*` of a batch to `self._residuals`, and the energy of `Y` to `self._energies`.
-
-        `targets` are `Y` of all batches. `assigned` has the inputs of the mixture in the batch, on which the experts
-        run. The residual waits on the device `place`.
-        """
-        target = targets[batch].to(self._activations.device)
-        num_tokens = target.shape[:2].numel()
-        output = sum_of_experts(self.experts.outputs(assigned), num_tokens).view(target.shape)
-        self._residuals.append((target - output).to(place))
-        held_out = self._activations.held_out[batch]
-        self._energies[held_out] += self._energy_without_padding(batch, target)
+        self._batches = activations.assigned_tokens(experts, hidden_states, see=add_batch)
 
     def errors(self) -> MixtureErrors:
         """Measure how far the outputs of the mixture are from their targets now, on all batches.
@@ -146,49 +141,50 @@ class SmallerMixture:
         if getattr(self.experts.module, "has_post_expert_norm", False):
             return Refits(0, 0, "not refitted: a norm follows every expert")
 
+        # The first round tests each refit.
         shares = dict[int, float]()  # of the refit that was taken, by the number of the expert
-        messages = list[str]()
+        messages = list[str]()  # "" for most refits
         for expert in range(len(self._down)):
             problems = self._problems_by_text(expert)
             if len(problems) < 2:
                 continue
-            weight_before = problems[0].weight  # that of the problems of all texts
             refit = refit_that_helps(problems, _SHARES)
             if refit is not None:
                 shares[expert] = refit.share
-                messages += self._take(expert, refit, weight_before)
+                messages.append(self._take(expert, refit))
 
-        # Without a test: the weights are fitted to all texts by now. A shrunk refit is not repeated: another step would
-        # take the expert further than the test allows.
+        # Further rounds are without a test: the weights are fitted to all texts by now. A shrunk refit is not repeated:
+        # another step would take the expert further than the test allows.
         refitted_whole = [expert for expert, share in shares.items() if share == 1]
         for _ in range(ROUNDS - 1):
             for expert in refitted_whole:
                 problems = self._problems_by_text(expert)
-                weight_before = problems[0].weight
-                messages += self._take(expert, refit_to_all(problems), weight_before)
+                messages.append(self._take(expert, refit_to_all(problems)))
 
         for expert in sorted(shares):
             down_projection = self._down[expert]
             write(expert, down_projection.read())
         num_shrunk = sum(share < 1 for share in shares.values())
-        return Refits(len(shares), num_shrunk, "; ".join(messages))
+        message = "; ".join(message for message in messages if message)
+        return Refits(len(shares), num_shrunk, message)
 
-    def _take(self, expert: int, refit: Refit, weight_before: Tensor) -> list[str]:
+    def _take(self, expert: int, refit: Refit) -> str:
         """Write the weights of a refit into an expert, and update `self._residuals`, which are `Y - E*`.
 
-        `self._down` has the operators of the down projections, by the number of the expert. `weight_before` [out, in]
-        is what the projection has now. Returns the message of the refit, if it has one. RuntimeError if the refit is
-        not finite.
+        `self._down` has the operators of the down projections, by the number of the expert. Returns the message of the
+        refit with the number of the expert; "" if the refit has none. RuntimeError if the refit is not finite.
         """
         operator = self._down[expert]
         if not bool(torch.isfinite(refit.weight).all()):
             raise RuntimeError(
                 f"the refit of {operator.name} failed: weights hold NaN or Inf. Pass expert_refit=False."
             )
+        weight_before = operator.read()
         operator.write(refit.weight)
-        rounded_weight = operator.read()  # in the dtype of the operator
-        self._update_residuals(expert, rounded_weight - weight_before)
-        return [f"expert {expert}: {refit.message}"] if refit.message else []
+        # `write` rounds to the dtype of the operator, so the change is not that of `refit.weight`
+        change = operator.read() - weight_before
+        self._update_residuals(expert, change)
+        return f"expert {expert}: {refit.message}" if refit.message else ""
 
     def _problems_by_text(self, expert: int) -> list[LayerProblem]:
         """Sum up the problem of an expert on each text of the calibration whose tokens reach it.
@@ -205,13 +201,13 @@ class SmallerMixture:
             text = self._activations.sources[batch]
             if self._activations.held_out[batch] or text not in sums:
                 continue
-            # of the tokens that reach the expert
+
+            # inputs of the tokens that reach the expert, and the numbers of these tokens in the batch
             inputs, tokens = self._weighted_inputs(expert, batch)
             by_token = residual.flatten(0, 1)  # [batch, sequence, out] -> [tokens, out]
-            residual_of_tokens = by_token.index_select(0, tokens.to(residual.device))
-            residual_of_tokens = residual_of_tokens.to(device).float()
-            # Y - E* without what these weights add to E*
-            targets = residual_of_tokens + inputs @ weight.T
+            residual_rows = by_token.index_select(0, tokens.to(residual.device))
+            # what the expert should add to E*: what is missing, and what it adds now
+            targets = residual_rows.to(device).float() + inputs @ weight.T
             is_real = self._mask(batch).reshape(-1)[tokens]
             sums[text].add(inputs[is_real], "targets", targets[is_real])
 
@@ -227,15 +223,15 @@ class SmallerMixture:
         `self._batches` has what the router has assigned in each batch, and `self._activations.sources` the text of each
         batch. A calibration on one text has one name, which may be `None`.
         """
-        texts = dict[str | None, None]()
+        texts = list[str | None]()
         for batch, assigned in enumerate(self._batches):
             source = self._activations.sources[batch]
             if self._activations.held_out[batch] or source in texts:
                 continue
             is_real = self._mask(batch).reshape(-1)
             if bool(is_real[assigned.tokens_of(expert)].any()):
-                texts[source] = None
-        return list(texts)
+                texts.append(source)
+        return texts
 
     def _mask(self, batch: int) -> Tensor:
         """Tell which tokens of a batch are real, and no padding: bool [batch, sequence], on the layer's device."""

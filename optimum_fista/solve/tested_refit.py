@@ -43,19 +43,21 @@ def refit_that_helps(parts: Sequence[LayerProblem], shares: Sequence[float]) -> 
     remaining = list(shares)  # those that no part has voted against
     for number, part in enumerate(parts):
         others = [*parts[:number], *parts[number + 1 :]]
-        fitted = refit_to_all(others).weight  # W_t
+        fitted_to_others = refit_to_all(others).weight  # W_t
         error_before = part.squared_error(part.weight)
-        remaining = [
-            share
-            for share in remaining
-            if part.squared_error(_moved(part.weight, fitted, share)) < error_before
-        ]
+        shares_that_help = list[float]()
+        for share in remaining:
+            weight = _moved(part.weight, fitted_to_others, share)
+            if part.squared_error(weight) < error_before:
+                shares_that_help.append(share)
+        remaining = shares_that_help
         if not remaining:
             return None
 
-    share = remaining[0]
-    fitted, _, message = refit_to_all(parts)
-    return Refit(_moved(parts[0].weight, fitted, share), share, message)
+    greatest = remaining[0]
+    refit = refit_to_all(parts)
+    weight = _moved(parts[0].weight, refit.weight, greatest)
+    return Refit(weight, greatest, refit.message)
 
 
 def refit_to_all(parts: Sequence[LayerProblem]) -> Refit:
