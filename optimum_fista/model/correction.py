@@ -104,6 +104,15 @@ class Correction:
         return HiddenStates(dense=hidden_states, pruned=hidden_states)
 
 
+@dataclass(frozen=True)
+class LastOutputs:
+    """What the last operator of a decoder layer returns with its pruned weights."""
+
+    # squared errors || W* X* - W X ||_F^2, float64: of held-out batches (True) and of the others
+    squared_errors: dict[bool, Tensor]
+    hidden_states: ActivationStore | None  # after the layer, by batch; None if nothing needs these
+
+
 @dataclass
 class LastOperator:
     """The last operator of a decoder layer: its inputs, and the sums to which its outputs are added, one per batch."""
@@ -114,37 +123,35 @@ class LastOperator:
     energies: dict[bool, Tensor]
     inputs: ActivationStore  # X*
     rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
-    dense: ActivationStore  # W X in the dense network, [tokens, out]
+    dense_outputs: ActivationStore  # W X in the dense network, [tokens, out]
 
     @cached_property  # two callers: one reads the errors, then one the layer's outputs
-    def results(self) -> tuple[dict[bool, Tensor], ActivationStore | None]:
-        """Squared errors of its pruned outputs, and the hidden states after the layer (`None` if nothing needs these).
+    def pruned_outputs(self) -> LastOutputs:
+        """Run the operator once on all batches, with the weights that it has at the first access; the result is kept.
 
-        The errors are sums over held-out batches (True) and over the others (False), float64. The operator runs once on
-        all batches, with the weights that it has at the first access; the result is kept in the object.
-
-        By batch, `self.inputs` has the operator's inputs `X*` in the pruned network, and `self.dense` its outputs `W X`
-        [tokens, out] in the dense network. `self.rest` has the rest of the layer's output, to which the operator's
-        output is added. `self.activations` runs the decoder layer.
+        By batch, `self.inputs` has the operator's inputs `X*` in the pruned network, and `self.dense_outputs` its
+        outputs `W X` [tokens, out] in the dense network. `self.rest` has the rest of the layer's output, to which the
+        operator's output is added. `self.activations` runs the decoder layer.
         """
-        squares = {
+        squared_errors = {
             held_out: torch.zeros((), dtype=torch.float64, device=self.activations.device)
             for held_out in (False, True)
         }
-        layer_outputs = None if self.rest is None else self.activations.store()
+        hidden_states = None if self.rest is None else self.activations.store()
         for batch, inputs in enumerate(self.inputs):
             with quick_products():  # in the precision that the run has chosen
                 output = self.operator.module(inputs)
-            if layer_outputs is not None and self.rest is not None:
+            if hidden_states is not None and self.rest is not None:
                 rest = self.rest[batch]
-                layer_outputs.append(rest + output.view(rest.shape))
+                hidden_states.append(rest + output.view(rest.shape))
+
             # without padding; an error that names the operator if there is not a row for every token
             output = self.activations.rows(output, batch, self.operator)
             product = self.operator.outputs_without_bias(output)  # W* X*
-            difference = product - self.dense[batch].to(product.device).float()
+            difference = product - self.dense_outputs[batch].to(product.device).float()
             held_out = self.activations.held_out[batch]
-            squares[held_out] += difference.square().sum(1).double().sum()
-        return squares, layer_outputs
+            squared_errors[held_out] += difference.square().sum(1).double().sum()
+        return LastOutputs(squared_errors, hidden_states)
 
 
 @dataclass
@@ -171,9 +178,10 @@ class GroupProblems:
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
-        squares, _ = self.last.results  # by held out or not
+        squared_error = self.last.pruned_outputs.squared_errors[held_out]
         energy = self.last.energies[held_out].sum()
-        square_of_error, square_of_output = torch.stack([squares[held_out], energy]).tolist()
+        # both numbers in one transfer from the device
+        square_of_error, square_of_output = torch.stack([squared_error, energy]).tolist()
         return relative_norm(square_of_error, square_of_output)
 
 
@@ -267,16 +275,17 @@ class LayerTargets:
             if self._correction.carry == "after_attention" and self._finished.groups_of_attention:
                 hooks.enter_context(self._finished.keeping_inputs_of_attention())
             for record in self._records.values():
-                module = record.group[0].module
+                # All operators of a group have the same inputs: those of the first one are enough.
+                first_module = record.group[0].module
                 hooks.enter_context(
-                    module.register_forward_pre_hook(record.see_input, with_kwargs=True)
+                    first_module.register_forward_pre_hook(record.see_input, with_kwargs=True)
                 )
-            for record in self._records.values():
                 for operator in record.group:
                     see_output = partial(record.see_output, operator)
                     hooks.enter_context(operator.module.register_forward_hook(see_output))
             if self._experts is not None:
                 hooks.enter_context(self._experts.register_forward_hook(expert_sums.see_output))
+
             for batch, hidden in enumerate(hidden_states):
                 expert_sums.num_tokens = hidden.shape[:2].numel()
                 for record in self._records.values():
@@ -300,12 +309,15 @@ class LayerTargets:
 
         # Sums are over tokens to fit (False) and over held-out tokens (True), if there are any.
         sums_to_fit = record.sums[False]
-        held_out_sums = record.sums.get(True)
         share = self._correction.dense_share
         weights = [operator.read() for operator in group]
         fitted = list(sums_to_fit.problems(group, weights, share))
-        held_out: Iterator[LayerProblem | None] = iter([None] * len(group))
-        if held_out_sums is not None and held_out_sums.num_tokens:
+
+        held_out_sums = record.sums.get(True)
+        held_out: Iterator[LayerProblem | None]
+        if held_out_sums is None or held_out_sums.num_tokens == 0:
+            held_out = iter([None] * len(group))
+        else:
             # generators: a problem is made when the caller asks for it
             dense_weights = (problem.weight for problem in fitted)
             held_out = held_out_sums.problems(group, dense_weights, share)
@@ -352,12 +364,9 @@ class LayerTargets:
         with `D` and `D*` the rest of the layer's output; b = 0 unless `self.corrects_experts`. `a` and `b` are the
         `dense_share` and the `residual_share` of the correction.
 
-        `self._experts` is the mixture; a hook is on it until the iterator ends. Of each batch the dense pass has kept
-        two things: the sum of the experts E(X) [tokens, out] in `self._expert_outputs`, and the layer's whole outputs
-        D + E(X) in `self._outputs`.
+        `self._experts` is the mixture; a hook is on it until the iterator ends.
         """
         assert self._experts is not None
-        correction = self._correction
         sums: list[Tensor] = []  # E(X*) of the batch that runs, [tokens, out]
         expert_sums = _ExpertSums(sums)
         with self._experts.register_forward_hook(expert_sums.see_output):
@@ -370,19 +379,32 @@ class LayerTargets:
                         "decoder layer, so its experts can't be removed: use a pattern that removes no experts, "
                         "such as '2:4'."
                     )
-                same = sums.pop().float()  # E(X*)
-                target = same
-                if correction.needs_dense:  # otherwise a = b = 0, and the target is E(X*)
-                    dense = self._expert_outputs[batch].float()  # E(X)
-                    # (1 - a) E(X*) + a E(X), a new tensor
-                    target = torch.lerp(same, dense, correction.dense_share)
-                    if self.corrects_experts:
-                        assert self._outputs is not None
-                        both = output - self._outputs[batch].to(output.device)
-                        both = both.reshape(same.shape).float()  # (D* + E(X*)) - (D + E(X))
-                        target -= (both - same + dense) * correction.residual_share
+                target = self._expert_target(batch, output, sums.pop().float())
                 # [tokens, out] -> [batch, sequence, out]; with hyper-connections, out is several hidden states
                 yield target.to(output.dtype).view(*hidden.shape[:2], -1)
+
+    def _expert_target(self, batch: int, layer_output: Tensor, pruned_sum: Tensor) -> Tensor:
+        """Return the target of one batch for the sum of all experts (`expert_targets`), float32 [tokens, out].
+
+        `layer_output` is D* + E(X*), and `pruned_sum` is E(X*), float32 [tokens, out], which stays as it is. Of each
+        batch the dense pass has kept two things: the sum of the experts E(X) [tokens, out] in `self._expert_outputs`,
+        and the layer's whole outputs D + E(X) in `self._outputs`.
+        """
+        correction = self._correction
+        if not correction.needs_dense:  # a = b = 0
+            return pruned_sum
+
+        dense_sum = self._expert_outputs[batch].float()  # E(X)
+        # (1 - a) E(X*) + a E(X), a new tensor
+        target = torch.lerp(pruned_sum, dense_sum, correction.dense_share)
+        if self.corrects_experts:
+            assert self._outputs is not None
+            # (D* + E(X*)) - (D + E(X)), in the layer's dtype, and then float32 [tokens, out]
+            change_of_layer = layer_output - self._outputs[batch].to(layer_output.device)
+            change_of_layer = change_of_layer.reshape(pruned_sum.shape).float()
+            change_of_rest = change_of_layer - pruned_sum + dense_sum  # D* - D
+            target -= change_of_rest * correction.residual_share
+        return target
 
     def leave(self, smaller: nn.Module | None = None) -> HiddenStates:
         """Run the pruned layer, and return the hidden states after it; this is called once, after the last group.
@@ -398,30 +420,18 @@ class LayerTargets:
             if entering is not None:
                 pruned = replace(self.activations, layer=smaller).outputs(entering)
         elif self._last is not None:
-            _, pruned = self._last.results  # D* was kept, so only the operator itself runs
+            # D* was kept, so only the operator itself runs
+            pruned = self._last.pruned_outputs.hidden_states
         elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
                 pruned = self.activations.outputs(entering)
         return HiddenStates(self._outputs, pruned)
 
     def _sum_inputs(self, record: _DenseRecord) -> None:
-        """Run the layer up to a group, and add its inputs `X*` to the sums of its `record`.
-
-        For experts the layer runs once for the whole mixture, and `self._mixture` keeps the tokens that it assigned.
-        Then the first group of the mixture runs the layer, and later groups read what is kept.
-        """
+        """Run the layer up to a group, and add its inputs `X*` to the sums of its `record`."""
         operator = record.group[0]
         if isinstance(operator, ExpertOperator):
-            assigned_batches = self._assigned_tokens(operator.experts)
-            # The group is not pruned yet. Its weights give the energies of dense outputs, which no hook has recorded.
-            dense_weights = [expert.read() for expert in record.group]
-            for batch, assigned in enumerate(assigned_batches):
-                record.add_expert(
-                    batch,
-                    inputs=operator.inputs(assigned, self.activations.device),  # [tokens, in]
-                    tokens=assigned.tokens_of(operator.expert),
-                    dense_weights=dense_weights,
-                )
+            self._sum_inputs_of_expert(record, operator)
             return
         # the pruned hidden states if layers before were pruned, otherwise dense ones
         entering = self.entering.to_prune_on
@@ -429,6 +439,23 @@ class LayerTargets:
         calls = self.activations.arguments_of(operator.module, entering)
         for batch, (arguments, keywords) in enumerate(calls):
             record.add(batch, operator_input(arguments, keywords))  # [batch, sequence, in]
+
+    def _sum_inputs_of_expert(self, record: _DenseRecord, operator: ExpertOperator) -> None:
+        """Add the inputs `X*` of an expert to the sums of its `record`; `operator` is the first one of the group.
+
+        The first group of a mixture runs the layer, and later groups read the tokens that are kept from it
+        (`_assigned_tokens`).
+        """
+        assigned_batches = self._assigned_tokens(operator.experts)
+        # The group is not pruned yet. Its weights give the energies of dense outputs, which no hook has recorded.
+        dense_weights = [expert.read() for expert in record.group]
+        for batch, assigned in enumerate(assigned_batches):
+            record.add_expert(
+                batch,
+                inputs=operator.inputs(assigned, self.activations.device),  # [tokens, in]
+                tokens=assigned.tokens_of(operator.expert),
+                dense_weights=dense_weights,
+            )
 
     def _assigned_tokens(self, experts: FusedExperts) -> list[AssignedTokens]:
         """The tokens that a mixture assigns to its experts in each batch.
@@ -464,7 +491,7 @@ class LayerTargets:
             inputs=activations.store(),
             # later layers may start from dense hidden states: then those after this layer are not needed
             rest=None if self.entering.pruned is None else activations.store(),
-            dense=activations.store() if record.outputs is None else record.outputs,
+            dense_outputs=activations.store() if record.outputs is None else record.outputs,
         )
         # Without the outputs W X, the record has the inputs X, and `_add_residual` multiplies them by the weight.
         weight = operator.read() if record.outputs is None else None
@@ -529,23 +556,29 @@ class LayerTargets:
         operator = last.operator
 
         # W X* [tokens, out], float32, without padding
-        same = operator.outputs_without_bias(activations.rows(own_output, batch, operator)).float()
-        if record.inputs is not None and weight is not None:
-            # W X, from X
-            dense = record.inputs[batch].to(same.device, non_blocking=True).float() @ weight.T
-            last.dense.append(dense)
-        else:
-            dense = last.dense[batch].to(same.device, non_blocking=True).float()  # W X
+        product = activations.rows(own_output, batch, operator)
+        product = operator.outputs_without_bias(product).float()
+        device = product.device
 
-        # in the layer's dtype: the two sums are close, so little is lost in their difference
-        both = layer_output - self._outputs[batch].to(same.device)  # (D* + W X*) - (D + W X)
-        moved = activations.rows(both, batch, operator).float() - same + dense  # D* - D
-        targets = same.mul(1 - correction.dense_share)
-        targets.add_(dense, alpha=correction.dense_share)
-        targets.sub_(moved, alpha=correction.residual_share)
+        # W X [tokens, out], float32
+        if record.inputs is not None and weight is not None:
+            dense_product = record.inputs[batch].to(device, non_blocking=True).float() @ weight.T
+            last.dense_outputs.append(dense_product)
+        else:
+            dense_product = last.dense_outputs[batch].to(device, non_blocking=True).float()
+
+        # (D* + W X*) - (D + W X), in the layer's dtype: the two sums are close, so little is lost in their difference
+        change_of_layer = layer_output - self._outputs[batch].to(device)
+        change_of_rest = (  # D* - D, float32, without padding
+            activations.rows(change_of_layer, batch, operator).float() - product + dense_product
+        )
+
+        targets = product.mul(1 - correction.dense_share)
+        targets.add_(dense_product, alpha=correction.dense_share)
+        targets.sub_(change_of_rest, alpha=correction.residual_share)
 
         rows = activations.rows(inputs, batch, operator)
-        record.sums[activations.held_out[batch]].add(rows, "targets", targets)
+        record.sums_of(batch).add(rows, "targets", targets)
         last.inputs.append(inputs)
         if last.rest is not None:
             last.rest.append(layer_output - own_output)
@@ -594,7 +627,7 @@ class _DenseRecord:
         self._tokens: list[Tensor] = []  # of an expert: which tokens are the rows of X, by batch
         self._side_by_side: list[Tensor] = []  # outputs of the batch that runs
         if is_dense_input or not needs_dense:
-            return
+            return  # only sums are kept
 
         num_outputs = sum(operator.shape[0] for operator in group)
         if self._is_expert:  # by the class of the operators
@@ -612,6 +645,10 @@ class _DenseRecord:
         """Whether the operators are of an expert, which gets only some tokens."""
         return isinstance(self.group[0], ExpertOperator)
 
+    def sums_of(self, batch: int) -> GroupSums:
+        """Return the sums to which the batch with this number is added: those of held-out batches or of the others."""
+        return self.sums[self._activations.held_out[batch]]
+
     def see_input(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         """Record the dense inputs of the group; a forward pre-hook of its first operator.
 
@@ -622,7 +659,7 @@ class _DenseRecord:
         tokens = arguments[1] if self._is_expert else None  # as `ExpertLinear` is called
         rows = self._activations.rows(inputs, self.batch, self.group[0], tokens)
         if self._is_dense_input:
-            self.sums[self._activations.held_out[self.batch]].add(rows)
+            self.sums_of(self.batch).add(rows)
         elif self.inputs is not None:
             self.inputs.append(rows, copy=True)  # a copy, because the layer may overwrite them
             if tokens is not None:
@@ -640,11 +677,9 @@ class _DenseRecord:
         if self._is_dense_input or self._is_expert:
             # With dense inputs, outputs are known from the Gram matrix. For an expert, `add_expert` computes them.
             return
-        products = operator.outputs_without_bias(  # W X
-            self._activations.rows(output, self.batch, operator)
-        )
-        held_out = self._activations.held_out[self.batch]
-        self.sums[held_out].add_energies(operator.name, products)
+        products = self._activations.rows(output, self.batch, operator)  # without padding
+        products = operator.outputs_without_bias(products)  # W X
+        self.sums_of(self.batch).add_energies(operator.name, products)
         if self.outputs is not None:
             # a copy, because the layer may add to the output in place (Falcon)
             self._side_by_side.append(products.to(output.dtype, copy=True))
@@ -657,7 +692,7 @@ class _DenseRecord:
 
         `batch` is its number. The record is `self.outputs` or `self.inputs`, or nothing if targets do not need it.
         """
-        sums = self.sums[self._activations.held_out[batch]]
+        sums = self.sums_of(batch)
         rows = self._activations.rows(inputs, batch, self.group[0])
         if self.outputs is not None:
             dense_outputs = self.outputs[batch].to(rows.device, non_blocking=True)
@@ -677,7 +712,7 @@ class _DenseRecord:
         the weights of the group's operators. The dense pass has kept `self.inputs`, if targets need them, and which
         tokens these were (`self._tokens`).
         """
-        sums = self.sums[self._activations.held_out[batch]]
+        sums = self.sums_of(batch)
         rows = self._activations.rows(inputs, batch, self.group[0], tokens)
         if self.inputs is None:
             sums.add(rows)
