@@ -157,24 +157,25 @@ def plan_recovery(
     report = _report_of(source)
     teacher_name = _teacher_name(source, report, teacher)
 
+    # Neither of the models may be overwritten. If the output is refused, files that a killed process left beside it are
+    # removed.
     output = folder_beside(source, "-recovered") if output_dir is None else Path(output_dir)
     for name in (source, teacher_name):
-        # Neither of the models may be overwritten. If the output is refused, files that a killed process left beside it
-        # are removed.
         require_output(output, overwrite, source=name)
     if checked.teacher_logits is not None:
         _require_apart(
             Path(checked.teacher_logits),
             (output, unfinished_folder(output), Path(source), Path(teacher_name)),
         )
+
     teacher_writes_text = calibration == "self"
-    if not teacher_writes_text:
-        require_source(calibration)
-    elif checked.answers_only:
+    if teacher_writes_text and checked.answers_only:
         raise ValueError(
             "answers_only=True: a text that the teacher writes itself has no conversations: pass calibration "
             "(--calibration), a text that has some."
         )
+    if not teacher_writes_text:
+        require_source(calibration)
 
     configs = {name: read_config(name) for name in (source, teacher_name)}
     tokenizers = {name: load_tokenizer(name) for name in (source, teacher_name)}
@@ -289,17 +290,14 @@ def _match_vocabularies(
         name: config.get_text_config(decoder=True).vocab_size for name, config in configs.items()
     }
     kept_tokens = None
-    if sizes[source] == sizes[teacher]:
-        sizes_agree = True
-    elif sizes[source] > sizes[teacher]:
-        sizes_agree = False
-    else:  # tokens were removed from the student
+    fit_together = sizes[source] == sizes[teacher]
+    if sizes[source] < sizes[teacher]:  # tokens were removed from the student
         kept_tokens = _kept_tokens_of(source, teacher, sizes)
-        sizes_agree = kept_tokens is not None
+        fit_together = kept_tokens is not None
+    if fit_together:
+        fit_together = _have_same_tokens(tokenizers[source], tokenizers[teacher], kept_tokens)
 
-    if not sizes_agree or not _have_same_tokens(
-        tokenizers[source], tokenizers[teacher], kept_tokens
-    ):
+    if not fit_together:
         raise ValueError(
             f"teacher={teacher!r} has another vocabulary ({sizes[teacher]:,} tokens) than {source!r} "
             f"({sizes[source]:,}): pass the dense model that this one was pruned from."
@@ -480,35 +478,54 @@ def choose(plan: RecoveryPlan, free: Sequence[int | None]) -> Choice:
     If nothing fits, the last kind is chosen. Reads the configuration of the student, and changes nothing.
     """
     sizes = _Sizes.of(plan.source)
-    limits = [num_bytes for num_bytes in free if num_bytes is not None]
+    kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
+    # whether activations are computed twice
+    ways = [False, True] if sizes.can_checkpoint else [False]
+    choices = [
+        _choice(plan, sizes, train, checkpointed=checkpointed)
+        for train, checkpointed in itertools.product(kinds, ways)
+    ]
+
+    limit = _limit_of_process(plan, free)
+    for choice in choices:
+        if choice.num_bytes <= limit:
+            return choice
+    return choices[-1]
+
+
+def _limit_of_process(plan: RecoveryPlan, free: Sequence[int | None]) -> float:
+    """Return how many bytes a process may take on its device; infinity if no number of `free` is known.
+
+    `free` are the free bytes on the device of each process, `None` if they are not known. The process with the least
+    memory decides for all.
+    """
+    known = [num_bytes for num_bytes in free if num_bytes is not None]
+    if not known:
+        return math.inf
+
     # Processes on one CPU share its memory. Every process has an accelerator of its own.
     processes_sharing = 1
     if plan.device.type == "cpu":
         processes_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", len(free)))
+    return _MARGIN * min(known) / processes_sharing
 
-    limit_of_process = math.inf
-    if limits:
-        limit_of_process = _MARGIN * min(limits) / processes_sharing
 
-    kinds = ["all", "norms"] if plan.options.train == "auto" else [plan.options.train]
-    # whether activations are computed twice
-    ways = [False, True] if sizes.can_checkpoint else [False]
-    # After the loop, the variables are those of the first kind that fits, or of the last one.
-    for train, checkpointed in itertools.product(kinds, ways):
-        needed = _needed_bytes(
-            plan, sizes, train, checkpointed=checkpointed, is_sharded=shards_weights()
-        )
-        if needed <= limit_of_process:
-            break
+def _choice(plan: RecoveryPlan, sizes: _Sizes, train: str, *, checkpointed: bool) -> Choice:
+    """Describe one kind of training: how many weights it trains, and about how many bytes it takes.
 
+    `sizes` are the numbers of the student. The arguments `train` and `checkpointed` are those of `Choice`.
+    """
     zeros = 0
     if plan.report is not None and train == "all":
         zeros = plan.report.num_zeros
+    num_bytes = _needed_bytes(
+        plan, sizes, train, checkpointed=checkpointed, is_sharded=shards_weights()
+    )
     return Choice(
         train=train,
         checkpointed=checkpointed,
         num_trained=sizes.trained(train) - zeros,
-        num_bytes=needed,
+        num_bytes=num_bytes,
     )
 
 
@@ -550,34 +567,49 @@ def _needed_bytes(
         # the copy of the head's weight that `round_head` makes
         student_bytes += plan.compute_dtype.itemsize * sizes.vocabulary * sizes.hidden_size
     mask_bytes = sizes.parameters if train == "all" else 0  # a byte a weight
-    teachers_parameters = sizes.parameters  # if it is not known how many more the teacher has
-    if plan.report is not None and plan.report.first_model.num_parameters:
-        teachers_parameters = plan.report.first_model.num_parameters
-    teacher_bytes = teachers_parameters * plan.compute_dtype.itemsize
-
-    # Of a token: the inputs and outputs of all operators, with 8 bytes for each number.
-    bytes_of_token = 8 * sizes.operator_width
-    if checkpointed:
-        # those of one layer at a time, and the hidden states that enter each layer
-        bytes_of_token = bytes_of_token // sizes.layers + 4 * sizes.layers * sizes.hidden_size
-    # hidden states that enter both heads, and their gradient, each 4 bytes
-    bytes_of_token += 12 * sizes.hidden_size
 
     tokens = plan.options.batch_size * plan.length
+    activation_bytes = tokens * _activation_bytes_of_token(sizes, checkpointed=checkpointed)
+
     # 20 bytes for a logit: those of both models, in two dtypes, with their gradient.
     logits_bytes = 20 * min(LOGITS_PER_CHUNK, tokens * sizes.vocabulary)
     if is_sharded:  # whole ones of both models, with the gradient of one
         logits_bytes += 3 * plan.compute_dtype.itemsize * tokens * sizes.vocabulary
 
-    training_bytes = student_bytes + mask_bytes + tokens * bytes_of_token + logits_bytes
+    training_bytes = student_bytes + mask_bytes + activation_bytes + logits_bytes
+    teacher_bytes = _bytes_of_teacher(plan, sizes)
+    if plan.has_teacher and plan.options.teacher_logits is None:
+        return training_bytes + teacher_bytes
+    # Here the teacher is not in memory during the training. Before it, the teacher stores its predictions or writes
+    # the text, or it is not loaded at all.
     teacher_writes_text = plan.calibration == "self"
-    if not plan.has_teacher and not teacher_writes_text:
-        return training_bytes
-    # The teacher stores its predictions, or only writes the text: it is not in memory during the training.
-    is_there_before_alone = plan.options.teacher_logits is not None or not plan.has_teacher
-    if is_there_before_alone:
+    if plan.has_teacher or teacher_writes_text:
         return max(training_bytes, teacher_bytes + logits_bytes)
-    return training_bytes + teacher_bytes
+    return training_bytes
+
+
+def _activation_bytes_of_token(sizes: _Sizes, *, checkpointed: bool) -> int:
+    """Estimate the bytes of the student's activations for one token; `checkpointed`: they are computed twice."""
+    # the inputs and outputs of all operators, with 8 bytes for each number
+    bytes_of_layers = 8 * sizes.operator_width
+    if checkpointed:
+        # those of one layer at a time, and the hidden states that enter each layer
+        bytes_of_hidden_states = 4 * sizes.layers * sizes.hidden_size
+        bytes_of_layers = bytes_of_layers // sizes.layers + bytes_of_hidden_states
+    # hidden states that enter both heads, and their gradient, each 4 bytes
+    bytes_of_heads = 12 * sizes.hidden_size
+    return bytes_of_layers + bytes_of_heads
+
+
+def _bytes_of_teacher(plan: RecoveryPlan, sizes: _Sizes) -> int:
+    """Count the bytes of the teacher's weights, in the dtype of products; `sizes` are the numbers of the student.
+
+    If the report does not say how many parameters the dense model has, they are taken to be as many as the student's.
+    """
+    num_parameters = sizes.parameters
+    if plan.report is not None and plan.report.first_model.num_parameters:
+        num_parameters = plan.report.first_model.num_parameters
+    return num_parameters * plan.compute_dtype.itemsize
 
 
 def load_student(source: str) -> PreTrainedModel:
