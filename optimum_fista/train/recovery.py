@@ -298,9 +298,12 @@ def _digest_of_sequences(sequences: Tensor) -> str:
 
 def _digest_of_kept_tokens(plan: RecoveryPlan) -> str | None:
     """Return the SHA-256 of the teacher's ids of the student's tokens; `None` if both have the same tokens."""
-    if plan.kept_tokens is None:
-        return None
-    return hashlib.sha256(plan.kept_tokens.numpy().tobytes()).hexdigest()
+    return None if plan.kept_tokens is None else _digest_of_values(plan.kept_tokens)
+
+
+def _digest_of_values(tensor: Tensor) -> str:
+    """Return the SHA-256 of the values of a tensor on the CPU, without its shape."""
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
 
 
 def _fingerprint(
@@ -316,6 +319,30 @@ def _fingerprint(
     `text` has all sequences, the held-out ones too, and `processes` is the number of processes that train together. The
     mask file is read; nothing is changed.
     """
+    masks_file = Path(plan.source) / MASKS_FILE
+    # nothing if all tokens count
+    counted = {} if text.counted is None else {"counted": _digest_of_values(text.counted)}
+    versions = library_versions()
+    # Fingerprints are compared as text, so the order of the entries counts, too.
+    return {
+        "recovery": _FORMAT,
+        "processes": processes,  # another number of them would round sums differently
+        "weights": students_files.digests,
+        "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
+        "teacher": teachers_files.digests,
+        "kept": _digest_of_kept_tokens(plan),
+        "fill_zeros": plan.options.fill_zeros,
+        "shape": [plan.num_sequences, plan.options.held_out, plan.length],
+        "windows": _digest_of_values(text.tokens),
+        **counted,
+        "options": _options_of_result(plan),
+        "device": plan.device.type,
+        "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
+    }
+
+
+def _options_of_result(plan: RecoveryPlan) -> dict[str, Any]:
+    """List the options of a recovery on which the bytes of the result depend, for the fingerprint and the report."""
     options: dict[str, Any] = {
         "batch_size": plan.options.batch_size,
         "label_share": plan.options.label_share,
@@ -328,29 +355,10 @@ def _fingerprint(
         options["kept_tokens"] = len(plan.kept_tokens)
     if plan.options.teacher_logits is not None:
         options["top_k"] = plan.options.top_k
-    counted: dict[str, str] = {}  # nothing if all tokens count
-    if text.counted is not None:
+    if plan.options.answers_only:
         options["answers_only"] = True
-        counted["counted"] = hashlib.sha256(text.counted.numpy().tobytes()).hexdigest()
     options["compute_dtype"] = str(plan.compute_dtype).removeprefix("torch.")
-
-    versions = library_versions()
-    masks_file = Path(plan.source) / MASKS_FILE
-    return {
-        "recovery": _FORMAT,
-        "processes": processes,  # another number of them would round sums differently
-        "weights": students_files.digests,
-        "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
-        "teacher": teachers_files.digests,
-        "kept": _digest_of_kept_tokens(plan),
-        "fill_zeros": plan.options.fill_zeros,
-        "shape": [plan.num_sequences, plan.options.held_out, plan.length],
-        "windows": hashlib.sha256(text.tokens.numpy().tobytes()).hexdigest(),
-        **counted,
-        "options": options,
-        "device": plan.device.type,
-        "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},
-    }
+    return options
 
 
 def _train(
@@ -430,10 +438,9 @@ def _train(
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
 
-    # Before the weights are copied: this also rounds those of the trainer's model to `dtypes`.
-    report = _report(
-        plan=plan, choice=choice, trainer=trainer, dtypes=dtypes, fingerprint=fingerprint
-    )
+    report = _report(plan, choice, trainer, fingerprint)
+    if trainer.state.best_global_step:  # the Trainer has loaded the weights of this step
+        report = _with_rounded_weights(report, trainer, dtypes)
     trained = cast(nn.Module, trainer.model) if report.best_step else None
     recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
     return recovered, report
@@ -461,15 +468,12 @@ def _report(
     plan: RecoveryPlan,
     choice: Choice,
     trainer: DistillationTrainer,
-    dtypes: dict[str, torch.dtype],
     fingerprint: dict[str, Any],
 ) -> RecoveryReport:
-    """Measure the trained weights as they will be saved, and report the training.
+    """Report a training that has ended, as if no step were better than the start (`best_step` is 0).
 
-    If some step was better than the start, the Trainer has loaded its weights into `trainer.model`. They stay float32,
-    but their values are rounded in place to those of `dtypes` (by parameter name), in which they will be saved. If
-    their loss is not smaller than before the training, `best_step` of the report is 0: the weights stay as they were.
-    `choice` says what was trained, and parts of `fingerprint` (from `_fingerprint`) stand in the report.
+    `choice` says what was trained, and parts of `fingerprint` (from `_fingerprint`) stand in the report. Changes
+    nothing.
     """
     state = trainer.state
     # Step, seconds since the beginning, and held-out loss. The first one is that before the training.
@@ -478,21 +482,7 @@ def _report(
         for row in state.log_history
         if "eval_loss" in row
     ]
-    seconds = state.log_history[-1]["seconds"]
     loss_before = evaluations[0][2]
-
-    best_step = state.best_global_step or 0
-    loss = loss_before
-    if best_step:
-        for name, parameter in _trained_parameters(trainer.model):
-            weights = local(parameter.data)
-            weights.copy_(weights.to(dtypes[name]))
-        # Rounding may have cost more than the training has gained, so what is saved is measured again.
-        loss = trainer.evaluate()["eval_loss"]
-    is_better = loss < loss_before  # NaN is not
-    if not is_better:
-        best_step = 0
-        loss = loss_before
 
     # `share` is smaller than 1 if the training has backed off.
     relative_step = trainer.args.learning_rate * trainer.schedule.share
@@ -510,12 +500,34 @@ def _report(
         },
         options=fingerprint["options"] | {"relative_step": relative_step},
         evaluations=evaluations,
-        best_step=best_step,
+        best_step=0,
         held_out_loss_before=loss_before,
-        held_out_loss=loss,
-        seconds=seconds,
+        held_out_loss=loss_before,
+        seconds=state.log_history[-1]["seconds"],
         warnings=trainer.warnings,
     )
+
+
+def _with_rounded_weights(
+    report: RecoveryReport, trainer: DistillationTrainer, dtypes: Mapping[str, torch.dtype]
+) -> RecoveryReport:
+    """Round the best weights as they will be saved, measure their loss, and report them if they are still better.
+
+    `trainer.model` has the weights of the best step. They stay float32, but their values are rounded in place to those
+    of `dtypes` (by parameter name), in which they will be saved. If their loss is not smaller than before the training,
+    `report` is returned as it is.
+    """
+    for name, parameter in _trained_parameters(trainer.model):
+        weights = local(parameter.data)
+        weights.copy_(weights.to(dtypes[name]))
+
+    # Rounding may have cost more than the training has gained.
+    loss = trainer.evaluate()["eval_loss"]
+    is_better = loss < report.held_out_loss_before  # NaN is not
+    if not is_better:
+        return report
+    best_step = cast(int, trainer.state.best_global_step)
+    return dataclasses.replace(report, best_step=best_step, held_out_loss=loss)
 
 
 def _choose_once(plan: RecoveryPlan, journal: Path, free: Sequence[int | None]) -> Choice:
@@ -550,10 +562,11 @@ def _load_models(
         raise ValueError(
             f"output: rank 0 began {str(journal.parent)!r}, and it isn't here: pass a folder that all nodes share."
         )
-    if stored is not None or not plan.has_teacher:
-        return load_student(plan.source), stored
-    teacher, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
-    return load_student(plan.source), teacher.eval().requires_grad_(False)
+    teacher: PreTrainedModel | StoredTeacher | None = stored
+    if plan.has_teacher and stored is None:
+        dense, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
+        teacher = dense.eval().requires_grad_(False)
+    return load_student(plan.source), teacher
 
 
 def _trainers_arguments(
@@ -674,26 +687,25 @@ def _write(
     with explaining_full_disk(unfinished, "the recovered model", num_bytes, discard=folder):
         folder.mkdir()
         copy_source(Path(plan.source), folder)
-        if plan.report is None:
+        if plan.report is None:  # the model was never pruned
             recoveries = [*plan.recoveries, report]
             write_dense(model, folder, recoveries, load_tokenizer(plan.source), tensors)
-            return
-
-        # read again, because here operators have their names in the model
-        pruning_report, masks = find_record(model, plan.source)
-        pruning_report = dataclasses.replace(
-            pruning_report, recoveries=[*pruning_report.recoveries, report]
-        )
-        if tensors.not_copied:
-            pruning_report.model["lacks"] = dict(tensors.not_copied)
-        write_checkpoint(
-            model=model,
-            folder=folder,
-            report=pruning_report,
-            masks=masks,
-            tokenizer=None,  # its files are copied from the source
-            stored_as=tensors,
-        )
+        else:
+            # read again, because here operators have their names in the model
+            pruning_report, masks = find_record(model, plan.source)
+            pruning_report = dataclasses.replace(
+                pruning_report, recoveries=[*pruning_report.recoveries, report]
+            )
+            if tensors.not_copied:
+                pruning_report.model["lacks"] = dict(tensors.not_copied)
+            write_checkpoint(
+                model=model,
+                folder=folder,
+                report=pruning_report,
+                masks=masks,
+                tokenizer=None,  # its files are copied from the source
+                stored_as=tensors,
+            )
 
 
 def _set_environment(variables: Mapping[str, str]) -> None:
