@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -57,6 +58,8 @@ _WORDS: dict[Kind, tuple[str, ...]] = {
 
 # What they call the number of experts that a token is sent to.
 _WORDS_FOR_TOP_K = ("num_experts_per_tok", "moe_topk", "top_k_experts")
+# What they call the number of groups of experts that a router chooses first.
+_WORDS_FOR_ROUTER_GROUPS = ("n_group", "num_expert_group")
 
 # What an outline gets for a size that its configuration leaves open: no model would choose it.
 _UNUSUAL_SIZE = 8
@@ -222,9 +225,11 @@ def _stated_experts(config: PreTrainedConfig, word: str, value: int) -> Parts:
     if router_groups == 1:
         at_least = top_k
     else:
-        # Of how many groups the router chooses experts for a token. Each of these must have its share of the experts
-        # that the token is sent to.
-        chosen_groups = getattr(config, "topk_group", None) or router_groups
+        # Of how many groups the router chooses experts for a token: of all, if the configuration does not say it. Each
+        # of these must have its share of the experts that the token is sent to.
+        chosen_groups = getattr(config, "topk_group", None)
+        if not chosen_groups:
+            chosen_groups = router_groups
         # And at least two: such a router compares groups by the sum of their two best experts (DeepSeek-V3, arXiv
         # 2412.19437).
         at_least = max(math.ceil(top_k / chosen_groups), 2) * router_groups
@@ -256,7 +261,11 @@ def count_router_groups(config: PreTrainedConfig) -> int:
 
     `config` is a text configuration.
     """
-    return getattr(config, "n_group", None) or getattr(config, "num_expert_group", None) or 1
+    for word in _WORDS_FOR_ROUTER_GROUPS:
+        value = getattr(config, word, None)
+        if value:  # `None` and 0 state nothing
+            return value
+    return 1
 
 
 def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
@@ -269,64 +278,69 @@ def _with_parts(outline: ModelOutline, stated: Parts) -> Parts:
     `outline` builds its copy without weights if it has none yet. `stated` has what the configuration says of one kind,
     and no parts yet (`_stated_number`).
     """
-    # The axis on which a tensor becomes smaller, by its name; and the smaller settings, as text for messages.
-    axes, small_shapes, smaller_settings = _shrinking_axes(outline, stated)
+    smaller = _smaller_outline(outline, stated)
 
     parts = list[Part]()
     for layer_name, _ in outline.layers:
         # with a dot: "model.layers.1." is no beginning of "model.layers.10"
         prefix = f"{layer_name}."
-        parts += _parts_of_layer(outline, prefix, axes, small_shapes, stated)
+        parts += _parts_of_layer(outline, prefix, smaller, stated)
 
     tensors_of_parts = {name for part in parts for name in part.tensors}
-    unexpected = axes.keys() - tensors_of_parts
+    unexpected = smaller.axes.keys() - tensors_of_parts
     if unexpected:
         raise UnsupportedArchitectureError(
-            f"{min(unexpected)} changes as well with {smaller_settings}"
+            f"{min(unexpected)} changes as well with {smaller.settings}"
         )
     if not parts:
         raise UnsupportedArchitectureError(
-            f"no tensor of a decoder layer changes with {smaller_settings}"
+            f"no tensor of a decoder layer changes with {smaller.settings}"
         )
     if stated.kind == "expert_channels" and not any(part.expert is not None for part in parts):
         raise UnsupportedArchitectureError(
-            f"no matrix of an expert changes with {smaller_settings}"
+            f"no matrix of an expert changes with {smaller.settings}"
         )
     return replace(stated, groups=_common_groups(parts, stated.kind), parts=tuple(parts))
 
 
+class _SmallerOutline(NamedTuple):
+    """How the tensors of a model become smaller if every part has fewer groups."""
+
+    # On which a tensor becomes smaller, by its name; the others keep their size.
+    axes: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]  # of all tensors of the smaller outline, by name
+    settings: str  # of the smaller outline, as text for messages
+
+
 def _parts_of_layer(
-    outline: ModelOutline,
-    prefix: str,
-    axes: Mapping[str, int],
-    small_shapes: Mapping[str, tuple[int, ...]],
-    stated: Parts,
+    outline: ModelOutline, prefix: str, smaller: _SmallerOutline, stated: Parts
 ) -> list[Part]:
     """Find the parts of one kind (`stated.kind`) in a decoder layer. Changes nothing.
 
     Args:
         outline: Of the model.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
-        axes, small_shapes: As `_shrinking_axes` returns them.
+        smaller: Which tensors become smaller if there are fewer groups of this kind.
         stated: What the configuration states of this kind, without any part yet (`_stated_number`).
     """
     if stated.kind == "experts":
-        return list(_mixtures(outline, prefix, axes, small_shapes, stated))
+        mixture = _mixture(outline, prefix, smaller, stated)
+        return [] if mixture is None else [mixture]
     if stated.kind != "expert_channels":
-        return list(_operators(outline, prefix, axes, stated))
+        return list(_operators(outline, prefix, smaller.axes, stated))
 
-    experts = list(_experts(outline, prefix, axes))
+    experts = list(_experts(outline, prefix, smaller.axes))
     of_experts = {name for part in experts for name in part.tensors}
     # MLPs whose size follows from the same number, such as shared experts
-    others = {name: axis for name, axis in axes.items() if name not in of_experts}
+    others = {name: axis for name, axis in smaller.axes.items() if name not in of_experts}
     return [*experts, *_operators(outline, prefix, others, stated)]
 
 
 def _common_groups(parts: Sequence[Part], kind: Kind) -> int:
-    """Return the number of groups that all parts have, which are of one kind; otherwise refuse them.
+    """Return the number of groups that all parts of one kind have; refuse parts that differ in it.
 
-    If experts lose channels, it is that of an expert, and a shared expert may have a multiple of it: the configuration
-    says how many experts wide it is. Changes nothing.
+    If experts lose channels, it is that of an expert. A shared expert may have a multiple of it, because the
+    configuration says how many experts wide it is. Changes nothing.
     """
     first = parts[0]
     if kind == "expert_channels":
@@ -343,15 +357,11 @@ def _common_groups(parts: Sequence[Part], kind: Kind) -> int:
     return first.groups
 
 
-def _shrinking_axes(
-    outline: ModelOutline, stated: Parts
-) -> tuple[dict[str, int], dict[str, tuple[int, ...]], str]:
+def _smaller_outline(outline: ModelOutline, stated: Parts) -> _SmallerOutline:
     """Build an outline with fewer groups in every part, and find the tensors that are smaller in it.
 
     `outline` is that of the model as it is; it builds its copy without weights if it has none yet. `stated` has the
-    numbers of the configuration by their words, such as {"intermediate_size": 64} (`_stated_number`). Returns the axis
-    that is smaller, by the name of the tensor; the shapes of all tensors of the smaller outline; and its settings, as
-    text for messages.
+    numbers of the configuration by their words, such as {"intermediate_size": 64} (`_stated_number`).
 
     Raises UnsupportedArchitectureError if a tensor differs otherwise, or if there is nothing to remove.
     """
@@ -375,20 +385,27 @@ def _shrinking_axes(
         small_shape = small_shapes.get(name, ())  # () if the smaller outline lacks the tensor
         if small_shape == shape:
             continue
-        differing = [
-            axis
-            for axis, (size, small_size) in enumerate(zip(shape, small_shape, strict=False))
-            if size != small_size
-        ]
-        has_as_many_axes = len(small_shape) == len(shape)
-        # if one size differs, the comparison of tuples is that of this size
-        one_axis_shrinks = has_as_many_axes and len(differing) == 1 and small_shape < shape
-        if not one_axis_shrinks or name not in stored:
+        axis = _axis_that_shrinks(shape, small_shape)
+        if axis is None or name not in stored:
             raise UnsupportedArchitectureError(
                 f"{name} of shape {shape} would have shape {small_shape} with {as_text(fewer)}"
             )
-        axes[name] = differing[0]
-    return axes, small_shapes, as_text(fewer)
+        axes[name] = axis
+    return _SmallerOutline(axes, small_shapes, settings=as_text(fewer))
+
+
+def _axis_that_shrinks(shape: tuple[int, ...], small_shape: tuple[int, ...]) -> int | None:
+    """Find the axis on which a tensor of `shape` becomes smaller, if it becomes one of `small_shape`.
+
+    `None` if it does not become smaller on one axis and stay as it is on all others.
+    """
+    if len(small_shape) != len(shape):
+        return None
+    differing = [axis for axis, size in enumerate(shape) if small_shape[axis] != size]
+    if len(differing) != 1:
+        return None
+    axis = differing[0]
+    return axis if small_shape[axis] < shape[axis] else None
 
 
 def _operators(
@@ -399,7 +416,7 @@ def _operators(
     Args:
         outline: Of the model.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
-        axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
+        axes: The axis on which a tensor becomes smaller, by its name (`_SmallerOutline`).
         stated: The kind ("channels", "expert_channels" or "heads") and the number of groups in a part, as the
             configuration states them. The caller makes a copy of it with the parts that are found here.
 
@@ -516,7 +533,7 @@ def _experts(outline: ModelOutline, prefix: str, axes: Mapping[str, int]) -> Ite
     Args:
         outline: Of the model.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
-        axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
+        axes: The axis on which a tensor becomes smaller, by its name (`_SmallerOutline`).
     """
     layer_name = prefix.removesuffix(".")
     for name, module in outline.dense.get_submodule(layer_name).named_modules(prefix=layer_name):
@@ -556,23 +573,17 @@ def _experts(outline: ModelOutline, prefix: str, axes: Mapping[str, int]) -> Ite
                 )
 
 
-def _mixtures(
-    outline: ModelOutline,
-    prefix: str,
-    axes: Mapping[str, int],
-    small_shapes: Mapping[str, tuple[int, ...]],
-    stated: Parts,
-) -> Iterator[Part]:
+def _mixture(
+    outline: ModelOutline, prefix: str, smaller: _SmallerOutline, stated: Parts
+) -> Part | None:
     """Find the mixture of a decoder layer: tensors with an entry for each expert on one axis.
 
-    Yields one part, or none if the layer has no mixture. Raises UnsupportedArchitectureError if the layer has a mixture
-    of another form.
+    `None` if the layer has no mixture. Raises UnsupportedArchitectureError if it has one of another form.
 
     Args:
         outline: Of the model; only read.
         prefix: The name of the layer with a dot, such as "model.layers.3.".
-        axes: The axis on which a tensor becomes smaller, by its name (`_shrinking_axes`).
-        small_shapes: Shapes of all tensors in the outline with half of the experts, by name.
+        smaller: Which tensors become smaller with half of the experts.
         stated: The number of experts (`groups`) and of groups of the router, without any part yet (`_stated_number`).
     """
     tensors = {
@@ -580,21 +591,22 @@ def _mixtures(
         for name, tensor in outline.dense.state_dict().items()
         if name.startswith(prefix)
     }
-    shrinking = [name for name in tensors if name in axes]
+    shrinking = [name for name in tensors if name in smaller.axes]
     if not shrinking:
-        return
+        return None
 
     num_removed = stated.groups - stated.groups // 2  # in the smaller outline
     for name in shrinking:
-        axis = axes[name]
+        axis = smaller.axes[name]
         size = tensors[name].shape[axis]
         # There may be further entries besides those of experts.
-        has_entry_for_each_expert = size - small_shapes[name][axis] == num_removed
+        has_entry_for_each_expert = size - smaller.shapes[name][axis] == num_removed
         if not has_entry_for_each_expert or size < stated.groups:
             raise UnsupportedArchitectureError(
                 f"{name} is not a mixture with one entry for each expert"
             )
     table = _routing_table(outline.text_config, tensors, shrinking)
+
     # names of modules that have the matrices of all experts in one tensor of three axes; a router has two
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
     if not fused:
@@ -608,11 +620,11 @@ def _mixtures(
             "one module has all their matrices"
         )
     (module_of_experts,) = fused
-    yield Part(
+    return Part(
         name=module_of_experts,
         groups=stated.groups,
         width=1,
-        tensors={name: GroupAxis(axes[name], repeats=1) for name in shrinking},
+        tensors={name: GroupAxis(smaller.axes[name], repeats=1) for name in shrinking},
         num_router_groups=stated.num_router_groups,
         table=table,
     )
