@@ -106,15 +106,11 @@ class Shrinking:
         for name in names:
             if self.new_name(name) is None:
                 continue
-            # Matrices of an expert have no tensor of their own, but its down projection may be a part.
-            expert_name, _, _ = name.rpartition(".")
-            down_projection = self.parts.get(f"{expert_name}.down_proj")
             part = self.part_of(f"{name}.weight")
             if part is None:
                 part = self.parts.get(name)  # the module of a mixture is called as its part
-            is_of_expert = down_projection is not None and down_projection.expert is not None
-            if part is None and is_of_expert:
-                part = down_projection
+            if part is None:
+                part = self._expert_of(name)
             if part is None:
                 reasons[name] = "no part of the pattern"
             elif part.is_mixture:
@@ -122,6 +118,17 @@ class Shrinking:
             else:
                 reasons[name] = f"loses the rows that {self.new_name(part.name)} no longer reads"
         return reasons
+
+    def _expert_of(self, name: str) -> Part | None:
+        """The expert that loses channels and has the operator `name`; `None` if the operator is of no such expert.
+
+        Matrices of an expert have no tensor of their own. The expert is called as its down projection in `self.parts`.
+        """
+        expert_name, _, _ = name.rpartition(".")
+        part = self.parts.get(f"{expert_name}.down_proj")
+        if part is None or part.expert is None:
+            return None
+        return part
 
     def shrink_tensor(self, name: str, tensor: Tensor, kept: Kept) -> Tensor:
         """Copy a tensor for the smaller model, which has the groups `kept` of each part.
@@ -137,13 +144,13 @@ class Shrinking:
         # Every expert keeps channels of its own. Its matrix is copied into its place at once, so that no more than one
         # matrix is in memory twice.
         smaller: Tensor | None = None
-        for part in self._parts_by_tensor[name]:
-            assert part.expert is not None
-            matrix = part.shrink(name, tensor[part.expert], kept[part.name])
+        for expert_part in self._parts_by_tensor[name]:
+            assert expert_part.expert is not None
+            matrix = expert_part.shrink(name, tensor[expert_part.expert], kept[expert_part.name])
             if smaller is None:
                 # Entries after those of experts with weights are never used, and become zeros (LongCat-Flash).
                 smaller = matrix.new_zeros(len(tensor), *matrix.shape)
-            smaller[part.expert] = matrix
+            smaller[expert_part.expert] = matrix
         assert smaller is not None
         return smaller
 
@@ -159,9 +166,10 @@ class Shrinking:
         if part.expert is None:
             return part.without_columns(tensor, kept[part.name])
         zeroed = tensor.clone()
-        for part in self._parts_by_tensor[name]:
-            assert part.expert is not None
-            zeroed[part.expert] = part.without_columns(tensor[part.expert], kept[part.name])
+        for expert_part in self._parts_by_tensor[name]:
+            assert expert_part.expert is not None
+            matrix = tensor[expert_part.expert]
+            zeroed[expert_part.expert] = expert_part.without_columns(matrix, kept[expert_part.name])
         return zeroed
 
 
@@ -222,10 +230,11 @@ def plan_shrinking(
             small.generation_config = copy.deepcopy(outline.model.generation_config)
             return plan
     numbers = [f"{kind}={count}" for kind, count in counts.items()]
+    numbers.append(f"{len(remaining)} decoder layers")
+    different_reasons = dict.fromkeys(reasons)
     raise ValueError(
-        f"no configuration describes {type(outline.model).__name__} with "
-        f"{', '.join([*numbers, f'{len(remaining)} decoder layers'])}: {'; or '.join(dict.fromkeys(reasons))}. "
-        "Pass other numbers, or use a pattern that leaves zeros, such as '2:4'."
+        f"no configuration describes {type(outline.model).__name__} with {', '.join(numbers)}: "
+        f"{'; or '.join(different_reasons)}. Pass other numbers, or use a pattern that leaves zeros, such as '2:4'."
     )
 
 
@@ -348,17 +357,19 @@ def _likely_layer_settings(
             first_layers_that_stay = [old for old in remaining if old < values[word]]
             numbers[word] = len(first_layers_that_stay)
 
-    # First all lists that have an entry for each layer. One of another meaning may have as many entries by chance, so
-    # those whose word names layers, such as "layer_types", are tried alone afterwards. ("" is part of every word.)
-    for part_of_word in ("", "layer"):
-        entries = dict[str, Any]()
-        for word, of_all_layers in lists.items():
-            has_entry_for_each_layer = len(of_all_layers) == total
-            if has_entry_for_each_layer and part_of_word in word and word not in numbers:
-                entries[word] = [of_all_layers[index] for index in remaining]
+    # lists with an entry for each layer, cut to the layers that stay
+    entries = dict[str, Any]()
+    for word, of_all_layers in lists.items():
+        if len(of_all_layers) == total and word not in numbers:
+            entries[word] = [of_all_layers[index] for index in remaining]
+    # A list of another meaning may have as many entries by chance. So those whose word names layers, such as
+    # "layer_types", are tried alone afterwards.
+    named_by_layers = {word: cut for word, cut in entries.items() if "layer" in word}
+
+    for cut_lists in (entries, named_by_layers):
         for word in _NUM_LAYERS:
             if hasattr(config, word):
-                yield entries | numbers | {word: len(remaining)}
+                yield cut_lists | numbers | {word: len(remaining)}
 
 
 def _require_described_tensors(outline: ModelOutline, plan: Shrinking) -> None:
