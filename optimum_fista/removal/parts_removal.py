@@ -103,6 +103,10 @@ class PartsRemoval(Removal):
         if not patterns:
             dense_experts = ("*",)  # all of them: no operator is pruned at all
         operators, left_dense = choose_operators(layers, dense_experts, reason_left_dense)
+
+        experts_plan = columns  # not used if no experts are removed
+        if "experts" in num_kept_by_kind:
+            experts_plan = plan_shrinking(outline, {"experts": num_kept_by_kind["experts"]})
         removal = cls(
             layers=layers,
             config=config,
@@ -116,8 +120,7 @@ class PartsRemoval(Removal):
             num_kept_by_kind=num_kept_by_kind,
             smaller_plan=smaller,
             columns_plan=columns,
-            # for the experts, which are removed after the columns
-            experts_plan=_plan_fewer_experts(outline, num_kept_by_kind, otherwise=columns),
+            experts_plan=experts_plan,
             refits_experts=bool(mixtures) and config.expert_refit and num_texts > 1,
             earlier_masks=EarlierMasks.find(layers),
         )
@@ -145,12 +148,13 @@ class PartsRemoval(Removal):
         """
         if "expert_channels" in self.num_kept_by_kind:
             return False
-        correction = self.config.correction
-        loses_columns = "channels" in self.num_kept_by_kind or "heads" in self.num_kept_by_kind
+        loses_heads = "heads" in self.num_kept_by_kind
+        loses_columns = loses_heads or "channels" in self.num_kept_by_kind
         method_updates_weights = loses_columns and METHODS[self.config.method].updates_weights
+
+        correction = self.config.correction
         # With "full", decoder layers see the error of those before them, as of a removed one, and can compensate.
         follows_removed_layer = self.num_removed_layers > 0 and correction.carry == "full"
-        loses_heads = "heads" in self.num_kept_by_kind
         # the last operator of a decoder layer is refitted (`_with_compensation`)
         compensates = correction.residual_share > 0 and (loses_heads or follows_removed_layer)
         return not (method_updates_weights or self.refits_experts or compensates)
@@ -243,7 +247,8 @@ class PartsRemoval(Removal):
                     num_columns = operator.shape[1]
                     # Operators that lose columns have a pattern already, and keep it.
                     patterns.setdefault(name, Columns.keeping(num_columns, num_columns))
-                # Objects of one name are operators of the same matrix. `self.operators` may have experts besides.
+                # An operator that is in both has the same matrix there. `self.operators` may also have matrices of
+                # experts, which are never refitted here.
                 operators[layer_name] = {**refitted, **self.operators[layer_name]}
 
         pruned = {name for of_layer in operators.values() for name in of_layer}
@@ -278,14 +283,22 @@ class PartsRemoval(Removal):
     ) -> ChosenGroups:
         """Choose the operators to prune in a decoder layer: those that lose columns, and perhaps the last one.
 
-        The last one is refitted, without a loss of columns, to compensate for errors of the layer. `groups` are lists
-        of operators with the same inputs, in execution order. `activations` has the layer, which is dense, and `hidden`
-        [batch, tokens, hidden] of the first batch enters it. The layer runs, and is not changed. First it is proved
-        that zeros in the columns equal their removal; then the kind of the layer is in `self.proven`.
+        First it is proved that zeros in the columns equal their removal; then the kind of the layer is in
+        `self.proven`. The last operator is refitted, without a loss of columns, to compensate for errors of the layer.
+        The layer runs, and is not changed.
 
         `self.smaller_plan.parts` are by the name of the operator that loses columns, and `self.mixtures`, those that
-        lose experts, by the name of their decoder layer. Returns also the operators of the layer that are not pruned,
-        with the reason, and the module of the experts if some are removed.
+        lose experts, by the name of their decoder layer.
+
+        Args:
+            layer_name: The name of the layer, such as "model.layers.3".
+            groups: Lists of operators with the same inputs, in execution order.
+            activations: Has the layer, which is dense.
+            hidden: [batch, tokens, hidden] of the first batch, which enters the layer.
+
+        Returns:
+            The operators to prune, the other operators of the layer with the reason, and the module of the experts if
+            some are removed.
         """
         self._prove(layer_name, activations, hidden)
         self._require_called(layer_name, groups)
@@ -294,16 +307,16 @@ class PartsRemoval(Removal):
         chosen = list[Group]()
         for group in groups:
             chosen.append([o for o in group if o.name in self.smaller_plan.parts])
-        # The last operator is refitted if it loses no columns, and is alone in its group.
-        last_can_be_refitted = bool(groups) and not chosen[-1] and len(groups[-1]) == 1
-        if last_can_be_refitted:
-            # and only if the output of the layer is that of this operator plus something else: then it can compensate
+        # The last operator is refitted if it is alone in its group, and loses no columns.
+        if groups and len(groups[-1]) == 1 and not chosen[-1]:
             last = groups[-1][0]
+            # It can compensate only if the output of the layer is that of this operator plus something else.
             if is_added_to_output(activations, last.module, hidden):
                 chosen[-1] = [last]
 
         pruned = {operator.name for group in chosen for operator in group}
         not_pruned = [o.name for group in groups for o in group if o.name not in pruned]
+
         experts = None  # the module of the mixture that loses experts
         if layer_name in self.mixtures:
             name_in_layer = self.mixtures[layer_name].name.removeprefix(f"{layer_name}.")
@@ -495,19 +508,24 @@ class PartsRemoval(Removal):
         `self.removed_layers` has the loss after the removal of each decoder layer, by its number; it is empty if all
         layers stay.
         """
+        # by the old names of the mixtures, so before they are renamed
         used_before = _shares_of_experts_used(report, of_smaller_model=False)
+
+        # All names become those of the smaller model.
         report.layers = self._renamed_layers(report.layers)
         report.operators = [self._renamed_operator(operator) for operator in report.operators]
         report.left_dense = self.renamed(report.left_dense)
         report.carried = [self._renamed_operator(operator) for operator in report.carried]
         # No mask is lost with a removed layer (`carry_masks`), so each of these names has a new one.
         report.lost_masks = [self.new_name(name) or name for name in report.lost_masks]
+
+        # The warning needs the configuration as the earlier run has left it, so it comes before the new one.
         model = self.layers.model
-        # reads the configuration as the earlier run has left it, so before it is replaced
         masks_were_found = self.earlier_masks is not None
         _warn_of_lost_masks(report, model.config, masks_were_found)
-
         model.config = self.smaller_plan.model.config
+
+        # What was removed, and the parameters before and after.
         report.model["parts_removed"] = [str(removed) for removed in self.removed_parts]
         report.model["parts_counted"] = {
             removed.share.kind: {
@@ -519,13 +537,15 @@ class PartsRemoval(Removal):
         }
         report.model["dense_num_parameters"] = report.model["num_parameters"]
         report.model["num_parameters"] = self.smaller_plan.model.num_parameters()
-        # Nothing is known of the routers of removed layers.
+
+        # Parameters that a token uses; nothing is known of the routers of removed layers.
         if used_before and not self.removed_layers:
             used_after = _shares_of_experts_used(report, of_smaller_model=True)
             report.model["active_parameters"] = {
                 "before": active_parameters(model, used_before),
                 "after": active_parameters(self.smaller_plan.model, used_after),
             }
+
         if self.removed_layers:
             report.model["layers_kept"] = list(self.smaller_plan.layers)  # their old numbers
             report.model["layers_removed"] = [
@@ -624,18 +644,6 @@ def _shares_of_experts_used(report: PruningReport, *, of_smaller_model: bool) ->
 def _count_removed_layers(removed: Sequence[RemovedParts]) -> int:
     """Count the decoder layers that a run removes."""
     return sum(parts.number - parts.kept for parts in removed if parts.share.kind == "layers")
-
-
-def _plan_fewer_experts(
-    outline: ModelOutline, counts: Mapping[Kind, int], otherwise: Shrinking
-) -> Shrinking:
-    """Plan a model that loses experts only, and no decoder layer; `otherwise` if the run removes no experts.
-
-    `counts` are the numbers of groups that stay in every decoder layer, by kind.
-    """
-    if "experts" not in counts:
-        return otherwise
-    return plan_shrinking(outline, {"experts": counts["experts"]})
 
 
 def _warn_of_lost_masks(

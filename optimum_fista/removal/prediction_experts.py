@@ -73,9 +73,11 @@ def load_prediction_layers(
 ) -> tuple[SourceTensors, list[LoadedPredictionLayer]]:
     """Write each prediction layer to a small checkpoint of its own, and load that as a model with one decoder layer.
 
-    Its weights stay in the files of this checkpoint until they are needed. Returns also a copy of `source`. If one of
-    the layers can't be loaded or cut, none is returned, and their modules are not copied, with the reason: they run one
-    after the other.
+    Its weights stay in the files of this checkpoint until they are needed.
+
+    The layers run one after the other, so none can do without the others. If one of them can't be loaded, cut or run,
+    none is returned, and the returned copy of `source` says that their modules are not copied to the result, and why.
+    Otherwise `source` itself is returned.
 
     Args:
         source: The tensors in the files of the given model.
@@ -89,7 +91,7 @@ def load_prediction_layers(
         # Refuses tensors that can't be cut, before the run. Which experts will stay is not known yet.
         with_fewer_experts(source, layers.model, first_experts)
         loaded = [
-            _loaded(
+            _load(
                 layer,
                 source,
                 outline,
@@ -101,13 +103,12 @@ def load_prediction_layers(
         _rehearse(loaded, layers)
     # An architecture that is not known is a ValueError, too. A rehearsal raises whatever the code of the model raises.
     except (ValueError, AttributeError, TypeError, LookupError, RuntimeError) as error:
-        num_tensors = Counter(source.not_loaded.values())
-        reasons = {
-            layer.module: f"{num_tensors[layer.module]} tensors: its experts can't be chosen, because it can't be run "
-            f"({error})"
-            for layer in source.prediction_layers
-        }
-        not_copied = {**source.not_copied, **reasons}
+        num_tensors = Counter(source.not_loaded.values())  # by the module
+        not_copied = dict(source.not_copied)
+        for layer in source.prediction_layers:
+            not_copied[layer.module] = (
+                f"{num_tensors[layer.module]} tensors: its experts can't be chosen, because it can't be run ({error})"
+            )
         return replace(source, not_copied=not_copied, prediction_layers=()), []
     return source, loaded
 
@@ -130,7 +131,7 @@ def _rehearse(loaded: Sequence[LoadedPredictionLayer], layers: DecoderLayers) ->
     )
 
 
-def _loaded(
+def _load(
     layer: PredictionLayer,
     source: SourceTensors,
     outline: ModelOutline,
@@ -155,7 +156,9 @@ def _loaded(
     model_folder.mkdir(parents=True)
     config = _configuration(outline, number, source)
     write_file(model_folder / CONFIG_FILE, config.to_json_string())
-    write_stored(model_folder / "model.safetensors", _tensors(layer, source, given.name))
+    tensors = _tensors_of_small_model(layer, source, given.name)
+    write_stored(model_folder / "model.safetensors", tensors)
+
     model, _, _ = load_lazily(
         str(model_folder),
         copies / "offload",
@@ -182,7 +185,7 @@ def _configuration(outline: ModelOutline, number: int, source: SourceTensors) ->
     return config
 
 
-def _tensors(
+def _tensors_of_small_model(
     layer: PredictionLayer, source: SourceTensors, layers_name: str
 ) -> dict[str, StoredTensor]:
     """Return the stored tensors of a model whose only decoder layer is that of a prediction layer, by name.
@@ -212,33 +215,35 @@ def choose_prediction_experts(
     The layers run, one after the other; nothing is changed. A report has the name of the mixture in the given files.
 
     Args:
-        prediction_layers: As `load_prediction_layers` returns them, in the order in which they predict.
+        prediction_layers: One or more, as `load_prediction_layers` returns them, in the order in which they predict.
         layers: The decoder layers of the given model, of which the final norm is read.
         batches: The calibration; held-out batches are left out here.
         hidden_states: [batch, sequence, hidden] of each batch, as they leave the last decoder layer of the pruned model
             (of the dense one, if only those are known).
         storage: Where activations are kept between passes; `None`: where the layers compute.
     """
-    fitted = [number for number, batch in enumerate(batches) if not batch.held_out]
-    batches = [batches[number] for number in fitted]
+    # The first prediction layer gets the hidden states of the model after its final norm, without held-out batches.
+    first = prediction_layers[0]
+    device = execution_device(first.layers.modules[0])
     decoder_name, _, _ = layers.name.rpartition(".")
     final_norm = stored_tensor(layers.model, f"{decoder_name}.norm.weight")
+    fitted_batches = list[CalibrationBatch]()
+    states = ActivationStore(storage or device, device)
+    for number, batch in enumerate(batches):
+        if not batch.held_out:
+            fitted_batches.append(batch)
+            hidden = hidden_states[number].to(device)
+            states.append(_normalized(first.norm, final_norm, hidden))
 
-    reports = []
-    states: ActivationStore | None = None  # that leave the prediction layer before
+    # Each of the others gets the states that leave the prediction layer before it.
+    reports = list[MixtureReport]()
     for distance, loaded in enumerate(prediction_layers, start=1):
-        device = execution_device(loaded.layers.modules[0])
-        if states is None:
-            states = ActivationStore(storage or device, device)
-            for number in fitted:
-                hidden = hidden_states[number].to(device)
-                states.append(_normalized(loaded.norm, final_norm, hidden))
-        states, report = _choose(loaded, batches, states, distance, storage)
+        states, report = _choose_experts_of(loaded, fitted_batches, states, distance, storage)
         reports.append(report)
     return reports
 
 
-def _choose(
+def _choose_experts_of(
     loaded: LoadedPredictionLayer,
     batches: Sequence[CalibrationBatch],
     states: ActivationStore,
@@ -254,7 +259,7 @@ def _choose(
     layer = loaded.layers.modules[0]
     # The embeddings of the tokens, and the other arguments of the decoder layer (masks, positions).
     recorded = record_inputs(loaded.layers, batches, storage)
-    entering = _inputs(loaded, recorded.hidden_states, states, distance, storage)
+    entering = _layer_inputs(loaded, recorded.hidden_states, states, distance, storage)
     token_masks = []
     for batch, mask in zip(batches, recorded.token_masks, strict=True):
         is_real = torch.ones_like(batch.input_ids, dtype=torch.bool) if mask is None else mask
@@ -270,9 +275,9 @@ def _choose(
         name_in_layer = loaded.part.name.removeprefix(f"{loaded.layers.name}.0.")
         targets = LayerTargets(
             activations,
-            [],  # no operator is pruned
+            groups=[],  # no operator is pruned
             # The dense layer need not run on inputs of its own.
-            Correction("full", dense_share=0.0),
+            correction=Correction("full", dense_share=0.0),
             entering=HiddenStates(dense=None, pruned=entering),
             experts=layer.get_submodule(name_in_layer),
         )
@@ -289,7 +294,7 @@ def _choose(
     return outputs, replace(report, name=loaded.layer.mixture)
 
 
-def _inputs(
+def _layer_inputs(
     loaded: LoadedPredictionLayer,
     embeddings: Sequence[Tensor],
     states: Sequence[Tensor],
