@@ -6,8 +6,8 @@ calls a module (`ExpertLinear`) for each, so that hooks see its inputs. This loo
 grouped products of Transformers, but copies no weight.
 
 The router sends each token to some experts only. In a batch of [batch, sequence] tokens, a token is numbered by its
-place in the flattened batch. Whoever needs to know which tokens an expert got is told so: by `AssignedTokens`, or by
-the second argument with which an `ExpertLinear` is called.
+place in the flattened batch. `AssignedTokens` has the numbers of the tokens that each expert gets, and an
+`ExpertLinear` is called with them as its second argument.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class AssignedTokens:
     tokens: Tensor  # int64, the tokens of these rows, rising for each expert
     # the router's weights of the outputs, [rows, 1]; None if the inputs are weighted already
     weights: Tensor | None
-    bounds: list[int]  # where each expert begins in the last three, and their length
+    # where each expert begins in `rows`, `tokens` and `weights`, and where the last one ends
+    bounds: list[int]
 
     def part(self, expert: int) -> slice:
         """The place of an expert in `rows`, `tokens` and `weights`."""
@@ -54,8 +55,9 @@ class AssignedTokens:
     def num_tokens(self) -> Tensor:
         """Count the tokens that each expert gets, int64 [experts], on the device of the rows.
 
-        A token that an expert gets with the weight 0 is not counted: some routers let tokens skip the mixture so. The
-        rows of the expert number e begin at `self.bounds[e]`, and `self.weights` are `None` if the inputs are weighted.
+        A token that an expert gets with the weight 0 is not counted: with some routers, such a token skips the mixture.
+        The rows of the expert number e begin at `self.bounds[e]`. `self.weights` are `None` if the inputs are weighted
+        already.
         """
         bounds = torch.tensor(self.bounds, device=self.rows.device)
         rows_of_experts = bounds.diff()
