@@ -180,8 +180,8 @@ class DistillationTrainer(Trainer):
         is_sharded = bool(self.is_fsdp_enabled)
         if is_sharded and isinstance(teacher, PreTrainedModel):
             teacher = fsdp2_prepare_model(self.accelerator, teacher)
-        # The student's head may be in 16 bits, and its hidden states are not. The head of a sharded model is whole only
-        # inside a call of the whole model, which then is not cut.
+        # The head of a sharded model is whole only inside a call of the whole model, which then is not cut (`whole`).
+        # Inside autocast, because the student's head may be in 16 bits, and its hidden states are not.
         with self.accelerator.autocast():
             self._student = Predictor(model, whole=is_sharded)
             self._teacher: Teacher
@@ -200,7 +200,6 @@ class DistillationTrainer(Trainer):
         self.schedule = Schedule(steps)
 
         self.warnings: list[str] = []
-        num_bytes = 0
         if not is_sharded:  # the plan counts whole logits of sharded models
             num_bytes = bytes_of_whole_logits(
                 self._student,
@@ -208,9 +207,10 @@ class DistillationTrainer(Trainer):
                 num_positions=arguments.per_device_train_batch_size * trained_on.tokens.shape[1],
                 dtype=torch.bfloat16 if arguments.bf16 else torch.float32,
             )
-        if num_bytes:
-            self.warnings.append(whole_logits_warning(model, num_bytes))
-            logger.warning("%s", self.warnings[-1])
+            if num_bytes:
+                warning = whole_logits_warning(model, num_bytes)
+                logger.warning("%s", warning)
+                self.warnings.append(warning)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make AdamW with a learning rate for each parameter, and note it in `self.optimizer`, as the Trainer expects.
@@ -252,9 +252,7 @@ class DistillationTrainer(Trainer):
     def back_off(self) -> None:
         """Go on from the best weights until now, with a quarter of the learning rate and a new warm-up.
 
-        The best weights are those of the saved state that `self.state` of the Trainer names (`best_global_step`), or
-        those before the training, which `self._read_start` reads again from the model's files. The keys of
-        `self._sizes` are the names of the trained parameters.
+        The keys of `self._sizes` are the names of the trained parameters.
 
         Changes the values of the trained parameters, the optimizer's state (to that of a new optimizer), its rates, and
         `self.schedule`.
@@ -263,15 +261,7 @@ class DistillationTrainer(Trainer):
         optimizer: Any = self.optimizer
         scheduler: Any = self.lr_scheduler
 
-        best_step = self.state.best_global_step
-        if best_step:
-            journal = Path(str(self.args.output_dir))
-            best_weights: Mapping[str, Tensor] = load_file(
-                journal / f"checkpoint-{best_step}" / _WEIGHTS
-            )
-        else:
-            best_weights = self._read_start()
-
+        best_weights = self._best_weights()
         parameters = plain_parameters(model)
         for name in self._sizes:
             value = best_weights[name]
@@ -297,6 +287,18 @@ class DistillationTrainer(Trainer):
         self.schedule.share /= _BACK_OFF
         for group, rate in zip(optimizer.param_groups, scheduler.base_lrs, strict=True):
             group["lr"] = rate * self.schedule(next_step)
+
+    def _best_weights(self) -> Mapping[str, Tensor]:
+        """Read the trained parameters with the smallest held-out loss until now, by name, to the CPU.
+
+        They are in the saved state that `self.state` of the Trainer names (`best_global_step`). If no step was better
+        than the start, `self._read_start` reads those before the training again from the model's files.
+        """
+        best_step = self.state.best_global_step
+        if not best_step:
+            return self._read_start()
+        journal = Path(str(self.args.output_dir))
+        return load_file(journal / f"checkpoint-{best_step}" / _WEIGHTS)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
         """Return the divergence from the teacher and the text, with its gradient, on a batch of text.
@@ -564,20 +566,20 @@ class Watch(TrainerCallback):
     ) -> None:
         """Ask for a saved state, an evaluation or the end of the training, in all processes at once.
 
-        After the first step of this start it says how long the others will take. Sets `control`, which the Trainer
-        obeys, and `self.stopped` (whether some process was asked to stop), and moves the bar. Rank 0's clock decides
-        when a state is saved: two minutes after the last one (`self._saved`).
+        After the first step of this start it says how long the others will take (`self._is_step_timed` is True then).
+        Sets `control`, which the Trainer obeys, and `self.stopped` (whether some process was asked to stop), and moves
+        the bar.
 
-        `self._asked_to_stop` is True after Ctrl-C in this process. `self._first_check` is the number of an early step
-        after which the loss is measured, before the Trainer would do so. `self._step_began` is the moment at which this
-        step began. `self._is_step_timed` is True once this start has said how long the steps take.
+        `self._saved` is the moment of the last saved state. `self._asked_to_stop` is True after Ctrl-C in this process.
+        `self._first_check` is the number of an early step after which the loss is measured, before the Trainer would do
+        so.
         """
         self._bar.update()
         if not self._is_step_timed:
             self._is_step_timed = True
-            seconds = time.perf_counter() - self._step_began
-            interval = tqdm.format_interval((state.max_steps - state.global_step) * seconds)
-            logger.info("one step takes %.1f seconds: about %s for the others", seconds, interval)
+            self._log_duration(state)
+
+        # The clocks of processes differ: that of rank 0 decides when a state is saved. Ctrl-C in any process stops all.
         is_due = time.perf_counter() - self._saved > _SAVE_SECONDS
         of_all_ranks = self._ranks.gather((is_due, self._asked_to_stop))  # a pair for each rank
         is_due_in_rank_0 = of_all_ranks[0][0]
@@ -587,6 +589,12 @@ class Watch(TrainerCallback):
         control.should_save |= is_due_in_rank_0
         control.should_evaluate |= state.global_step == self._first_check
         control.should_training_stop |= self.stopped
+
+    def _log_duration(self, state: TrainerState) -> None:
+        """Log how long the step took that began at `self._step_began`, and how long all later steps will take."""
+        seconds = time.perf_counter() - self._step_began
+        interval = tqdm.format_interval((state.max_steps - state.global_step) * seconds)
+        logger.info("one step takes %.1f seconds: about %s for the others", seconds, interval)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -615,12 +623,11 @@ class Watch(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        """Log the held-out loss; back off if it has risen above the smallest one until now, or is not finite.
+        """Log the held-out loss, and back off if it has risen (`_has_risen`) before the last step.
 
-        A rise by less than a tenth of what was gained is chance. `self.back_off` is that of the trainer, which changes
-        weights and learning rates. At step 0, the loss is noted as the best one in `state.best_metric`, and a loss that
-        is not finite is an error. The bar (`self._bar`) shows the loss. Without a bar the training is over, and nothing
-        is done.
+        `self.back_off` is that of the trainer, which changes weights and learning rates. At step 0, the loss is noted
+        as the best one in `state.best_metric`, and a loss that is not finite is an error. The bar (`self._bar`) shows
+        the loss. Without a bar the training is over, and nothing is done.
 
         `given["metrics"]` has the loss. The Trainer has added it to `state.log_history` already.
         """
@@ -639,14 +646,10 @@ class Watch(TrainerCallback):
                 raise ValueError(
                     f"the pruned model's held-out loss is {loss}: look for NaN in its weights."
                 )
+            return
 
-        losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
-        loss_before = losses[0]  # before the training
-        smallest_loss = cast(float, state.best_metric)  # the Trainer compares `loss` with it later
-        by_chance = _CHANCE * (loss_before - smallest_loss)
-        is_worse = not loss <= smallest_loss + by_chance  # so that NaN is worse, too
         is_last_step = state.global_step >= state.max_steps
-        if is_worse and not is_last_step:
+        if _has_risen(loss, state) and not is_last_step:
             best_step = state.best_global_step
             weights = f"after step {best_step}" if best_step else "before the training"
             logger.warning(
@@ -654,7 +657,7 @@ class Watch(TrainerCallback):
                 "back to the weights %s, with a quarter of the steps' size",
                 loss,
                 state.global_step,
-                smallest_loss,
+                state.best_metric,
                 weights,
                 weights,
             )
@@ -667,6 +670,18 @@ class Watch(TrainerCallback):
         if self._bar is not None:
             self._bar.close()
         self._bar = None
+
+
+def _has_risen(loss: float, state: TrainerState) -> bool:
+    """Tell whether a held-out loss is above the smallest one until now by more than chance, or is not finite.
+
+    A rise by less than a tenth of what was gained is chance. `state.best_metric` is the smallest loss until now; the
+    Trainer compares `loss` with it later. `state.log_history` has all losses, the one before the training first.
+    """
+    losses = [row["eval_loss"] for row in state.log_history if "eval_loss" in row]
+    smallest_loss = cast(float, state.best_metric)
+    gain = losses[0] - smallest_loss
+    return not loss <= smallest_loss + _CHANCE * gain  # so that NaN counts, too
 
 
 def _finish_state(journal: Path, state: TrainerState) -> None:
