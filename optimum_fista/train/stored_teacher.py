@@ -68,31 +68,31 @@ class StoredTeacher:
         The sequences are found by their tokens (`self._numbers`). Only their part of a shard in `self._folder` is read.
         """
         parts = [self._of_sequence(self._numbers[_key(sequence)]) for sequence in ids.cpu()]
-        tokens, log_of_tokens, log_of_rest = (
-            torch.cat(tensors).to(ids.device) for tensors in zip(*parts, strict=True)
-        )
+        tokens = torch.cat([part.tokens for part in parts]).to(ids.device)
+        log_of_tokens = torch.cat([part.log_of_tokens for part in parts]).to(ids.device)
+        log_of_rest = torch.cat([part.log_of_rest for part in parts]).to(ids.device)
 
         # float16 has rounded the logarithms, so that the probabilities do not quite add up to 1.
         log_of_sum = torch.cat([log_of_tokens, log_of_rest], dim=1).logsumexp(1, keepdim=True)
         top = TopPredictions(
-            tokens=tokens.long(),
+            tokens=tokens,
             log_of_tokens=log_of_tokens - log_of_sum,
             log_of_rest=log_of_rest - log_of_sum,
         )
         return top.part
 
-    def _of_sequence(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Read the three tensors of a sequence, [length - 1, ...], from its shard in `self._folder`.
+    def _of_sequence(self, number: int) -> TopPredictions:
+        """Read the predictions of a sequence from its shard in `self._folder`; their tensors are [length - 1, ...].
 
         Logarithms become float32: autocast to bfloat16 refuses to join tensors in float16. A shard has
         `self._sequences_of_shard` sequences.
         """
         shard, index = divmod(number, self._sequences_of_shard)
         with safe_open(_file_of_shard(self._folder, shard), "pt") as file:
-            return (
-                file.get_slice("tokens")[index],
-                file.get_slice("log_of_tokens")[index].float(),
-                file.get_slice("log_of_rest")[index].float(),
+            return TopPredictions(
+                tokens=file.get_slice("tokens")[index].long(),
+                log_of_tokens=file.get_slice("log_of_tokens")[index].float(),
+                log_of_rest=file.get_slice("log_of_rest")[index].float(),
             )
 
     def bytes_beyond_a_chunk(self, num_positions: int, bytes_per_logit: int) -> int:
@@ -215,16 +215,16 @@ def _write_shards(
     total = sum(part.numel() for part in parts.values())
     with tqdm(total=total, desc="Teacher", unit="token", disable=not progress) as bar:
         for shard, part in parts.items():
-            of_sequences = []
+            tensors_of_sequences = []
             for sequence in part:
                 ids = sequence[None].to(plan.device)
                 with products, torch.no_grad():
-                    of_sequences.append(_top_predictions(teacher, ids, plan.options.top_k))
+                    tensors_of_sequences.append(_top_predictions(teacher, ids, plan.options.top_k))
                 bar.update(ids.numel())
-            tensors = {
-                name: torch.stack([tensors[name] for tensors in of_sequences])
-                for name in of_sequences[0]
-            }
+
+            tensors = {}  # [sequences, length - 1, ...]
+            for name in tensors_of_sequences[0]:
+                tensors[name] = torch.stack([of_one[name] for of_one in tensors_of_sequences])
             write_file(_file_of_shard(folder, shard), tensors)
 
 
