@@ -338,4 +338,6 @@ def text_loss(
         cross_entropy(student.logits(hidden[rows]).float(), labels[rows], reduction="sum")
         for rows in student.chunks(len(labels))
     ]
-    return torch.stack(sums).sum() / (len(labels) if divisor is None else divisor)
+    if divisor is None:
+        divisor = len(labels)
+    return torch.stack(sums).sum() / divisor

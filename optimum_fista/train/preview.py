@@ -69,8 +69,7 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
     Returns the seconds of a step, and the bytes that logits take more than `choice` says: 0 if models can be cut.
 
     One pass is timed, after another one that fills caches. Its time, multiplied by the number of passes, is that of the
-    step. If the teacher's predictions are stored, others of the same shape take their place; if the text alone counts,
-    there is no teacher. All models are local to this function, so their memory is free when it returns. `plan` and
+    step. All models are local to this function, so their memory is free when it returns. `plan` and
     `choice` are only read: `choice.train` says what has gradients, `choice.checkpointed` whether activations are
     computed twice.
     """
@@ -81,16 +80,9 @@ def _seconds_of_step(plan: RecoveryPlan, choice: Choice) -> tuple[float, int]:
 
     in_16_bits = plan.compute_dtype != torch.float32
     products = torch.autocast(plan.device.type, plan.compute_dtype, enabled=in_16_bits)
-    teacher: Teacher
     with products:  # `Predictor` runs a model on a few tokens, to find out how to cut it
         student_predictor = Predictor(student)
-        if not plan.has_teacher:
-            teacher = TextAlone()
-        elif plan.options.teacher_logits is None:
-            model, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
-            teacher = LiveTeacher(model.eval(), plan.kept_tokens)
-        else:
-            teacher = _AnyTeacher(min(plan.options.top_k, vocabulary))
+        teacher = _teacher_in_training(plan, vocabulary)
 
     # Ids 0, 1, 2, ..., which begin again at the end of the vocabulary.
     numbers = torch.arange(plan.options.batch_size * plan.length).remainder(vocabulary)
@@ -125,6 +117,20 @@ def _student_in_training(plan: RecoveryPlan, choice: Choice) -> PreTrainedModel:
     round_head(student, plan.compute_dtype)
     student.train()
     return student
+
+
+def _teacher_in_training(plan: RecoveryPlan, vocabulary: int) -> Teacher:
+    """Load the teacher as the training has it; `vocabulary` is the number of the student's tokens.
+
+    If the teacher's predictions are stored, others of the same shape take their place. If the text alone counts, there
+    is no teacher.
+    """
+    if not plan.has_teacher:
+        return TextAlone()
+    if plan.options.teacher_logits is not None:
+        return _AnyTeacher(min(plan.options.top_k, vocabulary))
+    model, _ = load_model(plan.teacher, device=str(plan.device), dtype=plan.compute_dtype)
+    return LiveTeacher(model.eval(), plan.kept_tokens)
 
 
 def _counted_in_batch(plan: RecoveryPlan) -> Tensor | None:

@@ -395,10 +395,7 @@ def _train(
 
     # of the files of the model, in which the trained weights will be saved
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
-    mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
-    if not shards_weights():  # the head of a sharded model is left as it is
-        round_head(model, plan.compute_dtype)
+    _prepare_student(model, choice, plan.compute_dtype)
 
     states = ranks.first(lambda: intact_states(journal))
     last_state = str(states[max(states)]) if states else None
@@ -409,6 +406,7 @@ def _train(
         processes=ranks.count,
         resumed=last_state is not None,
     )
+
     watch = Watch(ranks, progress=progress, first_check=math.ceil(plan.steps / 20))
     callbacks: list[TrainerCallback] = [watch]
     if choice.train == "all" and plan.report is not None:
@@ -434,6 +432,7 @@ def _train(
         # After an error the Trainer does not call this, and the hook that masks have on all optimizers would stay.
         for callback in callbacks:
             callback.on_train_end(arguments, trainer.state, trainer.control)
+
     # Ctrl-C ended the training before its last step. Its state is saved, so the same call resumes there.
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
@@ -444,6 +443,17 @@ def _train(
     trained = cast(nn.Module, trainer.model) if report.best_step else None
     recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
     return recovered, report
+
+
+def _prepare_student(model: PreTrainedModel, choice: Choice, compute_dtype: torch.dtype) -> None:
+    """Bring the weights of the student into the dtypes of the training, with gradients for those that `choice` trains.
+
+    All weights become float32. Then that of the head is rounded to `compute_dtype`, the dtype of products.
+    """
+    model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
+    mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
+    if not shards_weights():  # the head of a sharded model is left as it is
+        round_head(model, compute_dtype)
 
 
 def _log_differences(model: PreTrainedModel, source: str) -> None:
