@@ -176,15 +176,14 @@ def recover(
             require_output(plan.output, overwrite)  # another run may just have ended
 
         ranks.first(lock)
+
         # Hashed now, so that a change of a file during the run is noticed.
         students_files = shared_files(Path(plan.source), unfinished, ranks, progress)
         teachers_files = shared_files(Path(plan.teacher), unfinished, ranks, progress)
         ranks.first(lambda: _require_right_models(plan, teachers_files, unfinished))
-        if plan.options.teacher_logits is not None:
-            # What is known before the text: it may take hours to write.
-            settings = _settings_of_predictions(plan, teachers_files)
-            folder_of_teacher = Path(plan.options.teacher_logits)
-            ranks.first(lambda: require_settings(folder_of_teacher, settings))
+
+        # Stored predictions are checked as far as possible before the text is drawn: it may take hours to write.
+        ranks.first(lambda: _require_settings_of_predictions(plan, teachers_files))
         text = ranks.first(lambda: draw_text(plan, unfinished / JOURNAL, progress))
 
         # A run in `unfinished` with another fingerprint is refused, or deleted if `overwrite`.
@@ -195,15 +194,7 @@ def recover(
 
         stored = None  # the teacher is loaded for the training, or has no part in it
         if plan.options.teacher_logits is not None:
-            # Predictions of all tokens are stored, also of those that do not count.
-            trained_on = text.tokens[plan.options.held_out :]
-            stored = stored_teacher(
-                plan,
-                settings | {"text": _digest_of_sequences(trained_on)},
-                trained_on,
-                ranks,
-                progress=progress,
-            )
+            stored = _store_predictions(plan, teachers_files, text, ranks, progress=progress)
 
         # `exchanging`: if another process ends while tensors are exchanged, the error says so.
         with _process_restored(plan.device), ranks.exchanging():
@@ -287,6 +278,32 @@ def _settings_of_predictions(plan: RecoveryPlan, teachers_files: SourceFiles) ->
         "top_k": plan.options.top_k,
         "compute_dtype": str(plan.compute_dtype).removeprefix("torch."),
     }
+
+
+def _require_settings_of_predictions(plan: RecoveryPlan, teachers_files: SourceFiles) -> None:
+    """Refuse a folder of stored predictions (`teacher_logits`) whose settings, but for the text, are other ones."""
+    if plan.options.teacher_logits is not None:
+        settings = _settings_of_predictions(plan, teachers_files)
+        require_settings(Path(plan.options.teacher_logits), settings)
+
+
+def _store_predictions(
+    plan: RecoveryPlan,
+    teachers_files: SourceFiles,
+    text: Sequences,
+    ranks: Ranks,
+    *,
+    progress: bool,
+) -> StoredTeacher:
+    """Store the teacher's predictions of the text to train on, as far as they are missing, and return them.
+
+    Predictions of all tokens are stored, also of those that do not count. All processes must call this. `progress`:
+    whether to show a bar.
+    """
+    trained_on = text.tokens[plan.options.held_out :]
+    settings = _settings_of_predictions(plan, teachers_files)
+    settings["text"] = _digest_of_sequences(trained_on)
+    return stored_teacher(plan, settings, trained_on, ranks, progress=progress)
 
 
 def _digest_of_sequences(sequences: Tensor) -> str:
