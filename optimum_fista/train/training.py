@@ -465,15 +465,14 @@ def _masks_of_zeros(model: PreTrainedModel) -> dict[str, Tensor]:
 
     # The summary of the pruning run. A model that another program has pruned has none.
     record = getattr(model.config, CONFIG_KEY, None) or {}
-    promised = int(record.get("num_zeros", 0))
+    promised = record.get("num_zeros")  # the zeros of all masks
     are_by_chance = zeros < _SHARE_BY_CHANCE * weights
-    # The number counts the zeros of all masks. It is 0 (and not missing) if the run only removed whole parts.
-    only_lost_parts = record.get("num_zeros") == 0
-    if only_lost_parts:
-        # No zeros are promised. If there are more than by chance, an earlier run left them, without masks.
+    if promised == 0:  # and not missing: the run only removed whole parts
+        # If there are more zeros than by chance, an earlier run left them, without masks.
         return {} if are_by_chance else masks
 
-    if are_by_chance or zeros < promised:
+    lacks_zeros = promised is not None and zeros < promised
+    if are_by_chance or lacks_zeros:
         promise = f", its configuration says {promised:,}." if promised else "."
         raise ValueError(
             f"{type(model).__name__} is not pruned, or no longer: {zeros:,} of the {weights:,} weights of its decoder "
