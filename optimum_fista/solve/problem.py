@@ -268,6 +268,26 @@ class LayerProblem:
                 error += inner_by_rows(difference @ self.gram, difference).sum()
         return error
 
+    def change_of_error(self, weight: Tensor) -> float:
+        """Return by how much the squared error of weights `W*` [out, in] exceeds that of the dense ones, `W`.
+
+        It is negative if `W*` is better. With `D = W* - W`, the target `C` and the Gram matrix `G`, it is
+
+            <(W* + W) G - 2 C, D>,
+
+        which is small if `D` is. The difference of two results of `squared_error` would lose these digits, because each
+        is rounded by as much as `|| Y ||_F^2` is.
+        """
+        if self._original is not None:  # this problem is decoupled
+            return self._original.change_of_error(weight)
+
+        change = self.output_energies.new_zeros(())
+        for rows in row_blocks(weight):
+            both = weight[rows] + self.weight[rows]
+            gradient = torch.addmm(self.target[rows], both, self.gram, beta=-2)  # (W* + W) G - 2 C
+            change += inner_by_rows(gradient, weight[rows] - self.weight[rows]).sum()
+        return float(change)
+
     def fit_error(self, weight: Tensor) -> float:
         """Return the error `|| W* X* - Y ||_F / || Y ||_F` of weights `W*` [out, in], with 0/0 = 0."""
         (error,) = fit_errors([self.error_and_energy(weight)])

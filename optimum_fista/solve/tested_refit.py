@@ -44,11 +44,10 @@ def refit_that_helps(parts: Sequence[LayerProblem], shares: Sequence[float]) -> 
     for number, part in enumerate(parts):
         others = [*parts[:number], *parts[number + 1 :]]
         fitted_to_others = refit_to_all(others).weight  # W_t
-        error_before = part.squared_error(part.weight)
         shares_that_help = list[float]()
         for share in remaining:
             weight = _moved(part.weight, fitted_to_others, share)
-            if part.squared_error(weight) < error_before:
+            if part.change_of_error(weight) < 0:
                 shares_that_help.append(share)
         remaining = shares_that_help
         if not remaining:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from layer_problems import example
 
 from optimum_fista.solve.problem import InputStatistics, LayerProblem
 from optimum_fista.solve.refit import refit_columns
@@ -124,3 +125,35 @@ def test_a_refit_changes_no_part():
         assert torch.equal(problem.gram, gram)
         assert torch.equal(problem.target, target)
         assert not problem.weight.any()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_strong_input_does_not_hide_in_float32_that_a_refit_helps(seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(16, 64, generator=generator) / 8
+    # what all parts ask for: a small change of the weights, but for those of the strong input
+    better = weight + 0.02 * torch.randn(16, 64, generator=generator) / 8
+    better[:, 0] = weight[:, 0]
+    parts, exact_parts = [], []
+    for _ in range(3):
+        inputs = torch.randn(512, 64, generator=generator)
+        inputs[:, 0] *= 1000
+        outputs = inputs @ better.T + 0.1 * torch.randn(512, 16, generator=generator)
+        parts.append(problem_of(weight, inputs, outputs))
+        exact_parts.append(problem_of(weight.double(), inputs.double(), outputs.double()))
+
+    refit = refit_that_helps(parts, SHARES)
+
+    exact = refit_that_helps(exact_parts, SHARES)
+    assert (refit and refit.share) == (exact and exact.share)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_the_change_of_the_error_is_the_difference_of_two_errors(corrected):
+    made = example(3, 8, corrected=corrected)
+    changed = made.weight + 0.1 * torch.randn(made.weight.shape, dtype=made.weight.dtype)
+
+    change = made.problem.change_of_error(changed)
+
+    before = made.problem.squared_error(made.weight)
+    assert change == pytest.approx(made.problem.squared_error(changed) - before)
