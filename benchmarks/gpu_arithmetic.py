@@ -321,11 +321,11 @@ def _errors(run: Run) -> Counter[str]:
     One product measures the error of an operator's new weights. The target of an operator that corrects no error of
     others is the product of its weights and the Gram matrix.
     """
-    of_all, of_corrected = (
-        sum(2 * group.weights * group.inputs for group in groups)
-        for groups in (run.groups, run.corrected_groups)
-    )
-    return Counter({"float32": 2 * of_all - of_corrected})
+    of_errors = sum(2 * group.weights * group.inputs for group in run.groups)
+    # `_rest` counts the targets of these groups
+    of_other_targets = sum(2 * group.weights * group.inputs for group in run.corrected_groups)
+    of_targets = of_errors - of_other_targets
+    return Counter({"float32": of_errors + of_targets})
 
 
 def _allocation(run: Run) -> Counter[str]:

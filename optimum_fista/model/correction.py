@@ -386,9 +386,13 @@ class LayerTargets:
     def _expert_target(self, batch: int, layer_output: Tensor, pruned_sum: Tensor) -> Tensor:
         """Return the target of one batch for the sum of all experts (`expert_targets`), float32 [tokens, out].
 
-        `layer_output` is D* + E(X*), and `pruned_sum` is E(X*), float32 [tokens, out], which stays as it is. Of each
-        batch the dense pass has kept two things: the sum of the experts E(X) [tokens, out] in `self._expert_outputs`,
-        and the layer's whole outputs D + E(X) in `self._outputs`.
+        Symbols are those of `expert_targets`. The dense pass has kept two things of each batch: the sum of the experts
+        E(X) [tokens, out] in `self._expert_outputs`, and the layer's whole outputs D + E(X) in `self._outputs`.
+
+        Args:
+            batch: The number of the batch.
+            layer_output: The layer's output D* + E(X*) in the pruned network, [batch, sequence, hidden].
+            pruned_sum: The sum of all experts there, E(X*), float32 [tokens, out]; it stays as it is.
         """
         correction = self._correction
         if not correction.needs_dense:  # a = b = 0

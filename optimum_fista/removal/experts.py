@@ -7,7 +7,8 @@ makes the mixture of one decoder layer smaller, after the other operators of the
 
        || p_e E_e(x) ||,
 
-   where `E_e(x)` is its output and `p_e` the weight that the router gives to it (REAP, arXiv 2510.13999, eq. 9).
+   `E_e(x)` is the output of the expert for a token x, and `p_e` is the weight that the router gives to this output.
+   This is the criterion of REAP (arXiv 2510.13999, eq. 9).
 2. `experts_to_keep` chooses the most salient experts. If the router reads the experts of a token from a table,
    `choose_substitutes` chooses which of them replace the removed ones there.
 3. `smaller_copy` copies the decoder layer without the removed experts. In the copy, the router sends each token to
@@ -239,11 +240,15 @@ def experts_to_keep(
 ) -> tuple[int, ...]:
     """Return the numbers of the `count` most salient experts, rising; the first ones if several are equal.
 
-    `saliency` is [experts], and `num_tokens`, int64 [experts], says how many tokens reached each expert; `None`: every
-    expert got some. Nothing is known of an expert without tokens, so it comes after all others.
+    If the router chooses groups of experts first, equally many experts of each group are kept. The groups are of equal
+    size, and their experts are numbered one group after the other.
 
-    If the router chooses groups of experts first, there are `num_router_groups` of these groups, of equal size and one
-    after the other. Equally many experts of each group are kept.
+    Args:
+        saliency: [experts].
+        count: Of the experts to keep, of all groups together.
+        num_router_groups: Groups that the router chooses from; 1: it chooses experts without groups.
+        num_tokens: How many tokens reached each expert, int64 [experts]; `None`: every expert got some. Nothing is
+            known of an expert without tokens, so it comes after all others.
     """
     if num_tokens is not None:
         saliency = torch.where(num_tokens > 0, saliency, -torch.inf)

@@ -75,8 +75,8 @@ class SmallerMixture:
             experts: Those that stay.
             activations: Runs the decoder layer, which has these experts only.
             hidden_states: [batch, sequence, hidden] of each batch, which enter the layer.
-            targets: `Y` [batch, sequence, out] of each batch, which `E*` should come close to: what all experts
-                returned, corrected for the error in the rest of the layer (`LayerTargets.expert_targets`).
+            targets: `Y` of each batch, [batch, sequence, out]: what all experts returned together, corrected for the
+                error in the rest of the layer (`LayerTargets.expert_targets`). `E*` should come close to it.
         """
         self.experts = experts
         self._down = [operator for operator in experts.operators if operator.kind == "down_proj"]

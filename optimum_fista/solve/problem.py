@@ -255,28 +255,29 @@ class LayerProblem:
         if self._original is not None:  # this problem is decoupled
             return self._original._squared_error(weight)
 
-        error = self.output_energies.new_zeros(())
-        if self.corrected:  # Y is another matrix than W X*
-            error += self.output_energies.sum()
+        if not self.corrected:  # Y = W X*
+            error = self.output_energies.new_zeros(())
+            for rows in row_blocks(weight):
+                difference = weight[rows] - self.weight[rows]  # D
+                error += inner_by_rows(difference @ self.gram, difference).sum()
+            return error
+
+        error = self.output_energies.sum()  # || Y ||^2
         for rows in row_blocks(weight):
             new = weight[rows]
-            if self.corrected:
-                outputs = torch.addmm(self.target[rows], new, self.gram, beta=-2)  # W* G - 2 C
-                error += inner_by_rows(outputs, new).sum()
-            else:
-                difference = new - self.weight[rows]  # D
-                error += inner_by_rows(difference @ self.gram, difference).sum()
+            outputs = torch.addmm(self.target[rows], new, self.gram, beta=-2)  # W* G - 2 C
+            error += inner_by_rows(outputs, new).sum()
         return error
 
     def change_of_error(self, weight: Tensor) -> float:
-        """Return by how much the squared error of weights `W*` [out, in] exceeds that of the dense ones, `W`.
+        """Return the squared error of the weights `W*` minus that of the dense weights `W`; negative if `W*` is better.
 
-        It is negative if `W*` is better. With `D = W* - W`, the target `C` and the Gram matrix `G`, it is
+        `weight` is `W*` [out, in]. The change of the weights is `D = W* - W`, and that of the squared error is
 
-            <(W* + W) G - 2 C, D>,
+            || W* X* - Y ||_F^2 - || W X* - Y ||_F^2  =  <(W* + W) G - 2 C, D>.
 
-        which is small if `D` is. The difference of two results of `squared_error` would lose these digits, because each
-        is rounded by as much as `|| Y ||_F^2` is.
+        The right side is computed. It is small if `D` is small, and so is its rounding error. Each of the two errors on
+        the left is rounded by about as much as `|| Y ||_F^2` is, which may be more than their difference.
         """
         if self._original is not None:  # this problem is decoupled
             return self._original.change_of_error(weight)

@@ -157,3 +157,19 @@ def test_the_change_of_the_error_is_the_difference_of_two_errors(corrected):
 
     before = made.problem.squared_error(made.weight)
     assert change == pytest.approx(made.problem.squared_error(changed) - before)
+
+
+def test_the_change_of_the_error_of_a_decoupled_problem_is_that_of_its_original():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(TOKENS, COLUMNS, generator=generator, dtype=torch.float64)
+    inputs[:, 0] *= 1e-4  # nearly dead
+    weight = torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    problem = problem_of(weight, inputs, inputs @ weight.T + inputs[:, 1:4])
+    changed = weight + torch.randn(ROWS, COLUMNS, generator=generator, dtype=torch.float64)
+    changed[:, 0] *= 1e4  # so that its products with other inputs count
+
+    decoupled = problem.decoupled()
+
+    assert not torch.equal(decoupled.gram, problem.gram)
+    expected = problem.squared_error(changed) - problem.squared_error(weight)
+    assert decoupled.change_of_error(changed) == pytest.approx(expected)
