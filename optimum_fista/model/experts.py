@@ -28,9 +28,6 @@ from optimum_fista.model.hooks import replaced_forwards
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.model.precision import in_few_sizes
 
-ExpertWatcher = Callable[[int, Tensor, Tensor], None]
-"""Is called with an expert's number, the tokens that it gets, and its outputs for them times the router's weights."""
-
 
 @dataclass
 class AssignedTokens:
@@ -52,21 +49,23 @@ class AssignedTokens:
         """The tokens that an expert gets: int64, rising."""
         return self.tokens[self.part(expert)]
 
-    def num_tokens(self) -> Tensor:
-        """Count the tokens that each expert gets, int64 [experts], on the device of the rows.
+    def counted(self, expert: int) -> Tensor:
+        """Whether each token of `tokens_of(expert)` counts as one of the expert's, booleans.
 
-        A token that an expert gets with the weight 0 is not counted: with some routers, such a token skips the mixture.
-        The rows of the expert number e begin at `self.bounds[e]`. `self.weights` are `None` if the inputs are weighted
-        already.
+        A token that an expert gets with the weight 0 does not: with some routers, such a token skips the mixture.
         """
-        bounds = torch.tensor(self.bounds, device=self.rows.device)
-        rows_of_experts = bounds.diff()
         if self.weights is None:
-            return rows_of_experts
-        numbers = torch.arange(len(rows_of_experts), device=bounds.device)
-        experts = numbers.repeat_interleave(rows_of_experts)  # of each row the number of its expert
-        has_weight = self.weights[: len(experts), 0] != 0
-        return torch.bincount(experts[has_weight], minlength=len(rows_of_experts))
+            return torch.ones_like(self.tokens_of(expert), dtype=torch.bool)
+        return self.weights[self.part(expert), 0] != 0
+
+    def num_tokens(self) -> Tensor:
+        """Count the tokens of each expert, int64 [experts], on the device of the rows."""
+        num_experts = len(self.bounds) - 1
+        return torch.stack([self.counted(expert).sum() for expert in range(num_experts)])
+
+
+ExpertWatcher = Callable[[int, AssignedTokens, Tensor], None]
+"""Is called with an expert's number, the rows of the batch, and the expert's outputs times the router's weights."""
 
 
 class ExpertLinear(nn.Module):
@@ -347,8 +346,8 @@ class FusedExperts:
     def outputs(self, batch: AssignedTokens, watcher: ExpertWatcher | None = None) -> Tensor:
         """Run the experts on a batch, and sum their outputs for each row of its hidden states, [rows, hidden].
 
-        `watcher` is called with the number of every expert, its tokens and its outputs, times the router's weights.
-        `self._experts` are the matrices of each expert. Changes nothing.
+        `watcher` is called with the number of every expert, `batch`, and the expert's outputs for its tokens times the
+        router's weights. `self._experts` are the matrices of each expert. Changes nothing.
         """
         output = torch.zeros_like(batch.hidden_states)
         for expert in range(len(self._experts)):
@@ -361,7 +360,7 @@ class FusedExperts:
                 # weighted before they are added, in the order of Transformers
                 expert_outputs = expert_outputs * batch.weights[part]
             if watcher is not None:
-                watcher(expert, tokens, expert_outputs)
+                watcher(expert, batch, expert_outputs)
             # The sum has the dtype of the hidden states. In place, because a copy of all rows takes longer than a small
             # expert.
             output.index_add_(0, rows, expert_outputs.to(output.dtype))

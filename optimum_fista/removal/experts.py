@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.correction import LayerTargets
-from optimum_fista.model.experts import FusedExperts, split_experts
+from optimum_fista.model.experts import AssignedTokens, FusedExperts, split_experts
 from optimum_fista.model.inputs import LayerActivations
 from optimum_fista.model.operators import LinearOperator
 from optimum_fista.records import MixtureReport
@@ -214,25 +214,24 @@ class _ExpertSums:
                     num_experts, dtype=torch.int64, device=activations.device
                 )
 
-    def add_outputs(self, expert: int, tokens: Tensor, outputs: Tensor) -> None:
+    def add_outputs(self, expert: int, assigned: AssignedTokens, outputs: Tensor) -> None:
         """Add outputs of an expert in the batch that runs; `expert` is its number.
 
-        It is called for every expert while the layer runs. `outputs` [tokens, out] are weighted by the router; `tokens`
-        are the numbers of their tokens in the batch. Outputs of held-out batches and of padding are left out.
+        It is called for every expert while the layer runs. `outputs` [tokens, out] are of `assigned.tokens_of(expert)`,
+        weighted by the router. Outputs of held-out batches and of padding are left out.
         """
         if self._activations.held_out[self.batch]:
             return
+        counted = assigned.counted(expert)
         mask = self._activations.token_masks[self.batch]  # [batch, sequence], True = no padding
         if mask is not None:
-            is_real = mask.reshape(-1)[tokens]
-            outputs = outputs[is_real]
-        # Norms in float32, their sum over all tokens in float64: only that has many terms.
+            counted = counted & mask.reshape(-1)[assigned.tokens_of(expert)]
+        # Norms in float32, their sum over all tokens in float64: only that has many terms. A product with the mask
+        # would make NaN of Inf.
         norms = torch.linalg.vector_norm(outputs.detach().float(), dim=-1)
-        self.norms[expert] += norms.sum(dtype=torch.float64)
-        # A token may skip the mixture: some routers then send it to an expert with the weight 0 (Zaya). It does not
-        # count.
+        self.norms[expert] += torch.where(counted, norms, 0).sum(dtype=torch.float64)
         num_tokens = self.num_tokens_of_texts[self._activations.sources[self.batch]]
-        num_tokens[expert] += (norms > 0).sum()
+        num_tokens[expert] += counted.sum()
 
 
 def experts_to_keep(

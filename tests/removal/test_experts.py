@@ -87,6 +87,27 @@ def test_scores_are_those_of_a_plain_loop_over_tokens():
     assert scores.saliency.tolist() == pytest.approx(means, rel=1e-5)
 
 
+def test_tokens_count_for_an_expert_that_returns_zeros():
+    ids = torch.cat(family_tokens())
+    _, experts, activations, entering = mixture_layer("mixtral", [ids])
+    targets = LayerTargets(
+        activations,
+        [],
+        Correction("full"),
+        HiddenStates(entering, entering),
+        experts=experts.module,
+    )
+    counts = score_experts(experts, targets).num_tokens
+
+    with torch.no_grad():
+        experts.module.down_proj[0] = 0
+    scores = score_experts(experts, targets)
+
+    assert counts[0] > 0
+    assert scores.num_tokens.tolist() == counts.tolist()
+    assert scores.saliency[0] == 0
+
+
 def test_tokens_of_each_text_are_counted_alone():
     sea, sky = family_tokens()[:2]
     batches = [{"input_ids": sea, "source": "sea"}, {"input_ids": sky, "source": "sky"}]
