@@ -22,6 +22,7 @@ its own way:
 
 import json
 import math
+import string
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,6 +40,11 @@ _BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 # What Zipf's law expects of all tokens together, as a share of the tokens that were counted. Chosen on
 # Qwen2.5-Coder-0.5B with 4 MB of web text and 6 MB of Python.
 _SHARE_OF_ZIPF = 1 / 5
+
+# Tokens of these characters alone always stay, if they are short: models write the form of their answers with them,
+# such as "```" around a block of code, also where the counted text has none.
+_PUNCTUATION = frozenset(string.punctuation + string.whitespace)  # of ASCII
+_LONGEST_PUNCTUATION = 4  # characters; longer ones are mostly rulers, such as "--------"
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,9 @@ def reduce_vocabulary(
     """Keep the tokens that save the most tokens on the text that was counted.
 
     Always kept: special and added tokens, those that padding and post-processor name, the token of unknown characters,
-    those in `keep`, what all these are made of, and the alphabet: single characters, or the 256 bytes where characters
-    that are no token become bytes; then characters stay by their counts.
+    tokens of one to four punctuation marks and spaces, those in `keep`, what all these are made of, and the alphabet:
+    single characters, or the 256 bytes where characters that are no token become bytes; then characters stay by their
+    counts.
 
     Args:
         tokenizer: Content of a `tokenizer.json`, or of `tokenizer.backend_tokenizer.to_str()`. Not changed.
@@ -113,8 +120,8 @@ def reduce_vocabulary(
         expected_uses = num_tokens_of_zipf / math.log(len(vocabulary.tokens) + 1)
     if not len(required) <= num_kept <= len(vocabulary.tokens):
         raise ValueError(
-            f"num_kept={num_kept}; pass {len(required)} (alphabet, special and added tokens, `keep`, and what they are "
-            f"made of) to {len(vocabulary.tokens)} (all tokens)."
+            f"num_kept={num_kept}; pass {len(required)} (alphabet, punctuation, special and added tokens, `keep`, "
+            f"and what they are made of) to {len(vocabulary.tokens)} (all tokens)."
         )
 
     by_rank = _ranked(
@@ -167,6 +174,7 @@ def _required(vocabulary: _Vocabulary, keep: set[int]) -> set[int]:
     """
     # special and added tokens, and the alphabet
     required = _always_kept(vocabulary.content, vocabulary.pieces)
+    required |= _ids_of_punctuation(vocabulary)
     ids_by_origin = {"keep": keep, "tokenizer: its padding or post-processor": required}
     for origin, ids in ids_by_origin.items():
         unknown = sorted(ids - vocabulary.tokens.keys())
@@ -301,6 +309,21 @@ def _always_kept(content: dict[str, Any], pieces: dict[str, int]) -> set[int]:
         if is_character or has_unknown_character:
             required.add(index)
     return required
+
+
+def _ids_of_punctuation(vocabulary: _Vocabulary) -> set[int]:
+    """Return the ids of short tokens whose text is punctuation marks and white space alone, such as " (" or ":\\n\\n".
+
+    The marks are those of ASCII. No argument changes.
+    """
+    tokenizer = Tokenizer.from_str(json.dumps(vocabulary.content))
+    ids = list(vocabulary.tokens)
+    texts = tokenizer.decode_batch([[index] for index in ids], skip_special_tokens=False)
+    return {
+        index
+        for index, text in zip(ids, texts, strict=True)
+        if 0 < len(text) <= _LONGEST_PUNCTUATION and _PUNCTUATION.issuperset(text)
+    }
 
 
 def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, int]]:

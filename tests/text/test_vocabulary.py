@@ -337,6 +337,23 @@ def test_the_tokens_that_shorten_the_text_most_are_kept():
     assert reduce_vocabulary(content, counts, 6, keep=[6]).kept.tolist() == [0, 1, 2, 3, 4, 6]
 
 
+def test_short_tokens_of_punctuation_stay_although_the_text_lacks_them():
+    """A chat model writes them around its answers, such as a fence around a block of code."""
+    punctuation = ["`", "``", "```", "````", "`````", " (", "\n\n"]
+    words = ["ab", "a`"]
+    characters = sorted(set("".join([*punctuation, *words])))
+    others = [token for token in [*punctuation, *words] if len(token) > 1]
+    merges = [(token[:-1], token[-1]) for token in others]
+    tokens = characters + others
+    content = bpe_content(tokens, merges)
+    counts = torch.zeros(len(tokens), dtype=torch.int64)
+
+    smaller = reduce_vocabulary(content, counts, None)
+
+    kept = {tokens[index] for index in smaller.kept.tolist()}
+    assert kept == {*characters, "``", "```", "````", " (", "\n\n"}  # no ruler and no word
+
+
 def test_all_merges_stay_if_every_token_is_used_or_part_of_one_that_is():
     merges = [("a", "b"), ("ab", "c"), ("ab", "d"), ("c", "d"), ("d", "a")]
     content = bpe_content(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"], merges)
