@@ -406,7 +406,7 @@ def argument(path: str | Path) -> str:
 def next_commands(
     model: str,
     folder: Path,
-    calibration: str | None,
+    calibration: Sequence[str] | None,
     *,
     has_zeros: bool = True,
     is_packed: bool = False,
@@ -416,7 +416,7 @@ def next_commands(
     Args:
         model: The dense model: Hub id, path, or "MODEL" if its name is not known.
         folder: The pruned model.
-        calibration: Source of its calibration text; `None` if the model was recovered already.
+        calibration: Sources of its calibration text; `None` if the model was recovered already.
         has_zeros: Whether some of its weights are zero.
         is_packed: Whether it is stored without its zeros.
     """
@@ -438,9 +438,11 @@ def next_commands(
         f"evaluate {name} --text {texts.to_measure_on}": comparison,
     }
     if calibration is not None:
-        # A model would write its own text for hours.
-        text = texts.to_calibrate_on if calibration == "self" else argument(calibration)
-        recover = f"recover {name} --teacher {dense} --calibration {text}"
+        recover = f"recover {name} --teacher {dense}"
+        for source in calibration:
+            # A model would write its own text for hours.
+            text = texts.to_calibrate_on if source == "self" else argument(source)
+            recover += f" --calibration {text}"
         commands[recover] = "train it to be more like the dense model"
     commands[f"report {name}"] = "a page about the run"
     if has_zeros:

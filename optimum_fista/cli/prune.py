@@ -406,11 +406,11 @@ def _finish(request: PruneRequest, report: PruningReport, *, first_model: str) -
         print(push_folder(request.output, request.push_to_hub, private=request.private))
         return 0
     has_images = "media" in report.calibration
-    text_source = "self" if has_images else request.source  # other commands take text only
+    sources = ("self",) if has_images else request.sources  # other commands take text only
     commands = next_commands(
         path_of_first_model(report, first_model),
         request.output,
-        text_source,
+        sources,
         has_zeros=report.num_zeros > 0,
         is_packed=request.packed,
     )

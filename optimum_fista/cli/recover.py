@@ -45,10 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--calibration",
-        default="self",
+        action="append",
         metavar="SOURCE",
         help="self (the teacher writes it; default), a .txt or .jsonl file (text or messages), wikitext2, c4, ptb, "
-        "pydoc, or OWNER/NAME of the Hub",
+        "pydoc, or OWNER/NAME of the Hub; repeatable: each text gives an equal share",
     )
     add_options(parser, RecoveryOptions)
     add("--device", **DEVICE)  # with the help that it has in all commands
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {
         "teacher": arguments.teacher,
         "output_dir": output,
-        "calibration": arguments.calibration,
+        "calibration": arguments.calibration or "self",
         "device": arguments.device,
         "overwrite": arguments.overwrite,
         **given_options(arguments, RecoveryOptions),  # those of the training that the user has set

@@ -37,7 +37,7 @@ from optimum_fista.train.recovery_plan import (
     plan_text,
     round_head,
 )
-from optimum_fista.train.sequences import draw_answers
+from optimum_fista.train.sequences import draw_text
 
 
 @numerical_environment()
@@ -141,9 +141,10 @@ def _counted_in_batch(plan: RecoveryPlan) -> Tensor | None:
     """
     if not plan.options.answers_only:
         return None
-    trained_on = draw_answers(plan).part(slice(plan.options.held_out, None))
+    text = draw_text(plan, journal=None, progress=False)
+    trained_on = text.part(slice(plan.options.held_out, None))
     of_sequence = trained_on.counted_in_a_sequence
-    assert of_sequence is not None  # `draw_answers` says which tokens count
+    assert of_sequence is not None  # with `answers_only`, a text says which tokens count
 
     batch_size = plan.options.batch_size
     is_counted = torch.zeros(batch_size * (plan.length - 1), dtype=torch.bool)

@@ -108,7 +108,7 @@ def recover(
     teacher: str | Path | None = None,
     output_dir: str | Path | None = None,
     *,
-    calibration: str = "self",
+    calibration: str | Sequence[str] = "self",
     device: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -132,9 +132,9 @@ def recover(
             was never pruned and is its own teacher. It has to be the model that `folder` was pruned from, by the
             SHA-256 in its report, unless `other_teacher=True`.
         output_dir: Where to write the recovered model; `None`: `folder`'s name + "-recovered".
-        calibration: The text: `"self"` (the teacher writes it) or a source of `load_text`. With the option
-            `answers_only=True`, it has conversations, and only tokens of answers count in the loss; documents that are
-            no conversations count whole.
+        calibration: The text: `"self"` (the teacher writes it), a source of `load_text`, or several, each of which
+            gives an equal share of the sequences. With the option `answers_only=True`, it has conversations, and only
+            tokens of answers count in the loss; documents that are no conversations count whole.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
         overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
         progress: Whether to show a progress bar.
@@ -520,7 +520,7 @@ def _report(
         num_trained=choice.num_trained,
         num_tokens=tokens_of_step * state.global_step,
         calibration={
-            "source": public_name(plan.calibration),
+            "source": ", ".join(public_name(source) for source in plan.calibration),
             "sha256": fingerprint["windows"],
             "sequence_length": plan.length,
             "held_out": plan.options.held_out,

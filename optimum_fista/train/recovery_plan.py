@@ -73,7 +73,8 @@ class RecoveryPlan:
     source: str  # folder of the pruned model
     teacher: str  # folder of the dense model
     teacher_name: str  # folder or Hub id, as the user gave it
-    calibration: str  # source of the text: "self" (the teacher writes it) or what `load_text` takes
+    # Sources of the text: ("self",) if the teacher writes it, or what `load_text` takes.
+    calibration: tuple[str, ...]
     text_model: str  # folder of the model whose tokenizer reads the text, or which writes it
     output: Path
     options: RecoveryOptions
@@ -91,6 +92,11 @@ class RecoveryPlan:
     def num_sequences(self) -> int:
         """Sequences that are trained on, each once."""
         return self.steps * self.passes_of_step * self.options.batch_size
+
+    @property
+    def teacher_writes_text(self) -> bool:
+        """Whether the teacher writes the text that is trained on."""
+        return self.calibration == ("self",)
 
     @property
     def has_teacher(self) -> bool:
@@ -131,7 +137,7 @@ def plan_recovery(
     teacher: str | Path | None,
     output_dir: str | Path | None,
     *,
-    calibration: str,
+    calibration: str | Sequence[str],
     device: str | None,
     overwrite: bool,
     processes: int,
@@ -146,7 +152,7 @@ def plan_recovery(
         folder: The model to train: a folder or Hub id.
         teacher: Folder or Hub id of the dense model; `None`: the report of the pruned model names it.
         output_dir: Where the result will be written; `None`: the name of `folder` with "-recovered".
-        calibration: The source of the text: "self", or what `load_text` takes, such as "c4" or a path.
+        calibration: The source of the text, or several: "self", or what `load_text` takes, such as "c4" or a path.
         device: Where to compute, such as "cuda:0"; `None`: the accelerator if there is one.
         overwrite: Whether a model that the output holds may be replaced.
         processes: How many processes train together.
@@ -168,14 +174,9 @@ def plan_recovery(
             (output, unfinished_folder(output), Path(source), Path(teacher_name)),
         )
 
-    teacher_writes_text = calibration == "self"
-    if teacher_writes_text and checked.answers_only:
-        raise ValueError(
-            "answers_only=True: a text that the teacher writes itself has no conversations: pass calibration "
-            "(--calibration), a text that has some."
-        )
-    if not teacher_writes_text:
-        require_source(calibration)
+    sources_of_text = (calibration,) if isinstance(calibration, str) else tuple(calibration)
+    _require_texts(sources_of_text, checked)
+    teacher_writes_text = sources_of_text == ("self",)
 
     configs = {name: read_config(name) for name in (source, teacher_name)}
     tokenizers = {name: load_tokenizer(name) for name in (source, teacher_name)}
@@ -204,7 +205,7 @@ def plan_recovery(
         source=source_folder,
         teacher=teacher_folder,
         teacher_name=teacher_name,
-        calibration=calibration,
+        calibration=sources_of_text,
         text_model=source_folder if student_reads_text else teacher_folder,
         output=output,
         options=checked,
@@ -217,6 +218,37 @@ def plan_recovery(
         recoveries=read_recoveries(Path(source_folder)) if report is None else [],
         kept_tokens=kept_tokens,
     )
+
+
+def _require_texts(sources: Sequence[str], options: RecoveryOptions) -> None:
+    """Refuse sources of text that can't be read, or that do not go together or with the options (ValueError).
+
+    `sources` are "self" alone, if the teacher writes the text, or what `load_text` takes. Each of several sources gives
+    an equal share of the sequences, and of those that are held out. No text is read.
+    """
+    number = len(sources)
+    if not number or len(set(sources)) < number:
+        raise ValueError(
+            f"calibration={list(sources)} (--calibration): pass at least one text, and each once."
+        )
+    if "self" in sources:
+        if number > 1:
+            raise ValueError(
+                "calibration='self' (--calibration self) with other texts: a text that the teacher writes is not mixed "
+                "with others, pass it alone or leave it out."
+            )
+        if options.answers_only:
+            raise ValueError(
+                "answers_only=True: a text that the teacher writes itself has no conversations: pass calibration "
+                "(--calibration), a text that has some."
+            )
+        return
+    for source in sources:
+        require_source(source)
+    if options.held_out < number:
+        raise ValueError(
+            f"held_out={options.held_out} (--held-out): pass at least {number}, one sequence of each text."
+        )
 
 
 def _report_of(source: str) -> PruningReport | None:
@@ -582,8 +614,7 @@ def _needed_bytes(
         return training_bytes + teacher_bytes
     # Here the teacher is not in memory during the training. Before it, the teacher stores its predictions or writes
     # the text, or it is not loaded at all.
-    teacher_writes_text = plan.calibration == "self"
-    if plan.has_teacher or teacher_writes_text:
+    if plan.has_teacher or plan.teacher_writes_text:
         return max(training_bytes, teacher_bytes + logits_bytes)
     return training_bytes
 
@@ -706,7 +737,7 @@ def plan_text(plan: RecoveryPlan, choice: Choice, free: int | None, duration: st
         name_of_student: f"{plan.source}, {parameters:,} parameters",
         "teacher": teacher,
         "trained": str(choice),
-        "text": f"{plan.num_sequences * plan.length:,} tokens of {plan.calibration}, {plan.steps} steps of "
+        "text": f"{plan.num_sequences * plan.length:,} tokens of {', '.join(plan.calibration)}, {plan.steps} steps of "
         f"{plan.passes_of_step} x {options.batch_size} sequences of {plan.length} tokens; "
         f"{options.held_out} more sequences are held out{counted}",
         "steps": f"each moves weights by about {plan.relative_step(choice.train):.3%} of their root mean square",

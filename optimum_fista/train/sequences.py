@@ -4,11 +4,17 @@ The first sequences are *held out*: they are never trained on, and measure the l
 that *count* are the ones whose predictions are asked for, such as the tokens of answers (option `answers_only`).
 """
 
+import itertools
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from optimum_fista.model.calibration import equal_shares
+from optimum_fista.public_names import public_name
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
 from optimum_fista.text.sources import load_text
@@ -40,69 +46,126 @@ class Sequences(NamedTuple):
         return Sequences(self.tokens[rows], None if self.counted is None else self.counted[rows])
 
 
-def draw_text(plan: RecoveryPlan, journal: Path, progress: bool) -> Sequences:
+def draw_text(plan: RecoveryPlan, journal: Path | None, progress: bool) -> Sequences:
     """Draw the text; the first `held_out` sequences are never trained on.
 
-    `plan.calibration` is the source of the text, such as "c4"; with "self", the teacher writes it. `plan.text_model` is
-    the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
+    `plan.calibration` has the sources of the text, such as "c4"; with "self", the teacher writes it. Each source gives
+    an equal share of the sequences that are held out and of the others, and the sources take turns. `plan.text_model`
+    is the folder of the model whose tokenizer reads the text, or which writes it. Text that a model wrote is kept in
     `journal`, the folder of the run, where a later start reads it; or beside the teacher's predictions of it, where
     other runs read it, too. `progress`: whether to show a bar. A text of the Hub is downloaded into its cache.
 
-    With the option `answers_only`, only tokens of answers count. ValueError if the held-out sequences, or those to
-    train on, have none.
+    With the option `answers_only`, only tokens of answers count; no model writes then, and `journal` may be `None`.
+    ValueError if a text is too short, or if the held-out sequences, or those to train on, have no token that counts.
     """
-    if plan.options.answers_only:
-        return draw_answers(plan)
-
-    held_out = plan.options.held_out
-    folder_of_teacher = plan.options.teacher_logits
-    try:
-        tokens = calibration_tokens_by_name(
-            plan.text_model,
-            plan.calibration,
-            num_samples=plan.num_sequences + held_out,
-            sequence_length=plan.length,
-            seed=plan.options.seed,
-            held_out=held_out,
-            device=str(plan.device),
-            keep_in=journal if folder_of_teacher is None else Path(folder_of_teacher),
-            progress=progress,
-        )
-    except ValueError as error:
+    options = plan.options
+    number = len(plan.calibration)
+    if plan.num_sequences < number:
         raise ValueError(
-            f"tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
-        ) from error
+            f"tokens={options.tokens} (--tokens) are {plan.num_sequences} sequences, which are too few for {number} "
+            "texts: pass more."
+        )
+    if options.answers_only:
+        draw: Callable[[str, int, int], Sequences] = partial(_draw_answers, plan)
+    else:
+        keep_in = journal if options.teacher_logits is None else Path(options.teacher_logits)
+        assert keep_in is not None
+        draw = partial(_draw_windows, plan, keep_in, progress)
+
+    held_out = list[Sequences]()  # of each source
+    trained_on = list[Sequences]()
+    for source, num_trained_on, num_held_out in zip(
+        plan.calibration,
+        equal_shares(plan.num_sequences, number),
+        equal_shares(options.held_out, number),
+        strict=True,
+    ):
+        try:
+            drawn = draw(source, num_trained_on + num_held_out, num_held_out)
+        except ValueError as error:
+            asked = f"tokens={options.tokens} and held_out={options.held_out} ask for this text"
+            if number > 1:
+                asked += f", of which {source!r} gives {num_trained_on + num_held_out} sequences"
+            raise ValueError(f"{asked}: {error}") from error
+        # Equal texts give equal windows, and what one holds out would be trained on in the other.
+        if any(torch.equal(drawn.tokens[:1], other.tokens[:1]) for other in held_out):
+            raise ValueError(
+                f"calibration {source!r} (--calibration) has the same text as another one: pass one of the two."
+            )
+        held_out.append(drawn.part(slice(num_held_out)))
+        trained_on.append(drawn.part(slice(num_held_out, None)))
+
+    text = _joined([*_in_turns(held_out), *_in_turns(trained_on)])
+    _require_counted(plan, text)
+    return text
+
+
+def _draw_windows(
+    plan: RecoveryPlan, keep_in: Path, progress: bool, source: str, number: int, held_out: int
+) -> Sequences:
+    """Draw `number` sequences of one source, the first `held_out` of them to measure on (`draw_text`).
+
+    Text that the teacher writes is kept in the folder `keep_in`.
+    """
+    tokens = calibration_tokens_by_name(
+        plan.text_model,
+        source,
+        num_samples=number,
+        sequence_length=plan.length,
+        seed=plan.options.seed,
+        held_out=held_out,
+        device=str(plan.device),
+        keep_in=keep_in,
+        progress=progress,
+    )
     return Sequences(tokens)
 
 
-def draw_answers(plan: RecoveryPlan) -> Sequences:
-    """Draw conversations of the source `plan.calibration`, of which only tokens of answers count (`draw_text`)."""
-    held_out = plan.options.held_out
-    text = load_text(plan.calibration, split="calibration")
-    try:
-        tokens, answers = windows_with_answers(
-            require_tokenizer(plan.text_model),
-            text,
-            num_samples=plan.num_sequences + held_out,
-            sequence_length=plan.length,
-            seed=plan.options.seed,
-            held_out=held_out,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"answers_only=True, tokens={plan.options.tokens} and held_out={held_out} ask for this text: {error}"
-        ) from error
+def _draw_answers(plan: RecoveryPlan, source: str, number: int, held_out: int) -> Sequences:
+    """Draw `number` sequences of the conversations of one source, of which only tokens of answers count.
 
-    drawn = Sequences(tokens, answers)
+    The first `held_out` sequences are to measure on.
+    """
+    tokens, answers = windows_with_answers(
+        require_tokenizer(plan.text_model),
+        load_text(source, split="calibration"),
+        num_samples=number,
+        sequence_length=plan.length,
+        seed=plan.options.seed,
+        held_out=held_out,
+    )
+    return Sequences(tokens, answers)
+
+
+def _in_turns(parts: Iterable[Sequences]) -> list[Sequences]:
+    """Order single sequences of several texts: the first of each text, then the second of each, ..."""
+    of_texts = [
+        [part.part(slice(row, row + 1)) for row in range(len(part.tokens))] for part in parts
+    ]
+    turns = itertools.zip_longest(*of_texts)
+    return [sequence for turn in turns for sequence in turn if sequence is not None]
+
+
+def _joined(parts: Iterable[Sequences]) -> Sequences:
+    """Join sequences, of which all or none say which tokens count."""
+    tokens, counted = zip(*parts, strict=True)
+    if counted[0] is None:
+        return Sequences(torch.cat(tokens))
+    return Sequences(torch.cat(tokens), torch.cat(counted))
+
+
+def _require_counted(plan: RecoveryPlan, text: Sequences) -> None:
+    """Refuse a text of which no held-out token counts, or none to train on (ValueError)."""
+    num_held_out = plan.options.held_out
     parts = {
-        "held out": drawn.part(slice(held_out)),
-        "trained on": drawn.part(slice(held_out, None)),
+        "held out": text.part(slice(num_held_out)),
+        "trained on": text.part(slice(num_held_out, None)),
     }
     for use, part in parts.items():
         if not part.num_counted:
+            names = ", ".join(public_name(source) for source in plan.calibration)
             raise ValueError(
-                f"answers_only=True: none of the {part.tokens.numel():,} tokens of {text.name!r} that are {use} is of "
-                'an answer: pass conversations with turns of the role "assistant", or more sequences (--tokens, '
+                f"answers_only=True: none of the {part.tokens.numel():,} tokens of {names!r} that are {use} is of an "
+                'answer: pass conversations with turns of the role "assistant", or more sequences (--tokens, '
                 "--held-out)."
             )
-    return drawn

@@ -40,25 +40,27 @@ def test_a_verdict_needs_enough_text_of_others_and_a_dense_model_that_knows_it(c
 def test_the_next_commands_can_be_pasted(monkeypatch):
     folder = Path("my model-50pct")
 
-    shown = next_commands("my model", folder, "self")
+    shown = next_commands("my model", folder, ["self"])
 
     assert "--text wikitext2 " in shown
     assert "--calibration c4 " in shown
 
     monkeypatch.setattr("optimum_fista.text.sources.find_spec", lambda name: None)
 
-    plain = next_commands("my model", folder, "self")  # without the extra that has the usual texts
+    plain = next_commands(
+        "my model", folder, ["self"]
+    )  # without the extra that has the usual texts
 
     assert "--text pydoc " in plain
     assert "--calibration pydoc " in plain
     assert "hf upload YOUR-NAME/my-model-50pct 'my model-50pct' " in shown
 
-    assert "optimum-fista pack " not in next_commands("my model", folder, "self", has_zeros=False)
-    assert "optimum-fista pack " not in next_commands("my model", folder, "self", is_packed=True)
-    shown = next_commands("./-model", Path("-model-50pct"), "-text.txt")
+    assert "optimum-fista pack " not in next_commands("my model", folder, ["self"], has_zeros=False)
+    assert "optimum-fista pack " not in next_commands("my model", folder, ["self"], is_packed=True)
+    shown = next_commands("./-model", Path("-model-50pct"), ["-text.txt", "code.txt"])
 
     assert "chat ./-model-50pct --beside ./-model " in shown
-    assert "--calibration ./-text.txt " in shown
+    assert "--calibration ./-text.txt --calibration code.txt " in shown
     assert "hf upload YOUR-NAME/model-50pct ./-model-50pct " in shown
 
     for line in shown.splitlines()[1:-1]:

@@ -34,7 +34,7 @@ from optimum_fista.memory import size_text
 from optimum_fista.model import predictor
 from optimum_fista.prune.identity import require_same_run
 from optimum_fista.source.loading import load_model
-from optimum_fista.train import distillation, preview, recovery, recovery_plan
+from optimum_fista.train import distillation, preview, recovery, recovery_plan, sequences
 from optimum_fista.train.distillation import (
     DistillationTrainer,
     Watch,
@@ -881,6 +881,68 @@ def test_a_text_that_is_not_there_is_refused_before_any_work(run, monkeypatch):
 
     with pytest.raises(FileNotFoundError, match=r"source='no\.txt': there is no such file"):
         run(calibration="no.txt")
+
+
+def test_several_texts_give_equal_shares_and_take_turns(
+    run, saved, tiny_folder, text, tmp_path, capsys
+):
+    contents = (TEXT.replace(" ", ""), TEXT[::-1].replace(" ", ""))
+    backwards = tmp_path / "backwards.txt"
+    backwards.write_text(TEXT[::-1])
+    options = {"tokens": 160, "batch_size": 1, "held_out": 3}
+    given = {name: value for name, value in (QUICK | options).items() if name != "progress"}
+    plan = recovery_plan.plan_recovery(
+        saved.folder,
+        tiny_folder,
+        tmp_path / "planned",
+        calibration=[text, str(backwards)],
+        overwrite=False,
+        processes=1,
+        **given,
+    )
+
+    drawn = sequences.draw_text(plan, tmp_path, progress=False).tokens
+    report = run(calibration=[text, str(backwards)], **options)
+
+    assert len(drawn) == 3 + 160 // 16
+    # The first three are held out: two of the first text, and one of the other.
+    for part in (drawn[:3], drawn[3:]):
+        for turn, ids in enumerate(part):
+            sequence = tiny_tokenizer().decode(ids).replace(" ", "")
+            assert sequence in contents[turn % 2]
+            assert sequence not in contents[1 - turn % 2]
+    assert report.calibration["source"] == "sea.txt, backwards.txt"
+
+    command = ["recover", str(saved.folder), "--teacher", str(tiny_folder), "--dry-run"]
+    command += ["--calibration", text, "--calibration", str(backwards), "--tokens", "160"]
+    assert main([*command, "--sequence-length", "16", "--device", "cpu"]) == 0
+    assert re.search(r"160 tokens of \S*sea\.txt, \S*backwards\.txt", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        ([], {}, "pass at least one text, and each once"),
+        (["sea.txt", "sea.txt"], {}, "pass at least one text, and each once"),
+        (["sea.txt", "self"], {}, "a text that the teacher writes is not mixed with others"),
+        (["sea.txt", "sky.txt"], {"held_out": 1}, "held_out=1 .*: pass at least 2, one sequence"),
+        (["sea.txt", "sky.txt", "copy.txt"], {"tokens": 32}, "are 2 sequences, which are too few"),
+        (["sea.txt", "copy.txt"], {}, "has the same text as another one: pass one of the two"),
+        (["sea.txt", "short.txt"], {}, "of which '.*short.txt' gives .* sequences: "),
+    ],
+)
+def test_texts_that_do_not_go_together_are_refused(texts, options, message, run, tmp_path):
+    sources = {"sea.txt": TEXT, "sky.txt": TEXT[::-1], "copy.txt": TEXT}
+    for name, content in (sources | {"short.txt": "the sky"}).items():
+        (tmp_path / name).write_text(content)
+
+    with pytest.raises(ValueError, match=message):
+        run(
+            calibration=[text if text == "self" else str(tmp_path / text) for text in texts],
+            **options,
+        )
+
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_teacher_without_a_tokenizer_that_has_to_write_is_refused_before_any_work(
