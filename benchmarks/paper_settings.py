@@ -139,6 +139,7 @@ def newer_models(results: Results) -> list[str]:
         "dense": "dense",
         "default": "default",
         "wanda": "Wanda",
+        "alps:error_correction=intra": "ALPS",
         "sparsegpt": "SparseGPT",
         "paper:max_trials=4": "FISTAPruner, four trials",
     }
