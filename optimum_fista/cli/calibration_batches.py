@@ -28,7 +28,7 @@ from optimum_fista.model.calibration import equal_shares
 from optimum_fista.source.loading import read_config, require_processor, require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
 from optimum_fista.text.images import image_sequences
-from optimum_fista.text.sources import load_text, require_source
+from optimum_fista.text.sources import load_text, require_different, require_source
 from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import calibration_windows
 from optimum_fista.verdict import LEAST_TOKENS
@@ -156,21 +156,6 @@ def _windows_of_texts(
             ) from error
         drawn.append(tokens)
     return drawn
-
-
-def require_different(sources: Sequence[str], texts: Sequence[TextSource]) -> None:
-    """Refuse two sources with one text (ValueError), on which a text would be tested by itself.
-
-    Experts are refitted to all texts but one, and tested on that one. Tokens are counted on one part of the text, and
-    the loss without the others is measured on another part. `texts` are those of the sources, in their order.
-    """
-    first_sources = dict[str, str]()  # by the digest of the text
-    for source, text in zip(sources, texts, strict=True):
-        first_source = first_sources.setdefault(text.sha256, source)
-        if first_source != source:
-            raise ValueError(
-                f"--calibration {source} has the same text as {first_source}: pass one of the two."
-            )
 
 
 def _bytes_per_token(tokenizer: PreTrainedTokenizerBase, sequences: Tensor) -> float:

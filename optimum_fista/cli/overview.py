@@ -422,6 +422,7 @@ def next_commands(
     """
     from optimum_fista.folder.checkpoint import VOCABULARY_FILE
     from optimum_fista.text.sources import usual_texts
+    from optimum_fista.train.recovery_options import RecoveryOptions
 
     comparison = "perplexity; run it on the dense model too, to compare"
     has_lost_tokens = (folder / VOCABULARY_FILE).exists()
@@ -443,6 +444,8 @@ def next_commands(
             # A model would write its own text for hours.
             text = texts.to_calibrate_on if source == "self" else argument(source)
             recover += f" --calibration {text}"
+        if len(calibration) > RecoveryOptions.held_out:  # at least one sequence of each text
+            recover += f" --held-out {len(calibration)}"
         commands[recover] = "train it to be more like the dense model"
     commands[f"report {name}"] = "a page about the run"
     if has_zeros:

@@ -368,8 +368,7 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     All sources are read before the first document is taken, so that an error of one comes at once. ValueError if two
     have the same text. Texts of the Hub are downloaded into its cache.
     """
-    from optimum_fista.cli.calibration_batches import require_different
-    from optimum_fista.text.sources import text_of_model
+    from optimum_fista.text.sources import require_different, text_of_model
 
     texts = [
         text_of_model(request.model, source, split="calibration") for source in request.sources

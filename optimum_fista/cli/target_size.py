@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 
 from optimum_fista.atomic import read_record
-from optimum_fista.cli.calibration_batches import require_different
 from optimum_fista.cli.flags import given_options
 from optimum_fista.cli.overview import cost_of_tokens
 from optimum_fista.cli.prune_request import (
@@ -42,7 +41,7 @@ from optimum_fista.removal.tokens_plan import TokensPlan, plan_counted
 from optimum_fista.source import loading
 from optimum_fista.source.stored_tensor import read_stored
 from optimum_fista.text.loss import MeasuredText
-from optimum_fista.text.sources import text_of_model, usual_texts
+from optimum_fista.text.sources import require_different, text_of_model, usual_texts
 from optimum_fista.text.text_source import TextSource
 
 # Held-out pieces of the counted text that are measured if the user names no text: about 12,000 tokens.

@@ -49,19 +49,19 @@ class AssignedTokens:
         """The tokens that an expert gets: int64, rising."""
         return self.tokens[self.part(expert)]
 
-    def counted(self, expert: int) -> Tensor:
-        """Whether each token of `tokens_of(expert)` counts as one of the expert's, booleans.
+    def has_weight(self, expert: int) -> Tensor:
+        """Whether the weight of each token of `tokens_of(expert)` is not 0, booleans.
 
-        A token that an expert gets with the weight 0 does not: with some routers, such a token skips the mixture.
+        A token whose weight is 0 does not count for the expert: some routers use it for tokens that skip the mixture.
         """
         if self.weights is None:
             return torch.ones_like(self.tokens_of(expert), dtype=torch.bool)
         return self.weights[self.part(expert), 0] != 0
 
     def num_tokens(self) -> Tensor:
-        """Count the tokens of each expert, int64 [experts], on the device of the rows."""
+        """Count the tokens that have a weight for each expert, int64 [experts], on the device of the rows."""
         num_experts = len(self.bounds) - 1
-        return torch.stack([self.counted(expert).sum() for expert in range(num_experts)])
+        return torch.stack([self.has_weight(expert).sum() for expert in range(num_experts)])
 
 
 ExpertWatcher = Callable[[int, AssignedTokens, Tensor], None]

@@ -222,12 +222,12 @@ class _ExpertSums:
         """
         if self._activations.held_out[self.batch]:
             return
-        counted = assigned.counted(expert)
+        counted = assigned.has_weight(expert)
         mask = self._activations.token_masks[self.batch]  # [batch, sequence], True = no padding
         if mask is not None:
             counted = counted & mask.reshape(-1)[assigned.tokens_of(expert)]
-        # Norms in float32, their sum over all tokens in float64: only that has many terms. A product with the mask
-        # would make NaN of Inf.
+        # Norms in float32, their sum over all tokens in float64: only that has many terms. `where`, because Inf * 0 is
+        # NaN.
         norms = torch.linalg.vector_norm(outputs.detach().float(), dim=-1)
         self.norms[expert] += torch.where(counted, norms, 0).sum(dtype=torch.float64)
         num_tokens = self.num_tokens_of_texts[self._activations.sources[self.batch]]

@@ -44,7 +44,7 @@ _SHARE_OF_ZIPF = 1 / 5
 # Tokens of these characters alone always stay, if they are short: models write the form of their answers with them,
 # such as "```" around a block of code, also where the counted text has none.
 _PUNCTUATION = frozenset(string.punctuation + string.whitespace)  # of ASCII
-_LONGEST_PUNCTUATION = 4  # characters; longer ones are mostly rulers, such as "--------"
+_LONGEST_PUNCTUATION = 4  # characters; longer ones are mostly lines, such as "--------"
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,8 @@ def reduce_vocabulary(
 
     Always kept: special and added tokens, those that padding and post-processor name, the token of unknown characters,
     tokens of one to four punctuation marks and spaces, those in `keep`, what all these are made of, and the alphabet:
-    single characters, or the 256 bytes where characters that are no token become bytes; then characters stay by their
-    counts.
+    single characters, or the 256 bytes where characters that are no token become bytes (where they do, characters stay
+    by their counts).
 
     Args:
         tokenizer: Content of a `tokenizer.json`, or of `tokenizer.backend_tokenizer.to_str()`. Not changed.
@@ -317,13 +317,16 @@ def _ids_of_punctuation(vocabulary: _Vocabulary) -> set[int]:
     The marks are those of ASCII. No argument changes.
     """
     tokenizer = Tokenizer.from_str(json.dumps(vocabulary.content))
+    prefix = vocabulary.content["model"].get("continuing_subword_prefix") or ""
     ids = list(vocabulary.tokens)
     texts = tokenizer.decode_batch([[index] for index in ids], skip_special_tokens=False)
-    return {
-        index
-        for index, text in zip(ids, texts, strict=True)
-        if 0 < len(text) <= _LONGEST_PUNCTUATION and _PUNCTUATION.issuperset(text)
-    }
+    found = set[int]()
+    for index, text in zip(ids, texts, strict=True):
+        # What some decoders leave of the beginning of a word ("▁") or of a piece inside of one ("##").
+        plain = text.replace("▁", " ").removeprefix(prefix)
+        if 0 < len(plain) <= _LONGEST_PUNCTUATION and _PUNCTUATION.issuperset(plain):
+            found.add(index)
+    return found
 
 
 def _parts(model: dict[str, Any], pieces: dict[str, int]) -> dict[int, tuple[int, int]]:

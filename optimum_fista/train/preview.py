@@ -141,7 +141,7 @@ def _counted_in_batch(plan: RecoveryPlan) -> Tensor | None:
     """
     if not plan.options.answers_only:
         return None
-    text = draw_text(plan, journal=None, progress=False)
+    text = draw_text(plan, journal=None, progress=False)  # no model writes such a text
     trained_on = text.part(slice(plan.options.held_out, None))
     of_sequence = trained_on.counted_in_a_sequence
     assert of_sequence is not None  # with `answers_only`, a text says which tokens count

@@ -108,7 +108,7 @@ def recover(
     teacher: str | Path | None = None,
     output_dir: str | Path | None = None,
     *,
-    calibration: str | Sequence[str] = "self",
+    calibration: str | Path | Sequence[str | Path] = "self",
     device: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -133,8 +133,8 @@ def recover(
             SHA-256 in its report, unless `other_teacher=True`.
         output_dir: Where to write the recovered model; `None`: `folder`'s name + "-recovered".
         calibration: The text: `"self"` (the teacher writes it), a source of `load_text`, or several, each of which
-            gives an equal share of the sequences. With the option `answers_only=True`, it has conversations, and only
-            tokens of answers count in the loss; documents that are no conversations count whole.
+            gives an equal share of the sequences. With the option `answers_only=True`, each text has conversations, and
+            only tokens of answers count in the loss; its documents that are no conversations count whole.
         device: Where to compute; `None`: the accelerator if there is one, otherwise the CPU.
         overwrite: Replace a model that `output_dir` already holds, and an unfinished run of other settings.
         progress: Whether to show a progress bar.

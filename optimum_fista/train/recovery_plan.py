@@ -137,7 +137,7 @@ def plan_recovery(
     teacher: str | Path | None,
     output_dir: str | Path | None,
     *,
-    calibration: str | Sequence[str],
+    calibration: str | Path | Sequence[str | Path],
     device: str | None,
     overwrite: bool,
     processes: int,
@@ -174,9 +174,9 @@ def plan_recovery(
             (output, unfinished_folder(output), Path(source), Path(teacher_name)),
         )
 
-    sources_of_text = (calibration,) if isinstance(calibration, str) else tuple(calibration)
-    _require_texts(sources_of_text, checked)
-    teacher_writes_text = sources_of_text == ("self",)
+    texts = _sources_of_text(calibration)
+    _require_texts(texts, checked)
+    teacher_writes_text = texts == ("self",)
 
     configs = {name: read_config(name) for name in (source, teacher_name)}
     tokenizers = {name: load_tokenizer(name) for name in (source, teacher_name)}
@@ -195,6 +195,12 @@ def plan_recovery(
     length = _sequence_length(checked.sequence_length, configs)
     passes_of_step = _passes_of_step(checked, length, processes)
     steps = _num_steps(checked, length, passes_of_step)
+    num_sequences = steps * passes_of_step * checked.batch_size
+    if num_sequences < len(texts):
+        raise ValueError(
+            f"tokens={checked.tokens} (--tokens) give {num_sequences} sequences, and there are {len(texts)} texts: "
+            "pass more tokens."
+        )
     used_device = usable_device(device)
     compute_dtype = _compute_dtype(checked, used_device)
 
@@ -205,7 +211,7 @@ def plan_recovery(
         source=source_folder,
         teacher=teacher_folder,
         teacher_name=teacher_name,
-        calibration=sources_of_text,
+        calibration=texts,
         text_model=source_folder if student_reads_text else teacher_folder,
         output=output,
         options=checked,
@@ -220,6 +226,17 @@ def plan_recovery(
     )
 
 
+def _sources_of_text(calibration: str | Path | Sequence[str | Path]) -> tuple[str, ...]:
+    """Return the sources of the text, each as a string; ValueError if the argument is of another kind, or empty."""
+    sources = (calibration,) if isinstance(calibration, str | Path) else calibration
+    is_list = isinstance(sources, list | tuple) and len(sources) > 0
+    if not is_list or not all(isinstance(source, str | Path) for source in sources):
+        raise ValueError(
+            f"calibration={calibration!r}: pass 'self', a text such as 'texts.txt' or 'c4', or a list of texts."
+        )
+    return tuple(map(str, sources))
+
+
 def _require_texts(sources: Sequence[str], options: RecoveryOptions) -> None:
     """Refuse sources of text that can't be read, or that do not go together or with the options (ValueError).
 
@@ -227,15 +244,14 @@ def _require_texts(sources: Sequence[str], options: RecoveryOptions) -> None:
     an equal share of the sequences, and of those that are held out. No text is read.
     """
     number = len(sources)
-    if not number or len(set(sources)) < number:
-        raise ValueError(
-            f"calibration={list(sources)} (--calibration): pass at least one text, and each once."
-        )
+    for index, source in enumerate(sources):
+        if source in sources[:index]:
+            raise ValueError(f"calibration (--calibration) names {source!r} twice: pass it once.")
     if "self" in sources:
         if number > 1:
             raise ValueError(
                 "calibration='self' (--calibration self) with other texts: a text that the teacher writes is not mixed "
-                "with others, pass it alone or leave it out."
+                "with others: pass 'self' alone, or only the other texts."
             )
         if options.answers_only:
             raise ValueError(

@@ -63,5 +63,8 @@ def test_the_next_commands_can_be_pasted(monkeypatch):
     assert "--calibration ./-text.txt --calibration code.txt " in shown
     assert "hf upload YOUR-NAME/model-50pct ./-model-50pct " in shown
 
+    many = [f"{number}.txt" for number in range(9)]
+    assert "--calibration 8.txt --held-out 9 " in next_commands("model", folder, many)
+
     for line in shown.splitlines()[1:-1]:
         build_parser().parse_args(shlex.split(line, comments=True)[1:])

@@ -354,6 +354,20 @@ def test_short_tokens_of_punctuation_stay_although_the_text_lacks_them():
     assert kept == {*characters, "``", "```", "````", " (", "\n\n"}  # no ruler and no word
 
 
+def test_punctuation_inside_of_words_stays_as_well():
+    tokens = ["[UNK]", "`", "##`", "``", "##``", "##```", "##`````", "a", "##a"]
+    model = models.WordPiece(
+        {token: index for index, token in enumerate(tokens)}, unk_token="[UNK]"
+    )
+    content = json.loads(Tokenizer(model).to_str())
+    counts = torch.zeros(len(tokens), dtype=torch.int64)
+
+    smaller = reduce_vocabulary(content, counts, None)
+
+    kept = [tokens[index] for index in smaller.kept.tolist()]
+    assert kept == ["[UNK]", "`", "##`", "``", "##``", "##```", "a", "##a"]
+
+
 def test_all_merges_stay_if_every_token_is_used_or_part_of_one_that_is():
     merges = [("a", "b"), ("ab", "c"), ("ab", "d"), ("c", "d"), ("d", "a")]
     content = bpe_content(["a", "b", "c", "d", "ab", "abc", "abd", "cd", "da"], merges)

@@ -919,16 +919,39 @@ def test_several_texts_give_equal_shares_and_take_turns(
     assert re.search(r"160 tokens of \S*sea\.txt, \S*backwards\.txt", capsys.readouterr().out)
 
 
+def test_calibration_takes_paths_and_refuses_other_kinds(run, text):
+    of_path = run(calibration=Path(text))
+
+    assert of_path.calibration["source"] == "sea.txt"
+    for other in (None, {text}, text.encode(), [[text]]):
+        with pytest.raises(ValueError, match=r"calibration=.*: pass 'self', a text such as"):
+            run("other", calibration=other)
+
+
+def test_texts_that_begin_alike_are_different(run, tmp_path):
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(TEXT + name * 20)
+    texts = [str(tmp_path / name) for name in ("one.txt", "two.txt")]
+
+    report = run(calibration=texts)
+
+    assert report.calibration["source"] == "one.txt, two.txt"
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        ([], {}, "pass at least one text, and each once"),
-        (["sea.txt", "sea.txt"], {}, "pass at least one text, and each once"),
+        ([], {}, r"calibration=\[\]: pass 'self', a text such as"),
+        (["sea.txt", "sea.txt"], {}, "names '.*sea.txt' twice: pass it once"),
         (["sea.txt", "self"], {}, "a text that the teacher writes is not mixed with others"),
         (["sea.txt", "sky.txt"], {"held_out": 1}, "held_out=1 .*: pass at least 2, one sequence"),
-        (["sea.txt", "sky.txt", "copy.txt"], {"tokens": 32}, "are 2 sequences, which are too few"),
-        (["sea.txt", "copy.txt"], {}, "has the same text as another one: pass one of the two"),
-        (["sea.txt", "short.txt"], {}, "of which '.*short.txt' gives .* sequences: "),
+        (
+            ["sea.txt", "sky.txt", "copy.txt"],
+            {"tokens": 32},
+            "give 2 sequences, and there are 3 texts",
+        ),
+        (["sea.txt", "copy.txt"], {}, "has the same text as .*sea.txt: pass one of the two"),
+        (["sea.txt", "short.txt"], {}, "of which 'short.txt' gives .* sequences: "),
     ],
 )
 def test_texts_that_do_not_go_together_are_refused(texts, options, message, run, tmp_path):
