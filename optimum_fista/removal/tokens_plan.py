@@ -47,7 +47,11 @@ from optimum_fista.report import PruningReport
 from optimum_fista.source import loading
 from optimum_fista.source.model_folder import read_json
 from optimum_fista.source.stored_tensor import PLAIN_FLOATS, StoredTensor
-from optimum_fista.text.vocabulary import SmallerVocabulary, reduce_vocabulary
+from optimum_fista.text.vocabulary import (
+    NumberOfTokensError,
+    SmallerVocabulary,
+    reduce_vocabulary,
+)
 from optimum_fista.text.windows import first_token
 from optimum_fista.tokens_removal import TokensRemoval
 
@@ -256,6 +260,17 @@ def _smaller_vocabulary(
         # There may be fewer tokens than rows.
         num_tokens_kept = min(num_kept - num_spare, num_tokens)
         smaller = reduce_vocabulary(content, counts, num_tokens_kept, keep)
+    except NumberOfTokensError as error:
+        least = error.least + num_spare
+        step = request.step(num_rows)
+        largest_share = math.floor(1000 * (1 - step * math.ceil(least / step) / num_rows)) / 1000
+        advice = f"pass a share of at most {largest_share}"
+        if largest_share <= 0:
+            advice = f"none can be removed, because a multiple of {step} stays"
+        raise ValueError(
+            f"pattern={str(request)!r}: {least} of the {num_rows} tokens always stay (the alphabet, punctuation, "
+            f"special tokens, and those to keep): {advice}."
+        ) from error
     except ValueError as error:
         raise ValueError(f"pattern={str(request)!r} of {num_rows} tokens: {error}") from error
     if len(smaller.kept) + num_spare >= num_rows:

@@ -47,6 +47,14 @@ _PUNCTUATION = frozenset(string.punctuation + string.whitespace)  # of ASCII
 _LONGEST_PUNCTUATION = 4  # characters; longer ones are mostly lines, such as "--------"
 
 
+class NumberOfTokensError(ValueError):
+    """More or fewer tokens should stay than can: `least` are those that always stay."""
+
+    def __init__(self, least: int, message: str) -> None:
+        super().__init__(message)
+        self.least = least
+
+
 @dataclass(frozen=True)
 class SmallerVocabulary:
     """A tokenizer with fewer tokens."""
@@ -119,9 +127,10 @@ def reduce_vocabulary(
         num_tokens_of_zipf = _SHARE_OF_ZIPF * sum(counts.tolist())
         expected_uses = num_tokens_of_zipf / math.log(len(vocabulary.tokens) + 1)
     if not len(required) <= num_kept <= len(vocabulary.tokens):
-        raise ValueError(
+        raise NumberOfTokensError(
+            len(required),
             f"num_kept={num_kept}; pass {len(required)} (alphabet, punctuation, special and added tokens, `keep`, "
-            f"and what they are made of) to {len(vocabulary.tokens)} (all tokens)."
+            f"and what they are made of) to {len(vocabulary.tokens)} (all tokens).",
         )
 
     by_rank = _ranked(

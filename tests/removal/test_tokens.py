@@ -482,11 +482,24 @@ def test_another_dtype_is_ignored_with_a_warning(dense, tmp_path):
     assert tensors_of(tmp_path / "smaller")[EMBEDDING].dtype == torch.float32
 
 
+def test_the_largest_share_that_an_error_names_is_accepted(dense, tmp_path):
+    pruner = FistaPruner(FistaPruningConfig(pattern="vocab:0.12"), progress=False)
+
+    report = pruner.prune(dense, [TEXT], output_dir=tmp_path / "smaller")
+
+    assert report.model["vocabulary"] == {"kept": 320, "before": 364}
+
+
 BAD = {
     "few tokens": (
         lambda _: None,
         {"pattern": "vocab:0.9"},
-        r"pattern='vocab:0.9' of 364 tokens: .*pass 260 .*to 356",
+        r"pattern='vocab:0.9': 26\d of the 364 tokens always stay .*pass a share of at most 0\.12\.",
+    ),
+    "few tokens, in large steps": (
+        lambda _: None,
+        {"pattern": "vocab:0.4/200"},
+        "none can be removed, because a multiple of 200 stays",
     ),
     "no such id": (lambda _: None, {"keep_tokens": [360]}, "keep has the id 360"),
     "one text": (lambda _: None, {"texts": TEXT}, "calib_dataloader is one text"),
