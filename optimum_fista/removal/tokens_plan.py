@@ -263,7 +263,9 @@ def _smaller_vocabulary(
     except NumberOfTokensError as error:
         least = error.least + num_spare
         step = request.step(num_rows)
-        largest_share = math.floor(1000 * (1 - step * math.ceil(least / step) / num_rows)) / 1000
+        fewest_rows = step * math.ceil(least / step)
+        # three digits, rounded down
+        largest_share = math.floor(1000 * (1 - fewest_rows / num_rows)) / 1000
         advice = f"pass a share of at most {largest_share}"
         if largest_share <= 0:
             advice = f"none can be removed, because a multiple of {step} stays"

@@ -141,9 +141,10 @@ def _in_turns(parts: Iterable[Sequences]) -> list[Sequences]:
 
     Each result has one sequence, with what it says of its tokens.
     """
-    of_texts = [
-        [part.part(slice(row, row + 1)) for row in range(len(part.tokens))] for part in parts
-    ]
+    of_texts = []
+    for part in parts:
+        rows = range(len(part.tokens))
+        of_texts.append([part.part(slice(row, row + 1)) for row in rows])
     turns = itertools.zip_longest(*of_texts)
     return [sequence for turn in turns for sequence in turn if sequence is not None]
 
