@@ -28,7 +28,8 @@ from optimum_fista.model.calibration import equal_shares
 from optimum_fista.source.loading import read_config, require_processor, require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name, usual_length
 from optimum_fista.text.images import image_sequences
-from optimum_fista.text.sources import load_text, require_different, require_source
+from optimum_fista.text.one_text import require_different_texts
+from optimum_fista.text.sources import load_text, require_source
 from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import calibration_windows
 from optimum_fista.verdict import LEAST_TOKENS
@@ -120,7 +121,7 @@ def _drawn_texts(request: PruneRequest, shares: Sequence[int]) -> list[Tensor]:
     """
     tokenizer = require_tokenizer(request.model)
     texts = [load_text(source, split="calibration") for source in request.sources]
-    require_different(request.sources, texts)
+    require_different_texts(request.sources, texts)
 
     draw = partial(_windows_of_texts, request, tokenizer, texts, shares)
     # All sources together give as many as a perplexity needs.

@@ -338,8 +338,8 @@ def _prepare(
     """
     from optimum_fista.cli.calibration_batches import calibration_batches
     from optimum_fista.cli.overview import plan_of
-    from optimum_fista.cli.prune_request import require_held_out
     from optimum_fista.source.loading import require_tokenizer
+    from optimum_fista.text.one_text import require_held_out
 
     chosen, lines = plan_of(request)
     # The plan may have chosen the text. `sources` are all sources of calibration text, and `source` is the first.
@@ -368,12 +368,13 @@ def _documents(request: PruneRequest) -> tuple[Any, str]:
     All sources are read before the first document is taken, so that an error of one comes at once. ValueError if two
     have the same text. Texts of the Hub are downloaded into its cache.
     """
-    from optimum_fista.text.sources import require_different, text_of_model
+    from optimum_fista.text.one_text import require_different_texts
+    from optimum_fista.text.sources import text_of_model
 
     texts = [
         text_of_model(request.model, source, split="calibration") for source in request.sources
     ]
-    require_different(request.sources, texts)
+    require_different_texts(request.sources, texts)
     documents = itertools.chain.from_iterable(text.documents for text in texts)
     return documents, request.public_sources
 

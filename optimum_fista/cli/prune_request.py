@@ -9,12 +9,11 @@ channels, attention heads, experts or decoder layers; "vocab:0.35" removes token
 from __future__ import annotations
 
 import argparse
-import filecmp
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,9 +130,10 @@ class PruneRequest:
         """
         if not self.measure:
             return
-        require_held_out(self.measure, self.sources)
-
         from optimum_fista.prune.measuring import require_texts
+        from optimum_fista.text.one_text import require_held_out
+
+        require_held_out(self.measure, self.sources)
 
         require_texts(self.model, self.measured_texts(), self.protect)
 
@@ -201,9 +201,10 @@ class PruneRequest:
         counted, but "self", the model's own text, is refused. Otherwise each of several sources gives an equal share of
         the sequences. `.jsonl` files among several sources are read, to find out whether they have images.
         """
+        from optimum_fista.text.one_text import require_different
         from optimum_fista.text.sources import require_source
 
-        _require_different(self.sources)
+        require_different(self.sources)
         if self.config.tokens_removal is not None:
             if "self" in self.sources:
                 raise ValueError(
@@ -288,73 +289,6 @@ def measured_sources(arguments: argparse.Namespace) -> tuple[str, ...]:
     """The sources of `--measure` and of `--protect`, each once, in this order."""
     sources = [*(arguments.measure or ()), *protected_sources(arguments)]
     return tuple(dict.fromkeys(sources))
-
-
-def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None:
-    """Refuse texts to measure on that are among the calibration text, too (ValueError).
-
-    `measured` are the sources of `--measure` and `--protect`, such as "code.txt" or "wikitext2", and `calibrated` those
-    of the calibration text. A copy of a file is the same text.
-    """
-    sources = list(calibrated)
-    for source in measured:
-        is_calibrated_on = any(
-            _are_one_text(source, calibrated=other) or _have_same_content(source, other)
-            for other in sources
-        )
-        if is_calibrated_on:
-            raise ValueError(
-                f"--measure or --protect: {source!r} is among the calibration text, so it is not held out: pass "
-                "another text."
-            )
-
-
-def _require_different(sources: Sequence[str]) -> None:
-    """Refuse sources of calibration text, such as ("c4", "code.txt"), of which two are one text (ValueError)."""
-    for index, source in enumerate(sources):
-        for earlier in sources[:index]:
-            # `_are_one_text` says no if the source to measure on names no split. Of two sources to calibrate on, either
-            # may name one, so both orders are tried.
-            are_one_text = (
-                source == earlier
-                or _are_one_text(source, calibrated=earlier)
-                or _are_one_text(earlier, calibrated=source)
-            )
-            if are_one_text:
-                raise ValueError(f"--calibration has the text {source!r} twice: pass it once.")
-
-
-def _are_one_text(source: str, *, calibrated: str) -> bool:
-    """Tell whether a source to measure on is the text of a source to calibrate on: one file, or both `pydoc`.
-
-    Paths may differ, but files with equal content are two texts. A data set of the Hub is the same text only if the
-    split to measure on is named ("OWNER/NAME:SPLIT"): otherwise other rows are measured than those of the calibration.
-    """
-    from optimum_fista.text.hub_texts import name_of_set
-
-    if source == calibrated == "pydoc":
-        return True
-
-    measured_set = name_of_set(source)
-    calibrated_set = name_of_set(calibrated)
-    if measured_set is not None and calibrated_set is not None:
-        if measured_set[:2] != calibrated_set[:2]:  # repository and configuration
-            return False
-        if measured_set.split is None:
-            return False
-        if calibrated_set.split is None:
-            # The calibration takes a split whose name begins so.
-            return measured_set.split.startswith("train")
-        return measured_set.split == calibrated_set.split
-
-    are_files = Path(source).is_file() and Path(calibrated).is_file()
-    return are_files and os.path.samefile(source, calibrated)
-
-
-def _have_same_content(source: str, other: str) -> bool:
-    """Tell whether two sources are files with the same bytes. Only files of equal size are read."""
-    are_files = Path(source).is_file() and Path(other).is_file()
-    return are_files and filecmp.cmp(source, other, shallow=False)
 
 
 def pattern_of_run(model: str, config: FistaPruningConfig) -> str:

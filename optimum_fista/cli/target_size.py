@@ -24,7 +24,6 @@ from optimum_fista.cli.overview import cost_of_tokens
 from optimum_fista.cli.prune_request import (
     measured_sources,
     protected_sources,
-    require_held_out,
 )
 from optimum_fista.cli.size_candidates import Candidate, find_candidates
 from optimum_fista.cli.size_costs import Costs, measure_costs
@@ -41,7 +40,8 @@ from optimum_fista.removal.tokens_plan import TokensPlan, plan_counted
 from optimum_fista.source import loading
 from optimum_fista.source.stored_tensor import read_stored
 from optimum_fista.text.loss import MeasuredText
-from optimum_fista.text.sources import require_different, text_of_model, usual_texts
+from optimum_fista.text.one_text import require_different_texts, require_held_out
+from optimum_fista.text.sources import text_of_model, usual_texts
 from optimum_fista.text.text_source import TextSource
 
 # Held-out pieces of the counted text that are measured if the user names no text: about 12,000 tokens.
@@ -68,7 +68,7 @@ def plan_size(arguments: argparse.Namespace) -> Candidate:
     counted_texts = [
         text_of_model(arguments.model, source, split="calibration") for source in counted_sources
     ]
-    require_different(counted_sources, counted_texts)
+    require_different_texts(counted_sources, counted_texts)
     measured = measured_sources(arguments)
     require_held_out(measured, sources)
     texts = require_texts(

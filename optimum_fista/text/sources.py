@@ -6,7 +6,6 @@ of the Hub (`text.hub_texts`). `require_source` checks it, and `load_text` reads
 """
 
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -120,22 +119,6 @@ def load_text(source: str, split: Split, *, with_images: bool = False) -> TextSo
 
         return TextSource("pydoc", tuple(topics[key] for key in sorted(topics)))
     return _read_file(Path(source))
-
-
-def require_different(sources: Sequence[str], texts: Sequence[TextSource]) -> None:
-    """Refuse two sources with one text (ValueError), on which a text would be tested by itself.
-
-    Experts are refitted to all texts but one, and tested on that one. Tokens are counted on one part of the text, and
-    the loss without the others is measured on another part. A training holds out a part of each text. `texts` are those
-    of the sources, in their order.
-    """
-    first_sources = dict[str, str]()  # by the digest of the text
-    for source, text in zip(sources, texts, strict=True):
-        first_source = first_sources.setdefault(text.sha256, source)
-        if first_source != source:
-            raise ValueError(
-                f"--calibration {source} has the same text as {first_source}: pass one of the two."
-            )
 
 
 def text_of_model(name: str, source: str, split: Split) -> TextSource:

@@ -339,6 +339,9 @@ def _fingerprint(
     masks_file = Path(plan.source) / MASKS_FILE
     # nothing if all tokens count
     counted = {} if text.counted is None else {"counted": _digest_of_values(text.counted)}
+    # The digest of the sequences depends on the order of the texts. With their names, an error can say so.
+    names = [public_name(source) for source in plan.calibration]
+    texts = {"texts": names} if len(names) > 1 else {}
     versions = library_versions()
     # Fingerprints are compared as text, so the order of the entries counts, too.
     return {
@@ -352,6 +355,7 @@ def _fingerprint(
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],
         "windows": _digest_of_values(text.tokens),
         **counted,
+        **texts,
         "options": _options_of_result(plan),
         "device": plan.device.type,
         "versions": {name: versions[name] for name in ("optimum-fista", "torch", "transformers")},

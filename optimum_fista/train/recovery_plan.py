@@ -54,6 +54,7 @@ from optimum_fista.source.loading import (
 )
 from optimum_fista.source.model_folder import CONFIG_FILE
 from optimum_fista.text.calibration_tokens import usual_length
+from optimum_fista.text.one_text import require_different
 from optimum_fista.text.sources import require_source
 from optimum_fista.train.recovery_options import RecoveryOptions
 from optimum_fista.train.training import pruned_folder
@@ -244,9 +245,7 @@ def _require_texts(sources: Sequence[str], options: RecoveryOptions) -> None:
     an equal share of the sequences, and of those that are held out. No text is read.
     """
     number = len(sources)
-    for index, source in enumerate(sources):
-        if source in sources[:index]:
-            raise ValueError(f"calibration (--calibration) names {source!r} twice: pass it once.")
+    require_different(sources)
     if "self" in sources:
         if number > 1:
             raise ValueError(

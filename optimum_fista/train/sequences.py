@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from optimum_fista.model.calibration import equal_shares
 from optimum_fista.source.loading import require_tokenizer
 from optimum_fista.text.calibration_tokens import calibration_tokens_by_name
-from optimum_fista.text.sources import load_text, require_different
+from optimum_fista.text.one_text import require_different_texts
+from optimum_fista.text.sources import load_text
 from optimum_fista.text.text_source import TextSource
 from optimum_fista.text.windows import calibration_windows, windows_with_answers
 from optimum_fista.train.recovery_plan import RecoveryPlan
@@ -64,7 +65,7 @@ def draw_text(plan: RecoveryPlan, journal: Path | None, progress: bool) -> Seque
     options = plan.options
     number = len(plan.calibration)
     texts = [load_text(source, split="calibration") for source in plan.calibration]
-    require_different(plan.calibration, texts)
+    require_different_texts(plan.calibration, texts)
     tokenizer = require_tokenizer(plan.text_model)
     held_out = list[Sequences]()  # of each text
     trained_on = list[Sequences]()

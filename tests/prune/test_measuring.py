@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista import pruner as pruner_module
 from optimum_fista.cli.main import main
-from optimum_fista.cli.prune_request import require_held_out
 from optimum_fista.folder.card import model_card
 from optimum_fista.folder.checkpoint import read_report
 from optimum_fista.folder.output import foreign_files
@@ -452,41 +451,6 @@ def test_two_limits_for_one_protected_text_are_refused(dense, tmp_path, capsys):
     assert main(["prune", str(dense), "-o", str(tmp_path / "out"), *flags]) == 1
 
     assert "'zoo.txt' with 1.02 and with 1.5: pass one of them" in capsys.readouterr().err
-
-
-def test_pydoc_is_refused_as_calibration_and_measured_text_at_once():
-    message = "^--measure or --protect: 'pydoc' is among the calibration text"
-    with pytest.raises(ValueError, match=message):
-        require_held_out(["pydoc"], ["c4", "pydoc"])
-    require_held_out(["wikitext2"], ["wikitext2"])  # which has two splits
-
-
-def test_a_copy_of_the_calibration_text_is_not_held_out(texts, tmp_path):
-    copy = tmp_path / "copy.txt"
-    copy.write_bytes((texts / "text.txt").read_bytes())
-
-    with pytest.raises(ValueError, match=r"copy\.txt' is among the calibration text"):
-        require_held_out([str(copy)], [str(texts / "sky.txt"), str(texts / "text.txt")])
-
-
-@pytest.mark.parametrize(
-    ("measured", "calibrated", "is_refused"),
-    [
-        ("owner/name:test", "owner/name:test", True),
-        ("owner/name:test:text", "owner/name:test", True),
-        ("owner/name:train", "owner/name", True),
-        ("owner/name:train_sft", "owner/name", True),
-        ("owner/name:test", "owner/name", False),
-        ("owner/name", "owner/name", False),  # other rows are measured
-        ("owner/other:train", "owner/name", False),
-    ],
-)
-def test_a_split_that_is_calibrated_on_is_not_measured(measured, calibrated, is_refused):
-    if is_refused:
-        with pytest.raises(ValueError, match="is among the calibration text"):
-            require_held_out([measured], [calibrated])
-    else:
-        require_held_out([measured], [calibrated])
 
 
 @pytest.mark.parametrize(

@@ -928,6 +928,20 @@ def test_calibration_takes_paths_and_refuses_other_kinds(run, text):
             run("other", calibration=other)
 
 
+def test_an_unfinished_run_on_texts_in_another_order_is_refused_by_their_names(run, tmp_path):
+    (tmp_path / "backwards.txt").write_text(TEXT[::-1])
+    (tmp_path / "sea.txt").write_text(TEXT)
+    texts = [str(tmp_path / name) for name in ("sea.txt", "backwards.txt")]
+    with stopped_at(1, saves=True):
+        run(calibration=texts)
+
+    message = r'texts was \["sea.txt", "backwards.txt"\], is \["backwards.txt", "sea.txt"\]'
+    with pytest.raises(ValueError, match=message):
+        run(calibration=texts[::-1])
+
+    assert run(calibration=texts).calibration["source"] == "sea.txt, backwards.txt"
+
+
 def test_texts_that_begin_alike_are_different(run, tmp_path):
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(TEXT + name * 20)
@@ -942,7 +956,8 @@ def test_texts_that_begin_alike_are_different(run, tmp_path):
     ("texts", "options", "message"),
     [
         ([], {}, r"calibration=\[\]: pass 'self', a text such as"),
-        (["sea.txt", "sea.txt"], {}, "names '.*sea.txt' twice: pass it once"),
+        (["sea.txt", "sea.txt"], {}, "has the text '.*sea.txt' twice: pass it once"),
+        (["owner/name", "owner/name:train"], {}, "has the text 'owner/name:train' twice"),
         (["sea.txt", "self"], {}, "a text that the teacher writes is not mixed with others"),
         (["sea.txt", "sky.txt"], {"held_out": 1}, "held_out=1 .*: pass at least 2, one sequence"),
         (
@@ -955,13 +970,13 @@ def test_texts_that_begin_alike_are_different(run, tmp_path):
     ],
 )
 def test_texts_that_do_not_go_together_are_refused(texts, options, message, run, tmp_path):
-    sources = {"sea.txt": TEXT, "sky.txt": TEXT[::-1], "copy.txt": TEXT}
-    for name, content in (sources | {"short.txt": "the sky"}).items():
+    files = {"sea.txt": TEXT, "sky.txt": TEXT[::-1], "copy.txt": TEXT, "short.txt": "the sky"}
+    for name, content in files.items():
         (tmp_path / name).write_text(content)
 
     with pytest.raises(ValueError, match=message):
         run(
-            calibration=[text if text == "self" else str(tmp_path / text) for text in texts],
+            calibration=[str(tmp_path / text) if text in files else text for text in texts],
             **options,
         )
 
