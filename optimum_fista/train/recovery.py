@@ -420,40 +420,25 @@ def _train(
 
     states = ranks.first(lambda: intact_states(journal))
     last_state = str(states[max(states)]) if states else None
-    arguments = _trainers_arguments(
+    watch = Watch(ranks, progress=progress, first_check=math.ceil(plan.steps / 20))
+    trainer = _make_trainer(
         plan=plan,
         choice=choice,
-        journal=journal,
-        processes=ranks.count,
-        resumed=last_state is not None,
-    )
-
-    watch = Watch(ranks, progress=progress, first_check=math.ceil(plan.steps / 20))
-    callbacks: list[TrainerCallback] = [watch]
-    if choice.train == "all" and plan.report is not None:
-        callbacks.append(MaskedTrainingCallback(plan.source, fill_zeros=plan.options.fill_zeros))
-    trainer = DistillationTrainer(
         model=model,
         teacher=teacher,
-        kept_tokens=plan.kept_tokens,
-        label_share=plan.options.label_share,
-        steps=plan.steps,
-        read_start=lambda: dict(load_student(plan.source).named_parameters()),
-        arguments=arguments,
-        trained_on=text.part(slice(plan.options.held_out, None)),
-        held_out=text.part(slice(plan.options.held_out)),
-        callbacks=callbacks,
+        text=text,
+        watch=watch,
+        arguments=_trainers_arguments(
+            plan=plan,
+            choice=choice,
+            journal=journal,
+            processes=ranks.count,
+            resumed=last_state is not None,
+        ),
     )
-    watch.back_off = trainer.back_off  # each of the two needs the other
 
-    try:
-        with watch.stopping_at_a_step():
-            trainer.train(last_state)  # `None`: from the beginning
-    finally:
-        # After an error the Trainer does not call this, and the hook that masks have on all optimizers would stay.
-        for callback in callbacks:
-            callback.on_train_end(arguments, trainer.state, trainer.control)
-
+    with _callbacks_ended(trainer), watch.stopping_at_a_step():
+        trainer.train(last_state)  # `None`: from the beginning
     # Ctrl-C ended the training before its last step. Its state is saved, so the same call resumes there.
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
@@ -464,6 +449,55 @@ def _train(
     trained = cast(nn.Module, trainer.model) if report.best_step else None
     recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
     return recovered, report
+
+
+def _make_trainer(
+    plan: RecoveryPlan,
+    choice: Choice,
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | StoredTeacher | None,
+    text: Sequences,
+    watch: Watch,
+    arguments: TrainingArguments,
+) -> DistillationTrainer:
+    """Make the Trainer of a run, which trains `model` under its masks and is watched by `watch`.
+
+    `model` and `teacher` are those of `_load_models`, and gradients are on for what `choice` says. `text` has all
+    sequences; the held-out ones are first. The Trainer moves `model` to its device.
+    """
+    callbacks: list[TrainerCallback] = [watch]
+    if choice.train == "all" and plan.report is not None:
+        callbacks.append(MaskedTrainingCallback(plan.source, fill_zeros=plan.options.fill_zeros))
+    held_out = plan.options.held_out
+    trainer = DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        kept_tokens=plan.kept_tokens,
+        label_share=plan.options.label_share,
+        steps=plan.steps,
+        read_start=lambda: dict(load_student(plan.source).named_parameters()),
+        arguments=arguments,
+        trained_on=text.part(slice(held_out, None)),
+        held_out=text.part(slice(held_out)),
+        callbacks=callbacks,
+    )
+    watch.back_off = trainer.back_off  # each of the two needs the other
+    return trainer
+
+
+@contextmanager
+def _callbacks_ended(trainer: DistillationTrainer) -> Iterator[None]:
+    """At the end of a training in the `with` block, end its callbacks, also after an error.
+
+    After an error the Trainer does not end them, and the hook that masks have on all optimizers would stay. Callbacks
+    of this package that have ended already do nothing.
+    """
+    try:
+        yield
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, Watch | MaskedTrainingCallback):
+                callback.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def _prepare_student(model: PreTrainedModel, choice: Choice, compute_dtype: torch.dtype) -> None:
