@@ -1,12 +1,12 @@
 """What to remove first: bits per byte of held-out text against megabytes and against time, in a table and a picture.
 
 A variant is `dense`, a pattern, or patterns joined by `_`, each pruned in a run of its own. It is recovered on so many
-`--tokens` (so is the dense model, to compare), and measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is
-llama.cpp's best of 4 bits in blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros (the
-bytes of a packed folder, which has no times: it is loaded as a dense model). Weights are rounded as llama.cpp stores
-them, and Transformers then measures the model. Of every text, the first `--bytes` are measured, whatever the
-vocabulary: windows share one token, so that all tokens but the first of a text are predicted. Sizes are those of the
-weights, without tokenizers.
+`--tokens`, and so is the dense model, to compare. With `--label-share 1` all of them are trained on the text alone,
+without a teacher. They are measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is llama.cpp's best of 4 bits
+in blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros (the bytes of a packed folder,
+which has no times: it is loaded as a dense model). Weights are rounded as llama.cpp stores them, and Transformers then
+measures the model. Of every text, the first `--bytes` are measured, whatever the vocabulary: windows share one token,
+so that all tokens but the first of a text are predicted. Sizes are those of the weights, without tokenizers.
 
     python benchmarks/frontier.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --work runs/frontier --plot FILE.png
 
@@ -62,9 +62,6 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
     these is a run; `tokens` are what the result is recovered on, 0 if it is not.
     """
     patterns = [] if variant == "dense" else variant.split("_")
-    if variant == "dense" and tokens:
-        # `recover` takes pruned models only: the least that can be removed are 64 tokens, the rarest
-        patterns = [f"vocab:{64 / read_config(arguments.model).vocab_size:.4f}"]
     common = ["--seed", str(arguments.seed), "--device", "cpu"]
     for source in arguments.calibration.split(","):
         common += ["--calibration", source]
@@ -84,7 +81,11 @@ def made(arguments: Namespace, variant: str, tokens: int) -> tuple[Path, list[st
         steps.append(([*words, *common, "--output", str(folder)], folder))
     if tokens:
         words = ["recover", str(folder), "--teacher", arguments.model, "--tokens", str(tokens)]
-        folder = arguments.work / f"{name}-{tokens}"
+        name += f"-{tokens}"
+        if arguments.label_share is not None:
+            words += ["--label-share", arguments.label_share]
+            name += f"-labels-{arguments.label_share}"
+        folder = arguments.work / name
         steps.append(([*words, *common, "--output", str(folder)], folder))
 
     commands = []
@@ -170,6 +171,11 @@ def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
         }
     row["mean"] = geometric_mean(row["bits_per_byte"].values())
     return row
+
+
+def is_measured(key: Row, rows: Sequence[Row]) -> bool:
+    """Tell whether one of the rows is of this variant, training, format and seed. Older rows lack some entries."""
+    return any(all(row.get(name) == key[name] for name in key) for row in rows)
 
 
 def seconds(model: Any, prompts: torch.Tensor, new_tokens: int) -> float:
@@ -258,7 +264,10 @@ def table(rows: Sequence[Row]) -> list[str]:
             cost = f"{of_rows[index][0]:.3g}" if index in of_rows else ""
             costs.append(f"**{cost}**" if index in best[name] else cost)
         losses = [f"{loss:.4f}" for loss in (row["mean"], *row["bits_per_byte"].values())]
-        lines.append((row["variant"], row["tokens"] or "", row["format"], *costs, *losses))
+        trained = f"{row['tokens']:,}" if row["tokens"] else ""
+        if row.get("label_share") is not None:
+            trained += f", label share {row['label_share']}"
+        lines.append((row["variant"], trained, row["format"], *costs, *losses))
     headings = ("removed", "recovered on", "bits", *points, "mean", *rows[0]["bits_per_byte"])
     return markdown_lines(headings, lines)
 
@@ -331,6 +340,7 @@ def main() -> None:
         "variants": "what is removed",
         "calibration": "texts to calibrate and recover on, divided by commas",
         "tokens": "to recover on; 0: not recovered",
+        "label_share": "of the recoveries; the default is that of optimum-fista recover",
         "bytes": "of each text",
         "formats": "bits a weight",
         "work": "folder for models",
@@ -344,6 +354,7 @@ def main() -> None:
         helps=helps,
         variants=VARIANTS.split(),
         tokens=[0],
+        label_share=str,
         formats=["16", "8", "IQ4_NL"],
         num_samples=16,
         sequence_length=512,
@@ -358,7 +369,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     texts = starts_of(arguments)
     record = open_record(
-        arguments, "variants", "tokens", "formats", "work", "threads", "rounds", "seed"
+        arguments,
+        "variants",
+        "tokens",
+        "label_share",
+        "formats",
+        "work",
+        "threads",
+        "rounds",
+        "seed",
     )
     for variant in arguments.variants:
         sets_zeros = sparsity_of(variant) is not None
@@ -371,9 +390,9 @@ def main() -> None:
                     "tokens": tokens,
                     "format": bits,
                     "seed": arguments.seed,
+                    "label_share": arguments.label_share if tokens else None,
                 }
-                is_measured = any(key.items() <= row.items() for row in record["rows"])
-                if not is_measured:
+                if not is_measured(key, record["rows"]):
                     record["rows"].append(measure(arguments, key, texts))
                     save(arguments, record)
     if arguments.rounds:

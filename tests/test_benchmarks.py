@@ -278,6 +278,33 @@ def test_the_frontier_is_measured_on_whole_texts_and_resumes(
     assert script.frontier(points) == [0, 3, 2]
 
 
+def test_the_frontier_trains_the_dense_model_by_itself_or_by_the_text_alone(
+    benchmark, tmp_path, monkeypatch
+):
+    script = benchmark("frontier")
+    for part in (tiny_llama(), tiny_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    text = tmp_path / "sea.txt"
+    text.write_text(TEXT * 8)
+    flags = ["--calibration", str(text), "--texts", str(text), "--bytes", "100"]
+    flags += ["--sequence-length", "32", "--work", str(tmp_path), "--variants", "dense"]
+    flags += ["--formats", "32", "--tokens", "0,1024", "--output", str(tmp_path / "rows.json")]
+
+    for more_flags in ([], ["--label-share", "1"], ["--label-share", "1"]):
+        program = ["frontier.py", str(tmp_path / "model"), *flags, *more_flags]
+        monkeypatch.setattr(sys, "argv", program)
+        script.main()
+
+    untrained, by_itself, by_text = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (untrained["commands"], untrained["label_share"]) == ([], None)
+    assert (by_itself["tokens"], by_itself["label_share"]) == (1024, None)
+    assert (by_text["tokens"], by_text["label_share"]) == (1024, "1")
+    (command,) = by_text["commands"]
+    assert command.startswith("optimum-fista recover model --teacher model --tokens 1024 ")
+    assert "--label-share 1 " in command
+    assert len({row["mean"] for row in (untrained, by_itself, by_text)}) == 3
+
+
 def test_experts_are_rounded_and_their_router_is_not(benchmark):
     config = Qwen3MoeConfig(
         vocab_size=64,
