@@ -8,6 +8,10 @@ and its targets correct their errors (`--streams pruned`). `reap` with the repai
 dense`, as with `error_correction="none"`, all ways see the hidden states of the dense model. This is faster, because
 what the experts compute is the same for all of them.
 
+With the criterion `gradient_by_layer`, layers lose different numbers of experts: those with the smallest scores of the
+whole model go (the stream `dense` without repairs only). No configuration of Transformers can say so, so the routers
+are kept from choosing these experts, which computes the same.
+
 MODEL is a folder of `mixtures.py` or `train_small.py`, and the text folder is that of `mixtures.py`: of each domain a
 file to calibrate on and a held-out one. The dense model is the first row. The same command resumes.
 
@@ -20,7 +24,8 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -64,6 +69,7 @@ from optimum_fista.text.sources import load_text
 from optimum_fista.text.windows import calibration_windows, evaluation_windows
 
 Row = dict[str, Any]
+BY_LAYER = "gradient_by_layer"  # a criterion; its scores are those of `gradient`
 KEYS = ("stream", "calibration", "seed", "share", "criterion", "repair")
 SEQUENCES_AT_ONCE = 4
 # How errors of earlier layers are corrected: as by default, and not at all.
@@ -174,6 +180,7 @@ class Removals:
         self.model = model
         self.layers = find_decoder_layers(model)
         self._outline = ModelOutline(self.layers)
+        self._top_k: int = model.config.num_experts_per_tok
         channels = getattr(model.config, "moe_intermediate_size", math.inf)
         self._are_small = channels < FEW_CHANNELS
         if self._are_small:
@@ -208,13 +215,14 @@ class Removals:
         plan, *_ = plans.values()
         parts = {part.name.rpartition(".mlp.")[0]: part for part in plan.parts.values()}
         gradients = dict[str, list[Tensor]]()
-        if any(way.criterion in USE_GRADIENTS for way in ways):
+        if any(_scores_of(way) in USE_GRADIENTS for way in ways):
             gradients = dict(zip(parts, draw.gradients(list(parts.values())), strict=True))
         entering = draw.recorded.hidden_states
         is_pruned = stream == "pruned"
         states = HiddenStates(dense=entering, pruned=entering if is_pruned else None)
 
         layers_of_ways: list[list[Callable[[], torch.nn.Module]]] = [[] for _ in ways]
+        gradient_scores = dict[str, Tensor]()  # by the name of the layer, for counts by layer
         for index, (name, layer) in enumerate(tqdm(self.layers, desc="Layers", leave=False)):
             activations = LayerActivations(
                 layer=layer,
@@ -258,10 +266,15 @@ class Removals:
             )
             scores = {
                 criterion: CRITERIA[criterion](view, seed * len(self.layers) + index)
-                for criterion in {way.criterion for way in ways}
+                for criterion in {_scores_of(way) for way in ways}
             }
+            if "gradient" in scores:
+                gradient_scores[name] = scores["gradient"]
 
             for way, layers in zip(ways, layers_of_ways, strict=True):
+                if way.criterion == BY_LAYER:
+                    layers.append(partial(_same, layer))  # until the scores of all layers are known
+                    continue
                 plan = plans[way.share]
                 kept = experts_to_keep(scores[way.criterion], plan.num_kept[part.name])
                 if is_pruned or way.repairs != "none":
@@ -277,6 +290,15 @@ class Removals:
                 (way_layers,) = layers_of_ways
                 smaller_layer = way_layers[-1]()
             states = targets.leave(smaller_layer)
+
+        for way, layers in zip(ways, layers_of_ways, strict=True):
+            if way.criterion == BY_LAYER:
+                plan = plans[way.share]
+                num_kept = sum(plan.num_kept[part.name] for part in parts.values())
+                kept_of_layers = kept_by_layer(gradient_scores, num_kept, fewest=self._top_k)
+                for index, (name, layer) in enumerate(self.layers):
+                    if name in parts:
+                        layers[index] = partial(without_choosing, layer, kept_of_layers[name])
         return layers_of_ways
 
     def losses(
@@ -298,6 +320,49 @@ class Removals:
         finally:
             for index, layer in enumerate(own_layers):
                 modules[index] = layer
+
+
+def _scores_of(way: Way) -> str:
+    """The name in `CRITERIA` of the scores by which a way removes experts."""
+    return "gradient" if way.criterion == BY_LAYER else way.criterion
+
+
+def kept_by_layer(
+    scores: Mapping[str, Tensor], num_kept: int, fewest: int
+) -> dict[str, tuple[int, ...]]:
+    """Choose which experts of each layer stay: those with the highest scores of all layers, `num_kept` together.
+
+    `scores` are [experts] by the name of the layer. Each layer keeps at least the `fewest` best of its own.
+    """
+    kept: dict[str, list[int]] = {}
+    others = []  # score, layer and number of the experts that need not stay
+    for layer, of_layer in scores.items():
+        best_first = of_layer.argsort(descending=True, stable=True).tolist()
+        kept[layer] = best_first[:fewest]
+        others += [(float(of_layer[expert]), layer, expert) for expert in best_first[fewest:]]
+    others.sort(key=lambda other: -other[0])
+    num_more = num_kept - fewest * len(scores)
+    for _, layer, expert in others[:num_more]:
+        kept[layer].append(expert)
+    return {layer: tuple(sorted(experts)) for layer, experts in kept.items()}
+
+
+def without_choosing(layer: torch.nn.Module, kept: Sequence[int]) -> torch.nn.Module:
+    """Copy a decoder layer, whose router can then choose only the experts that are `kept`; weights are shared.
+
+    It returns what a layer without the other experts would, because the weights of a token have a fixed sum.
+    """
+    copied = deepcopy(layer, {id(weight): weight for weight in layer.parameters()})
+    router = router_of(copied)
+    holder = getattr(router, "moe_statics", router)  # Ernie keeps the bias in a module of its own
+    bias = holder.e_score_correction_bias.detach().clone()
+    is_removed = torch.ones_like(bias, dtype=torch.bool)
+    is_removed[..., list(kept)] = False
+    bias[is_removed] = -1e9
+    if isinstance(holder.e_score_correction_bias, torch.nn.Parameter):
+        bias = torch.nn.Parameter(bias, requires_grad=False)
+    holder.e_score_correction_bias = bias
+    return copied
 
 
 def _same(layer: torch.nn.Module) -> torch.nn.Module:
@@ -364,6 +429,9 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             arguments.shares, arguments.repairs, arguments.criteria
         )
     ]
+    counts_by_layer = BY_LAYER in arguments.criteria
+    if counts_by_layer and (arguments.streams != ["dense"] or arguments.repairs != ["none"]):
+        raise SystemExit(f"--criteria {BY_LAYER} needs --streams dense --repairs none.")
     # The seed changes last, so that the rows of earlier seeds are complete when another one begins.
     for seed, stream, calibration in product(
         arguments.seeds, arguments.streams, arguments.calibrations
@@ -443,7 +511,7 @@ def main() -> None:
         "shares": "shares of the experts to remove",
         "calibrations": f"texts to calibrate on: some of {', '.join(DOMAINS)}, all",
         "streams": "whose hidden states a layer sees: pruned, of the smaller layers before it; dense, faster",
-        "criteria": f"some of {', '.join(CRITERIA)}",
+        "criteria": f"some of {', '.join(CRITERIA)}, {BY_LAYER}",
         "repairs": f"none, or some of {', '.join(REPAIRS)}, joined by +",
         "seeds": "of the calibration draw",
         "dtype": "of the model's weights",

@@ -345,6 +345,41 @@ def test_rows_of_reap_are_what_the_package_gives(measured, tmp_path, kind, strea
         assert row["losses"]["german"] != pytest.approx(dense["losses"]["german"], abs=2e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_router_that_may_not_choose_experts_computes_what_a_layer_without_them_does(
+    benchmark, measured, kind, monkeypatch
+):
+    script = benchmark("experts")
+    # Equal counts in all layers, which a smaller model can have, too.
+    monkeypatch.setattr(
+        script,
+        "kept_by_layer",
+        lambda scores, num_kept, fewest: {
+            layer: script.experts_to_keep(of_layer, num_kept // len(scores))
+            for layer, of_layer in scores.items()
+        },
+    )
+
+    flags = ["--shares", "0.34", "--calibrations", "all", "--streams", "dense", "--repairs", "none"]
+    _, record = measured(kind, *flags, "--criteria", "gradient,gradient_by_layer")
+
+    dense, removed, kept_from_choosing = (row["losses"] for row in record["rows"])
+    for domain, loss in removed.items():
+        assert kept_from_choosing[domain] == pytest.approx(loss, abs=1e-5)
+        assert abs(loss - dense[domain]) > 1e-4
+
+
+def test_counts_by_layer_keep_the_best_of_the_model_and_enough_of_each_layer(benchmark):
+    scores = {
+        "first": torch.tensor([5.0, 1.0, 2.0, 6.0]),
+        "second": torch.tensor([0.1, 0.4, 0.2, 0.3]),
+    }
+
+    kept = benchmark("experts").kept_by_layer(scores, num_kept=5, fewest=2)
+
+    assert kept == {"first": (0, 2, 3), "second": (1, 3)}
+
+
 def test_the_benchmark_of_experts_resumes_and_its_table_is_shown_again(
     benchmark, measured, tmp_path, monkeypatch, capsys
 ):
