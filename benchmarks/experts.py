@@ -144,7 +144,24 @@ class DenseMixture:
     hidden_states: Sequence[Tensor]
     targets: ActivationStore
 
-    def smaller_layer(
+    def layer_of_way(
+        self, way: Way, plan: Shrinking, scores: Tensor, *, is_run: bool
+    ) -> Callable[[], torch.nn.Module]:
+        """Return a function that returns the layer without the experts with the lowest `scores` [experts].
+
+        The function makes the layer, unless it is needed now: because it is repaired, or because its outputs enter the
+        next layer (`is_run`). Counts by layer are not known yet, so for them it returns the dense layer.
+        """
+        layer = self.activations.layer
+        if way.criterion == BY_LAYER:
+            return partial(_same, layer)
+        kept = experts_to_keep(scores, plan.num_kept[self.part.name])
+        if is_run or way.repairs != "none":
+            return partial(_same, self._smaller_layer(plan, kept, way.repairs))
+        # This function has no reference to `self.view`, which is large and is freed before the next layer.
+        return partial(smaller_copy, plan, self.layer_name, layer, {self.part.name: kept})
+
+    def _smaller_layer(
         self, plan: Shrinking, kept: tuple[int, ...], repairs: str
     ) -> torch.nn.Module:
         """Copy the layer without the experts that are not `kept`, and make the `repairs` in the copy ("none": none)."""
@@ -239,51 +256,42 @@ class Removals:
                     layers.append(partial(_same, layer))
                 continue
 
-            part = parts[name]
-            experts = experts_of(part, name, layer)
+            experts = experts_of(parts[name], name, layer)
             targets = LayerTargets(
                 activations, [], CORRECTIONS[stream], entering=states, experts=experts.module
-            )
-            view = MixtureView.of(
-                experts,
-                router_of(layer),
-                activations.assigned_tokens(experts, states.to_prune_on),
-                gradients=gradients.get(name),
-                parts=draw.parts,
             )
             expert_targets = activations.store()
             if any(way.repairs != "none" for way in ways):
                 for target in targets.expert_targets():
                     expert_targets.append(target)
-            dense_mixture = DenseMixture(
-                part=part,
+            mixture = DenseMixture(
+                part=parts[name],
                 layer_name=name,
                 experts=experts,
-                view=view,
+                view=MixtureView.of(
+                    experts,
+                    router_of(layer),
+                    activations.assigned_tokens(experts, states.to_prune_on),
+                    gradients=gradients.get(name),
+                    parts=draw.parts,
+                ),
                 activations=activations,
                 hidden_states=states.to_prune_on,
                 targets=expert_targets,
             )
             scores = {
-                criterion: CRITERIA[criterion](view, seed * len(self.layers) + index)
+                criterion: CRITERIA[criterion](mixture.view, seed * len(self.layers) + index)
                 for criterion in {_scores_of(way) for way in ways}
             }
             if "gradient" in scores:
                 gradient_scores[name] = scores["gradient"]
-
             for way, layers in zip(ways, layers_of_ways, strict=True):
-                if way.criterion == BY_LAYER:
-                    layers.append(partial(_same, layer))  # until the scores of all layers are known
-                    continue
-                plan = plans[way.share]
-                kept = experts_to_keep(scores[way.criterion], plan.num_kept[part.name])
-                if is_pruned or way.repairs != "none":
-                    smaller = dense_mixture.smaller_layer(plan, kept, way.repairs)
-                    layers.append(partial(_same, smaller))
-                else:
-                    # It has no reference to `view`, which is freed below.
-                    layers.append(partial(smaller_copy, plan, name, layer, {part.name: kept}))
-            del view, dense_mixture  # before the next ones are made
+                layers.append(
+                    mixture.layer_of_way(
+                        way, plans[way.share], scores[_scores_of(way)], is_run=is_pruned
+                    )
+                )
+            del mixture  # its outputs of experts are large, and the next ones are made now
 
             smaller_layer = None
             if is_pruned:
