@@ -120,8 +120,7 @@ def cached_file_if_any(name: str, file: str, *, needs_hub: bool = True) -> str |
     return path
 
 
-# Transformers: conversions of weights. A conversion says how tensors of a file become parameters of a model: under
-# other names, joined, or split (`WeightConverter`, `WeightRenaming`).
+# Transformers: chat templates.
 
 
 def marked_spans(tokenizer: Any, turns: Sequence[dict[str, Any]]) -> list[tuple[int, int]]:
@@ -140,6 +139,10 @@ def marked_spans(tokenizer: Any, turns: Sequence[dict[str, Any]]) -> list[tuple[
     )
     _, spans_of_conversations = rendered  # texts and spans of one conversation
     return [(start, end) for start, end in spans_of_conversations[0]]
+
+
+# Transformers: conversions of weights. A conversion says how tensors of a file become parameters of a model: under
+# other names, joined, or split (`WeightConverter`, `WeightRenaming`).
 
 
 def original_sources(conversion: Any) -> list[str]:
@@ -309,7 +312,12 @@ def has_forward_pre_hooks(module: nn.Module) -> bool:
 
 def hooks_of(module: nn.Module) -> list[Mapping[int, Callable[..., Any]]]:
     """Return the dictionaries of all kinds of hooks of a module itself, such as those before and after `forward`."""
-    return [value for name, value in vars(module).items() if name.endswith("_hooks")]
+    # A module may have an attribute of its own with such a name, such as a list.
+    return [
+        value
+        for name, value in vars(module).items()
+        if name.endswith("_hooks") and isinstance(value, dict)
+    ]
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -127,8 +127,12 @@ def read_origin(config: Any) -> OriginReport | None:
     except (AttributeError, KeyError, TypeError, ValueError):
         # An entry of other people, or of an older version, which wrote no origin, but only patterns: those of earlier
         # runs in `pruned_before`.
-        patterns = [*entry.get("pruned_before", ()), entry["pattern"]]
-        return OriginReport(steps=[StepReport(str(pattern)) for pattern in patterns])
+        patterns = entry.get("pruned_before")
+        if not isinstance(patterns, list):
+            patterns = []
+        origin = OriginReport()
+        earlier = [StepReport(str(pattern)) for pattern in patterns]
+        latest = StepReport(str(entry["pattern"]))
     # A training comes after the run that wrote the entry, and notes itself beside `origin`.
     if entry.get("retrained"):
         latest = replace(latest, retrained=True)

@@ -127,6 +127,15 @@ def test_an_origin_that_can_not_be_read_counts_as_unknown(origin):
     assert found == OriginReport(steps=[StepReport("layers:0.5"), StepReport("2:4")])
 
 
+@pytest.mark.parametrize("pruned_before", [None, "layers:0.5", 3])
+def test_earlier_runs_that_can_not_be_read_are_left_out(pruned_before):
+    entry = {"pattern": "2:4", "pruned_before": pruned_before, "retrained": True}
+
+    found = read_origin(SimpleNamespace(fista_pruning=entry))
+
+    assert found == OriginReport(steps=[StepReport("2:4", retrained=True)])
+
+
 @pytest.mark.parametrize(
     ("changes", "is_comparable"),
     [

@@ -40,8 +40,8 @@ loads it as a dense model, bit for bit; `optimum-fista unpack` writes that as a 
 {install_command()}.
 """
 
-# Letters that Markdown gives a meaning; an underscore only at the end of a word.
-_SPECIAL = re.compile(r"([\\`*{}\[\]<>|~$&]|\b_|_\b)")
+# Letters that Markdown gives a meaning; an underscore unless it is between two letters or digits.
+_SPECIAL = re.compile(r"([\\`*{}\[\]<>|~$&]|(?<![^\W_])_|_(?![^\W_]))")
 # Metadata of the dense model's card that holds for the pruned model, too.
 _INHERITED = ("license", "license_name", "license_link", "language")
 

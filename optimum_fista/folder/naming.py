@@ -1,8 +1,8 @@
 """Reports of operators and their masks, by the names in a checkpoint or by those in the model.
 
 A weight may have another name in the files than in the model, and another layout: `Conv1D` of GPT-2 stores [in, out],
-and the files of a mixture may have a tensor for each expert. A run works with the names of the model. `as_stored`
-translates what a folder gets, and `as_in_model` translates back what is read from a folder.
+and the files of a mixture may have a tensor for each expert. A run works with the names of the model.
+`renamed_operators` translates what a folder gets, and `as_in_model` translates back what is read from a folder.
 
 A mask is a uint8 tensor with one bit for each weight (`solve.pattern.pack_mask`), True = kept. An operator is a pruned
 linear map: a module, or one matrix of an expert. `report.operators` are those that a run pruned, `report.carried` those
@@ -44,7 +44,7 @@ def operators_by_weight(
         layer_name = f"{layers_name}.{index}"
         if report.removed or report.carried:
             # Experts that this run did not prune as operators may have masks of an earlier run.
-            of_layer = all_operators(layer_name, layer)
+            of_layer = prunable_operators(layer_name, layer)
         else:
             # without the experts that the user excluded from the run
             of_layer = find_operators(layer_name, layer, report.config["exclude"])
@@ -53,7 +53,7 @@ def operators_by_weight(
     return operators
 
 
-def all_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator]:
+def prunable_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator]:
     """Return all linear operators of the decoder layer called `layer_name`, by their names, with those of experts.
 
     `layer_name` is such as "model.layers.3", the name of an operator such as "model.layers.3.mlp.up_proj". Experts
@@ -69,13 +69,13 @@ def all_operators(layer_name: str, layer: nn.Module) -> dict[str, LinearOperator
     return operators
 
 
-def as_stored(
+def renamed_operators(
     reports: Iterable[OperatorReport], masks: Mapping[str, Tensor], names: Mapping[str, StoredName]
 ) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-    """Return reports of operators and their masks under other names. The arguments are not changed.
+    """Copy reports of operators and their masks, under other names and with masks in the layout of these names.
 
-    A folder that is written gets the names of its files. What is read from a folder gets the names of the model, by
-    this function, too (`as_in_model`).
+    Used in both directions: a folder that is written gets the names of its files, and what is read from a folder gets
+    the names of the model (`as_in_model`).
 
     Args:
         reports: Of the operators; `name` is that of the weight, such as "model.layers.0.mlp.up_proj.weight".
@@ -85,15 +85,15 @@ def as_stored(
     renamed_reports = []
     renamed_masks = {}
     for report in reports:
-        stored = names[report.name]  # the new name and layout
+        new = names[report.name]  # the new name and layout
         mask = masks[report.name]
-        if stored.transposed != report.stored_transposed:
+        if new.transposed != report.stored_transposed:
             # The bits of a mask follow row by row, so they have another order in the other layout: [out, in] becomes
             # [in, out], or the other way round.
             mask = pack_mask(unpack_mask(mask, report.stored_shape).T)
-        renamed_masks[stored.name] = mask
+        renamed_masks[new.name] = mask
         renamed_reports.append(
-            dataclasses.replace(report, name=stored.name, stored_transposed=stored.transposed)
+            dataclasses.replace(report, name=new.name, stored_transposed=new.transposed)
         )
     return renamed_reports, renamed_masks
 
@@ -106,10 +106,10 @@ def renamed_report(
     Args:
         report: Of a run. It is not changed.
         masks: Of the operators that it pruned and of those whose masks it carried over, by their names in it.
-        names: The new name of each weight, and whether it is stored there as [in, out] (`as_stored`).
+        names: The new name of each weight, and whether it is stored there as [in, out] (`renamed_operators`).
     """
-    operators, masks_of_run = as_stored(report.operators, masks, names)
-    carried, carried_masks = as_stored(report.carried, masks, names)
+    operators, masks_of_run = renamed_operators(report.operators, masks, names)
+    carried, carried_masks = renamed_operators(report.carried, masks, names)
     # Names of weights only. One that the folder does not know keeps its name.
     lost_masks = [names[name].name if name in names else name for name in report.lost_masks]
     renamed = dataclasses.replace(
@@ -124,7 +124,7 @@ def as_in_model(
     report: PruningReport,
     masks: Mapping[str, Tensor],
 ) -> tuple[PruningReport, dict[str, Tensor]]:
-    """Return a report and masks, read from a checkpoint, under the names of the model: undoes `as_stored`.
+    """Return a report and masks, read from a checkpoint, under the names of the model.
 
     Args:
         model: The model that was loaded from this checkpoint.

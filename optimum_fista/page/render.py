@@ -287,14 +287,16 @@ def _held_out_ratio(operator: OperatorReport) -> float:
 def _columns_left(report: PruningReport) -> list[tuple[str, int, int]]:
     """Return for each kind of operator that lost columns: its name, how many stayed, and how many there were.
 
-    `groups_kept` of such an operator is not `None`, and `target_sparsity` is the share of columns that went.
+    `groups_kept` of such an operator is not `None`, and `target_sparsity` is the share of columns that went. A kind has
+    a row for each size that decoder layers give it.
     """
     grid = OperatorGrid(o for o in report.operators if o.groups_kept is not None)
     rows = []
     for kind, operators in grid.kinds.items():
-        # All decoder layers lose as many, and the shape is that without the lost columns.
-        operator = operators[0]
-        num_left = operator.shape[1]
-        num_before = round(num_left / (1 - operator.target_sparsity))
-        rows.append((kind, num_left, num_before))
+        sizes = set()
+        for operator in operators:
+            num_left = operator.shape[1]  # the shape is that without the lost columns
+            num_before = round(num_left / (1 - operator.target_sparsity))
+            sizes.add((num_left, num_before))
+        rows += [(kind, num_left, num_before) for num_left, num_before in sorted(sizes)]
     return rows

@@ -151,7 +151,7 @@ def _warn_of_few_tokens(plan: Plan, report: PruningReport) -> None:
     """
     num_tokens = report.calibration["num_tokens"]
     # Operators have the shape [out, in].
-    num_inputs = {name: operator.shape[1] for name, operator in plan.all_operators.items()}
+    num_inputs = {name: operator.shape[1] for name, operator in plan.operators.items()}
     if not num_inputs:
         return
     widest = max(num_inputs, key=lambda name: num_inputs[name])
@@ -206,7 +206,7 @@ def record_arguments(plan: Plan, calibration: Calibration) -> Calibration:
     if calibration.recorded is not None:
         return calibration
     # Mixtures call the matrices of their experts as modules of their own, as they will when these are pruned.
-    with split_experts(plan.all_operators.values()):
+    with split_experts(plan.operators.values()):
         recorded = record_inputs(
             plan.layers, calibration.batches, plan.storage, progress=plan.progress
         )

@@ -104,7 +104,7 @@ def _operators_that_share(plan: Plan, removed_layers: Sequence[int]) -> dict[str
         return {}
     prefixes = tuple(f"{plan.layers.name}.{index}." for index in removed_layers)
     sharing: dict[str, LinearOperator] = {}
-    for name, operator in plan.all_operators.items():
+    for name, operator in plan.operators.items():
         # `startswith` is true if the name begins with any of the prefixes.
         is_removed = name.startswith(prefixes)
         # An operator whose sparsity is fixed by the pattern ("2:4") or by an override of the user does not share.
@@ -142,7 +142,7 @@ def _measured(
         return measure_sensitivities(loss, operators, calibration.batches)
 
     try:
-        with split_experts(plan.all_operators.values()), products_as(plan.products):
+        with split_experts(plan.operators.values()), products_as(plan.products):
             return retried(
                 measure,
                 Calibration(loss.joined_sequences()),

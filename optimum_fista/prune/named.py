@@ -254,7 +254,7 @@ def _read_model(
         callbacks=callbacks,
     )
     if packed:
-        names = stored_names(model, plan.all_operators.values(), layers_name=plan.layers.name)
+        names = stored_names(model, plan.operators.values(), layers_name=plan.layers.name)
         require_packable(stored.name for stored in names.values())
         if removal.earlier_masks is not None:
             # Weights that stay packed with the zeros of an earlier run.

@@ -37,7 +37,7 @@ def begin_report(plan: Plan) -> PruningReport:
     Changes nothing: the model and its configuration are only read.
     """
     model = plan.layers.model
-    names_of_operators = [*plan.all_operators, *plan.removal.left_dense]
+    names_of_operators = [*plan.operators, *plan.removal.left_dense]
     messages = [
         *_earlier_run(plan),
         *_quantized_source(plan),

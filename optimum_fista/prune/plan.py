@@ -48,7 +48,7 @@ _PRUNING_COST = 8.0
 class Budgets:
     """What the loss of the dense model decides: the zeros of each operator, and the decoder layers to remove.
 
-    Operators are named as in `Plan.all_operators`, such as "model.layers.3.mlp.down_proj".
+    Operators are named as in `Plan.operators`, such as "model.layers.3.mlp.down_proj".
     """
 
     # Share of zeros in [0, 1), of the operators that share the zeros of the model. Others keep that of their pattern.
@@ -139,7 +139,7 @@ class Plan:
         return self.config.create_method(self.layers.model.config.model_type)
 
     @cached_property
-    def all_operators(self) -> dict[str, LinearOperator]:
+    def operators(self) -> dict[str, LinearOperator]:
         """All operators to prune, by name, such as "model.layers.3.mlp.down_proj", in the order of their layers.
 
         `self.removal.operators` has them by the name of each decoder layer.
@@ -287,5 +287,5 @@ def plan_run(
     if loaded:
         # This refuses a weight that is not stored as one matrix: its mask could not be saved.
         layers = removal.layers
-        stored_names(layers.model, plan.all_operators.values(), layers_name=layers.name)
+        stored_names(layers.model, plan.operators.values(), layers_name=layers.name)
     return plan

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from optimum_fista import internals
-from optimum_fista.folder.naming import as_stored
+from optimum_fista.folder.naming import renamed_operators
 from optimum_fista.folder.packed_folder import Packer
 from optimum_fista.model.offload import stored_tensor
 from optimum_fista.prune.plan import Plan
@@ -53,7 +53,7 @@ class ShardWriter:
         # "model.layers.3.mlp.down_proj.weight".
         self.names = stored_names(
             plan.layers.model,
-            plan.all_operators.values(),
+            plan.operators.values(),
             # Returns the name of a module after the removal of decoder layers before it.
             renamed=plan.removal.new_name,
             layers_name=plan.layers.name,
@@ -92,7 +92,7 @@ class ShardWriter:
                 # With those of weights whose masks were carried over from an earlier run.
                 names = names | dict(plan.removal.earlier_masks.names)
             masked = [*record.operators, *record.carried]
-            operators, stored_masks = as_stored(masked, masks, names)
+            operators, stored_masks = renamed_operators(masked, masks, names)
             # Zeros never reach the disk. The packer asks for the mask of each weight by its stored name.
             packer = Packer(operators, tensors, read_mask=stored_masks.__getitem__)
             tensors = packer.pack(tensors)

@@ -34,7 +34,7 @@ from optimum_fista.folder.checkpoint import (
     read_report,
     summary_of_latest_run,
 )
-from optimum_fista.folder.naming import all_operators, as_stored
+from optimum_fista.folder.naming import prunable_operators, renamed_operators
 from optimum_fista.folder.packed_folder import is_packed, packed_masks
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import LinearOperator
@@ -117,7 +117,7 @@ class EarlierMasks:
 
         operators = list[LinearOperator]()  # of all decoder layers
         for layer_name, layer in layers:
-            operators += all_operators(layer_name, layer).values()
+            operators += prunable_operators(layer_name, layer).values()
         # The report has the names of the files; weights that are not a matrix of their own there are left out.
         names = stored_names(model, operators, all_of_them=False, layers_name=layers.name)
         names_by_stored_name = {stored.name: name for name, stored in names.items()}
@@ -218,7 +218,7 @@ class EarlierMasks:
         masks = dict[str, Tensor]()
         entries = dict[str, OperatorReport]()
         parameters = dict(layer.named_parameters(prefix=layer_name))
-        operators = all_operators(layer_name, layer).values()
+        operators = prunable_operators(layer_name, layer).values()
         stored_masks = self._stored_masks([f"{operator.name}.weight" for operator in operators])
         for operator in operators:
             name = f"{operator.name}.weight"
@@ -226,10 +226,10 @@ class EarlierMasks:
             if entry is None or entry.name not in stored_masks or entry.shape != operator.shape:
                 continue
 
-            # `as_stored` changes names and layout: here, those of the file to those of the model
+            # `renamed_operators` changes names and layout: here, those of the file to those of the model
             packed_mask = stored_masks[entry.name]
             name_in_model = {entry.name: StoredName(name, operator.transposed)}
-            _, masks_in_model = as_stored([entry], {entry.name: packed_mask}, name_in_model)
+            _, masks_in_model = renamed_operators([entry], {entry.name: packed_mask}, name_in_model)
 
             parameter_name = _parameter_of(operator, layer_name, layer)
             parameter = parameters[parameter_name]
@@ -281,7 +281,7 @@ def _zeros_of_pruned_again(
     parameters = dict(layer.named_parameters(prefix=layer_name))
     filled = 0
     uncovered = 0
-    for operator in all_operators(layer_name, layer).values():
+    for operator in prunable_operators(layer_name, layer).values():
         name = f"{operator.name}.weight"
         parameter_name = _parameter_of(operator, layer_name, layer)
         if name not in new_masks or parameter_name not in masks:
@@ -325,7 +325,7 @@ def _masks_that_hold(
     """
     carried = CarriedMasks()
     parameters = dict(layer.named_parameters(prefix=layer_name))
-    for operator in all_operators(layer_name, remaining_layer).values():
+    for operator in prunable_operators(layer_name, remaining_layer).values():
         name = f"{operator.name}.weight"
         parameter_name = _parameter_of(operator, layer_name, remaining_layer)
         if parameter_name not in masks or name in skipped:

@@ -163,18 +163,19 @@ def _stated_number(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | N
     if not hasattr(common, word):
         return None
     value = getattr(common, word)
+    values_of_layers = []
     if isinstance(value, list):
-        if len(set(value)) != 1:
-            return None
-        value = value[0]  # the same in every decoder layer
+        values_of_layers = value  # one for each decoder layer
+        value = value[0] if value else None
+    elif kind != "heads" and overrides_of(config) is not None:
+        values_of_layers = values_by_layer(config, word)
+    different_values = sorted(set(values_of_layers))
+    if len(different_values) > 1:
+        numbers = ", ".join(map(str, different_values))
+        raise UnsupportedArchitectureError(f"{word} differs between decoder layers ({numbers})")
     if kind == "heads":
         return _stated_heads(config, word, value) if value else None
 
-    if overrides_of(config) is not None:
-        different_values = sorted(set(values_by_layer(config, word)))
-        if len(different_values) > 1:
-            numbers = ", ".join(map(str, different_values))
-            raise UnsupportedArchitectureError(f"{word} differs between decoder layers ({numbers})")
     if kind in ("channels", "expert_channels"):
         return Parts(kind, {word: value})  # with `None`, the model computes the number
     return _stated_experts(common, word, value) if value else None
@@ -497,17 +498,18 @@ def _part_of_operator(
     # weights whose rows compute the inputs of the operator
     feeders = [tensor.name for tensor in rows if tensor.is_weight_of_operator]
     least_feeders = 2 if stated.kind == "heads" else 1  # queries and keys
+    if not feeders:
+        raise UnsupportedArchitectureError(f"no projection computes the inputs of {operator}")
     if len(feeders) < least_feeders:
         raise UnsupportedArchitectureError(
-            f"beside {operator} there is {' and '.join(feeders) or 'no projection'}, in which rows of one group can't "
-            "be told"
+            f"only {feeders[0]} computes the inputs of {operator}, but queries and keys need a projection each"
         )
 
     tensors = dict[str, GroupAxis]()
     for tensor in (weight, *rows):
         # a vector of a module that contains the operator, such as attention sinks: one entry for each head
-        is_vector_of_operator = len(tensor.shape) == 1 and operator.startswith(f"{tensor.owner}.")
-        is_expected = tensor.is_linear or is_vector_of_operator
+        is_vector_of_parent = len(tensor.shape) == 1 and operator.startswith(f"{tensor.owner}.")
+        is_expected = tensor.is_linear or is_vector_of_parent
         if not is_expected or tensor.entries % groups:
             raise UnsupportedArchitectureError(
                 f"{tensor.name} ({type(tensor.module).__name__}) works on all inputs of {operator} together"
@@ -611,7 +613,7 @@ def _mixture(
     fused = {name.rpartition(".")[0] for name in shrinking if tensors[name].ndim == 3}
     if not fused:
         raise UnsupportedArchitectureError(
-            f"{prefix.rstrip('.')} keeps its experts in another form than one 3-D parameter for a matrix of all of them"
+            f"{prefix.rstrip('.')} does not keep its experts in 3-D parameters [experts, rows, columns]"
         )
     if len(fused) > 1:
         names = ", ".join(name.removeprefix(prefix) for name in sorted(fused))

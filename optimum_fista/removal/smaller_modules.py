@@ -66,6 +66,7 @@ def copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Mo
     `module`: the copies have hooks of their own there. `module` is not changed.
     """
     inside = list(module.modules())
+    ids_of_inside = {id(child) for child in inside}
     # By the `id` of an object, what `deepcopy` takes instead of a copy.
     memo = dict[int, Any]()
     for child in inside:
@@ -75,7 +76,7 @@ def copied(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Mo
         for hooks in internals.hooks_of(child):
             for hook in hooks.values():
                 # hooks of the user may hold the whole model, or can't be copied
-                is_method_of_module_inside = getattr(hook, "__self__", None) in inside
+                is_method_of_module_inside = id(getattr(hook, "__self__", None)) in ids_of_inside
                 if not is_method_of_module_inside:
                     memo[id(hook)] = hook
     for full_name, tensor in tensors_of(module, name):

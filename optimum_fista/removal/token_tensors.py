@@ -50,20 +50,20 @@ def cut_to_tokens(
         if axis is None and not is_loaded and tensor.shape == embedding_shape:
             axis = 0  # embeddings and heads of layers that predict more tokens are cut too
 
-        # nobody knows what a tensor that is not loaded means: one of its sizes may be the number of tokens by chance
+        if axis is not None and axis < len(tensor.shape) and tensor.shape[axis] == num_rows:
+            stored[name] = tensor.selected(axis, kept)
+            continue
+
+        # A quantized tensor may be stored in another shape than its parameter, or without the axis. And nobody knows
+        # what a tensor that is not loaded means: one of its sizes may be the number of tokens by chance.
         may_be_of_tokens = axis is not None or (not is_loaded and num_rows in tensor.shape)
         has_one_value = math.prod(tensor.shape) == 1  # a scale of a whole tensor
-        # a quantized tensor may be stored in another shape than its parameter, or without this axis
-        size_by_axis = dict(enumerate(tensor.shape))
-        if axis is not None and size_by_axis.get(axis) == num_rows:
-            stored[name] = tensor.selected(axis, kept)
-        elif has_one_value or not may_be_of_tokens:
-            stored[name] = tensor
-        else:
+        if may_be_of_tokens and not has_one_value:
             raise ValueError(
                 f"{name} ({tensor.dtype} {[*tensor.shape]}) can't be cut to some of the {num_rows} tokens: delete it, "
                 "or take a model whose embedding and head are in 16 bits."
             )
+        stored[name] = tensor
     return stored
 
 

@@ -103,9 +103,7 @@ class HeldOutText:
         self.num_characters += len(part)
         end = len(part)  # of the piece that may be held out
         if len(part) > _PIECE_CHARACTERS:
-            # The piece ends at the first border of words or lines after its usual length.
-            border = _BORDER.search(part, _PIECE_CHARACTERS)
-            end = len(part) if border is None else border.end()
+            end = _border_after(part, 0, _PIECE_CHARACTERS)
 
         may_be_held_out = self._num_held_out() + end <= self._share * self.num_characters
         if not may_be_held_out:
@@ -141,13 +139,20 @@ def _parts_together(documents: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _parts(document: str) -> Iterator[str]:
-    """Cut a document at borders of words or lines into parts of `_PART_CHARACTERS` characters or a little more.
+    """Cut a document at borders of words or lines into parts of `_PART_CHARACTERS` to twice as many characters.
 
-    Together the parts are the document. An empty document has none.
+    A stretch without a border, such as Chinese or minified code, is cut at the most characters. Together the parts are
+    the document. An empty document has none.
     """
     start = 0
     while start < len(document):
-        border = _BORDER.search(document, start + _PART_CHARACTERS)
-        end = len(document) if border is None else border.end()
+        end = _border_after(document, start, _PART_CHARACTERS)
         yield document[start:end]
         start = end
+
+
+def _border_after(text: str, start: int, characters: int) -> int:
+    """Return the first border of words or lines that is `characters` or more after `start`; at most twice as many."""
+    latest = min(start + 2 * characters, len(text))
+    border = _BORDER.search(text, start + characters, latest)
+    return latest if border is None else border.end()

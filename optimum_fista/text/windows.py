@@ -49,6 +49,10 @@ def calibration_windows(
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples}; pass 1 or more.")
+    if not 0 <= held_out < num_samples:
+        raise ValueError(
+            f"held_out={held_out}; pass 0 to {num_samples - 1}, fewer than num_samples."
+        )
     require_seed(seed)
     text = text.written_by(tokenizer)
     bos, length = _bos_and_length(tokenizer, sequence_length)

@@ -4,7 +4,11 @@ import subprocess
 import sys
 
 import pytest
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 from tiny_llama import QUICK
 from transformers.utils.logging import (
     disable_progress_bar,
@@ -13,6 +17,7 @@ from transformers.utils.logging import (
 )
 
 import optimum_fista
+from optimum_fista.bars import hidden_bars
 from optimum_fista.cli.main import build_parser, execute, main
 
 COMMANDS = (
@@ -264,6 +269,30 @@ def test_quiet_hides_all_bars_and_only_while_the_command_runs(
     assert "saved to" in printed.out
     assert not are_progress_bars_disabled()
     assert is_progress_bar_enabled()
+
+
+def test_hidden_bars_leave_what_was_hidden_before_as_it_was():
+    disable_progress_bars()  # of the Hub's client alone
+    try:
+        with hidden_bars():
+            assert not is_progress_bar_enabled()
+        assert is_progress_bar_enabled()
+        assert are_progress_bars_disabled()
+    finally:
+        enable_progress_bars()
+
+
+def test_quiet_hides_bars_that_the_environment_asks_for(
+    pruned_folder, tmp_path, capsys, monkeypatch
+):
+    # What HF_HUB_DISABLE_PROGRESS_BARS=0 sets when the Hub's client is imported.
+    hub_bars = sys.modules["huggingface_hub.utils.tqdm"]
+    monkeypatch.setattr(hub_bars, "HF_HUB_DISABLE_PROGRESS_BARS", False)
+    output = str(tmp_path / "packed")
+
+    assert main(["pack", str(pruned_folder), "--output", output, "--quiet"]) == 0
+
+    assert capsys.readouterr().err == ""
 
 
 def test_bars_are_hidden_if_transformers_is_told_to_show_none(pruned_folder, capsys):

@@ -11,7 +11,7 @@ from tiny_llama import tiny_tokenizer
 from tiny_models import tiny_model
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
-from optimum_fista.folder.card import loading_class, model_card
+from optimum_fista.folder.card import _plain, loading_class, model_card
 from optimum_fista.origin import OriginReport, StepReport
 from optimum_fista.recovery_report import RecoveryReport
 from optimum_fista.report import PruningReport
@@ -30,6 +30,19 @@ def card_of(saved, **model) -> ModelCard:
 def text_of_saved_card(saved) -> str:
     """The Markdown of the card in the folder of a saved model, without its metadata."""
     return ModelCard.load(saved.folder / "README.md").text
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("down_proj", "down_proj"),
+        ("__init__", r"\_\_init\_\_"),
+        ("___y___ *z*", r"\_\_\_y\_\_\_ \*z\*"),
+        ("a_ _b", r"a\_ \_b"),
+    ],
+)
+def test_nothing_in_a_name_acts_as_markdown(name, written):
+    assert _plain(name) == written
 
 
 def test_the_saved_card_has_the_numbers_of_the_report(saved):
@@ -207,7 +220,7 @@ def test_markdown_in_names_is_escaped_in_the_card(saved):
     text = model_card(report)
 
     assert r"# a\|b \*c\* \<img src=x\> \`d\`, 2:4" in text
-    assert r"of \[click\](http://x) # Title \__e_\_ \$1\$ |" in text
+    assert r"of \[click\](http://x) # Title \_\_e\_\_ \$1\$ |" in text
     assert r"\[x\](y) \`\<b\>\`" in text
 
 

@@ -12,7 +12,7 @@ from optimum_fista.prune.budgets import share_budgets
 def budgets_of(model, tokens, **options):
     plan = plan_of(model, FistaPruningConfig(**options))
     calibration, _, report = read_calibration(plan, tokens.split(4), None)
-    return plan.all_operators, share_budgets(plan, calibration.batches, report)
+    return plan.operators, share_budgets(plan, calibration.batches, report)
 
 
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])

@@ -101,7 +101,7 @@ def test_experts_go_with_their_rows_of_the_router():
         (
             "phi3",
             "heads",
-            r"beside \S*o_proj there is \S*qkv_proj.weight, in which rows of one group can't be told",
+            r"only \S*qkv_proj.weight computes the inputs of \S*o_proj, but queries and keys need",
         ),
         ("olmo2", "heads", r"q_norm.weight \(Olmo2RMSNorm\) works on all inputs"),
         ("gpt2", "heads", r"no tensor of a decoder layer changes with num_attention_heads=1"),
@@ -110,7 +110,11 @@ def test_experts_go_with_their_rows_of_the_router():
             "heads",
             r"there is a single one \(num_attention_heads=4, num_key_value_heads=1\)",
         ),
-        ("gemma3n_text", "heads", r"beside \S*o_proj there is \S*q_proj.weight, in which"),
+        (
+            "gemma3n_text",
+            "heads",
+            r"only \S*q_proj.weight computes the inputs of \S*o_proj, but queries and keys need",
+        ),
         ("diffllama", "heads", r"requires `num_key_value_heads` to be even"),
         ("llama", "experts", r"states no number of them \(looked for num_local_experts"),
         ("zamba", "channels", r"shares its weight"),

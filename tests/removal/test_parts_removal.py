@@ -129,6 +129,7 @@ def test_hooks_of_the_user_are_not_copied():
     model = tiny_llama()
     counter = Counter()
     model.model.layers[0].mlp.register_forward_hook(counter.count)
+    model.model.layers[0].mlp.my_hooks = []  # not hooks of PyTorch
 
     pruner(method="wanda").prune(model, BATCHES)
 

@@ -25,6 +25,16 @@ def held_out_of(documents: list[str]) -> tuple[HeldOutText, list[str]]:
     return held_out, parts
 
 
+def test_text_without_borders_of_words_is_cut():
+    text = "木" * 300_000
+
+    held_out, parts = held_out_of([text])
+
+    assert "".join(held_out.pieces) + "".join(parts) == text
+    assert max(map(len, parts)) <= 2 * 8192
+    assert 4096 <= max(map(len, held_out.pieces)) <= 2 * 4096
+
+
 @pytest.mark.parametrize(
     "documents",
     [[words_of(50_000)], [words_of(2000)] * 60, [words_of(900_000)]],

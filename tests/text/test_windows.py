@@ -109,6 +109,15 @@ def test_held_out_windows_that_a_text_is_too_short_for_are_named(documents):
         calibration_windows(tokenizer(), source(*documents), 3010, 30, 0, held_out=3000)
 
 
+@pytest.mark.parametrize(
+    "documents", [[range(800)], [range(400), range(400, 800)]], ids=["one", "many"]
+)
+@pytest.mark.parametrize("held_out", [-1, 2, 3])
+def test_some_windows_are_not_held_out(documents, held_out):
+    with pytest.raises(ValueError, match=f"held_out={held_out}; pass 0 to 1, fewer than num_samp"):
+        calibration_windows(tokenizer(), source(*documents), 2, 30, 0, held_out=held_out)
+
+
 def test_windows_are_drawn_from_all_parts_of_one_document():
     """Means of 200 draws, 3 standard errors; a window never starts at a fixed place of a segment."""
     draws = [

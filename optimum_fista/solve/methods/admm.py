@@ -41,29 +41,32 @@ from optimum_fista.solve.problem import LayerProblem
 
 @dataclass(frozen=True)
 class RoundedIterations:
-    """What iterations with rounded products need besides; symbols are those of `SplitState.round_products`."""
+    """The dense weights and their change, from which an iteration with a rounded product computes the next `W`.
+
+    Symbols are those of `SplitState.round_products`.
+    """
 
     # Makes some rows of `W0`: a new tensor [operators, rows, in] of a slice.
     dense: Callable[[slice], Tensor]
     change: Tensor  # `D` [operators, out, in], rounded
     rho: float  # `rho0`
 
-    def update(self, rows: slice, target: Tensor, inverse: Tensor, rho: float) -> Tensor:
+    def update(self, rows: slice, difference: Tensor, inverse: Tensor, rho: float) -> Tensor:
         """Return some rows of the next `W`, a new tensor [operators, rows, in]:
 
             W0 + D + ((rho0 - rho) D + rho (Z - W0) - V) (G + rho I)^-1.
 
         Args:
             rows: Which rows.
-            target: `Z - V / rho` of these rows, [operators, rows, in]; overwritten.
+            difference: `Z - V / rho` of these rows, [operators, rows, in]; overwritten.
             inverse: `(G + rho I)^-1` [operators, in, in], in the dtype of rounded products.
             rho: The penalty parameter of this iteration.
         """
         dense = self.dense(rows)
         change = self.change[:, rows]
-        target.sub_(dense).mul_(rho)  # rho (Z - W0) - V
-        target.add_(change, alpha=self.rho - rho)
-        product = torch.bmm(target.to(inverse.dtype), inverse)
+        difference.sub_(dense).mul_(rho)  # rho (Z - W0) - V
+        difference.add_(change, alpha=self.rho - rho)
+        product = torch.bmm(difference.to(inverse.dtype), inverse)
         return dense.add_(change).add_(product)
 
 
@@ -163,19 +166,20 @@ class SplitState:
                 # Z + V / rho with the new rho; Z stays, because the dual is zero there.
                 point.add_(dual, alpha=ratio - 1)
             # `point` is Z + V / rho by now; this makes Z - V / rho.
-            right_side = torch.sub(point, dual, alpha=2 * ratio)
-            # `dual` becomes W + V / rho, the next `P`.
+            difference = torch.sub(point, dual, alpha=2 * ratio)
+            next_point = dual  # the same memory, which becomes W + V / rho, the next `P`
             if self.rounded is None:
-                # C - V + rho Z
-                torch.add(self.target(rows), right_side, alpha=rho, out=right_side)
-                dual.baddbmm_(right_side, inverse, beta=ratio)
+                # C - V + rho Z, in the memory of `difference`
+                right_side = torch.add(self.target(rows), difference, alpha=rho, out=difference)
+                next_point.baddbmm_(right_side, inverse, beta=ratio)
+                del right_side
             else:
-                dual.mul_(ratio).add_(self.rounded.update(rows, right_side, inverse, rho))
-            del right_side
-            point.copy_(dual)
+                next_point.mul_(ratio).add_(self.rounded.update(rows, difference, inverse, rho))
+            del difference
+            point.copy_(next_point)
         # The old mask and the last block go before the next mask is made.
         self.mask = None
-        del dual
+        del dual, next_point
         # The projection, and the update of V: what the mask removes of P is the next V / rho.
         self.mask = stacked(
             [pattern.mask(point) for pattern, point in zip(patterns, self.point, strict=True)]
