@@ -31,7 +31,7 @@ class MeasuredPerplexity:
     sha256: str | None = None
     bits_per_byte: float | None = None
 
-    def has_tokens_of(self, other: MeasuredPerplexity) -> bool:
+    def is_comparable_with(self, other: MeasuredPerplexity) -> bool:
         """Tell whether both were measured on the same ids of the same vocabulary, so that they can be compared.
 
         `self.sha256` is the digest of the token ids. Without one the ids are not known, and the answer is no.

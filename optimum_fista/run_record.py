@@ -257,7 +257,7 @@ class RunRecord:
         if self.origin is None:  # the given model is the first one
             return given
         first = self.origin.perplexity  # an earlier run has measured it, perhaps on other tokens
-        if first is None or not first.has_tokens_of(given):
+        if first is None or not first.is_comparable_with(given):
             return None
         return first
 
@@ -273,7 +273,7 @@ class RunRecord:
             is_comparable = (
                 given is not None
                 and step.perplexity is not None
-                and step.perplexity.has_tokens_of(given)
+                and step.perplexity.is_comparable_with(given)
             )
             perplexity_of_step = step.perplexity if is_comparable else None
             perplexities.append(perplexity_of_step)

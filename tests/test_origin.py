@@ -149,11 +149,11 @@ def test_earlier_runs_that_can_not_be_read_are_left_out(pruned_before):
 def test_perplexities_are_comparable_on_the_same_tokens_of_the_same_vocabulary(
     changes, is_comparable
 ):
-    assert measured().has_tokens_of(measured(**changes)) is is_comparable
+    assert measured().is_comparable_with(measured(**changes)) is is_comparable
 
 
 def test_perplexities_on_unknown_tokens_are_not_comparable():
-    assert not measured(sha256=None).has_tokens_of(measured(sha256=None))
+    assert not measured(sha256=None).is_comparable_with(measured(sha256=None))
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Estimate(RunSizes):
         )
         self._free_bytes = available_bytes(torch.device(self.place or self.device))
         self._choose_calibration(calibration)
-        if not batch_size:
+        if batch_size is None:
             self.batch_size = self._best_batch_size()
 
     def _choose_calibration(self, calibration: str | None) -> None:

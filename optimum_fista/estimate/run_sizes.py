@@ -55,7 +55,7 @@ class RunSizes:
             whole.
 
     Attributes of the plan:
-        config: The configuration as the user passed it, with a value for each option.
+        config: The user's configuration, with a value for each option that was left open.
         layers: The decoder layers, with their names.
         operators: Shapes [out, in] of the operators to prune or to fit anew, by name (`"model.layers.3.mlp.up_proj"`).
         operators_of_layers: The names of these operators for each decoder layer.
@@ -110,16 +110,23 @@ class RunSizes:
             config = FistaPruningConfig()
         config = config.resolved()
         require_zeros_to_pack(config, packed)
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} (--num-samples): pass at least 1.")
+        sizes = (
+            ("num_samples", num_samples, 1),
+            ("sequence_length", sequence_length, 2),
+            ("batch_size", batch_size, 1),
+        )
+        for name, size, least in sizes:
+            if size is not None and size < least:
+                flag = name.replace("_", "-")
+                raise ValueError(f"{name}={size} (--{flag}): pass at least {least}.")
         self.num_samples = num_samples
         self.num_sources = num_sources
-        self.batch_size = batch_size or 1
+        self.batch_size = 1 if batch_size is None else batch_size
         self.packed = packed
 
         self._choose_places(device, storage_device)
         model_config = self._describe_model(model, dtype)
-        self.length = sequence_length or usual_length(model_config)
+        self.length = usual_length(model_config) if sequence_length is None else sequence_length
         _, longest = token_limits(self.model)  # None: any length
         if longest is not None and self.length > longest:
             raise ValueError(
@@ -194,10 +201,10 @@ class RunSizes:
         """
         if isinstance(model, PreTrainedConfig):
             stored_config = model
-            # A GGUF file is read whole: its weights are unpacked to float32.
             self.is_loaded_whole = False
         else:
             stored_config = loading.read_config(str(model))
+            # A GGUF file is read whole: its weights are unpacked to float32.
             self.is_loaded_whole = loading.gguf_file(str(model)) is not None
         self.quantized = quantization(stored_config)
         model_config = copy.deepcopy(stored_config)

@@ -208,17 +208,16 @@ class FistaPackedQuantizer(HfQuantizer):
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    update_tp_plan = (
-        update_attn_implementation  # the first call of older versions of Transformers, such as 5.17
-    )
+    # The first call of older versions of Transformers, such as 5.17.
+    update_tp_plan = update_attn_implementation
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Return the conversions of a model's tensors, made to work on packed parts, too.
 
         `weight_conversions` are the model's own `WeightRenaming`s and `WeightConverter`s, which are not changed. They
         say which tensors of the file become which of the model. A renaming gets copies for the three suffixes of packed
-        parts. A converter, such as one that merges experts, unpacks them first (`_for_packed_parts`). For all other
-        packed parameters a conversion is added.
+        parts. A converter, such as one that merges experts, unpacks them first (`_for_packed_parts`). At the end come
+        those of `get_weight_conversions`.
         """
         updated = []
         for conversion in weight_conversions:
@@ -271,10 +270,11 @@ class FistaPackedQuantizer(HfQuantizer):
         return [conversion]
 
     def get_weight_conversions(self) -> list[Any]:
-        """Return conversions of packed parameters that no conversion of the model handles.
+        """Return conversions that unpack; Transformers uses them for tensors that no earlier conversion takes.
 
         `parameters` of `self.quantization_config` are the last parts of the names of tensors that may be packed, such
-        as "weight". Each conversion makes one tensor of the three parts, for all modules that have a tensor so called.
+        as "weight". For each of these, a conversion makes one tensor of the three parts, in all modules that have a
+        tensor so called.
         """
         conversions = []
         for name in self.quantization_config.parameters:

@@ -169,7 +169,7 @@ def _bars(
         before=text_of(before),
         after=text_of(after),
         change=change,
-        # If a number is not finite, both bars have the whole width.
+        # If a number is not finite, or both are 0, both bars have the whole width.
         width_before=100 * before / longest if is_comparable else 100.0,
         width_after=100 * after / longest if is_comparable else 100.0,
         is_alert=is_alert,

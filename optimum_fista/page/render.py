@@ -39,7 +39,6 @@ from optimum_fista.page.figure import figure_of
 from optimum_fista.records import OperatorReport
 from optimum_fista.report import PruningReport
 
-STEPS = COLOURS  # colours of a table's scale
 # Numbers of zeros are whole, so equal shares of them differ a little.
 _EVEN = 5e-4
 
@@ -99,7 +98,7 @@ def render_page(report: PruningReport, weight_bytes: int | None = None) -> str:
         headlines=list(headlines(report)),
         steps=step_rows(report),
         step_headings=STEP_HEADINGS,
-        colours=range(STEPS),
+        colours=range(COLOURS),
         has_even_zeros=has_even_zeros,
         columns_left=_columns_left(report),
         config=json.dumps(report.config, indent=2),
@@ -183,9 +182,9 @@ class _Scale:
             return None
         # If all numbers are equal, any width gives them the first colour.
         width = self.high - self.low if self.high > self.low else 1.0
-        colour = int(STEPS * (number - self.low) / width)
+        colour = int(COLOURS * (number - self.low) / width)
         # The highest number has the last colour, not one of its own.
-        return min(colour, STEPS - 1)
+        return min(colour, COLOURS - 1)
 
 
 def by_operator(

@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def config(self) -> FistaPruningConfig:
-        """The configuration as the user passed it, with a choice for every option."""
+        """The user's configuration, with a choice for each option that was left open."""
         return self.removal.config
 
     @cached_property

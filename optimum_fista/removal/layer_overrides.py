@@ -65,8 +65,8 @@ def scaled(
 
     `words` are the settings that change, such as "num_key_value_heads". Each of their values becomes `value *
     new_groups / old_groups`: 8 heads become 6 if 3 of 4 groups stay. Settings that a layer leaves open (None) and all
-    other settings stay. The values are multiples of `old_groups`, so that nothing is rounded, except by a caller that
-    only wants smaller numbers.
+    other settings stay. Values are multiples of `old_groups`, so the result is exact. Only `_smaller_outline` passes
+    other numbers, and takes the quotient rounded down.
     """
     scaled_overrides: Overrides = {}
     for number, settings in overrides.items():

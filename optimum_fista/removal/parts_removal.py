@@ -269,12 +269,13 @@ class PartsRemoval(Removal):
         for index, (layer_name, _) in enumerate(self.layers):
             if index in self.removed_layers:
                 continue
-            # A layer of which no operator loses columns loses no heads. One that lost only channels would count, too.
+            # A layer of which no operator loses columns loses no heads. If other layers lose heads, one that loses only
+            # channels counts, too.
             loses_columns = bool(self.operators[layer_name])
-            loses_heads = "heads" in self.num_kept_by_kind and loses_columns
+            may_lose_heads = "heads" in self.num_kept_by_kind and loses_columns
             # With "full", a layer sees the error of those before it. Otherwise dense states enter it, without an error.
             sees_removed_layer = correction.carry == "full" and index - 1 in self.removed_layers
-            if loses_heads or sees_removed_layer:
+            if may_lose_heads or sees_removed_layer:
                 compensating.add(index)
         return compensating
 
@@ -307,7 +308,8 @@ class PartsRemoval(Removal):
         chosen = list[Group]()
         for group in groups:
             chosen.append([o for o in group if o.name in self.smaller_plan.parts])
-        # The last operator is refitted if it is alone in its group, and loses no columns.
+        # The last operator is refitted if it is alone in its group, and loses no columns. Without a compensation,
+        # `groups` has only operators that lose columns, so it is not refitted.
         if groups and len(groups[-1]) == 1 and not chosen[-1]:
             last = groups[-1][0]
             # It can compensate only if the output of the layer is that of this operator plus something else.

@@ -190,7 +190,7 @@ def _limited_templates() -> Iterator[None]:
         steps += 1
         if steps > _MOST_STEPS:
             raise ChatTemplateError(
-                f"the chat template does not end: it runs more than {_MOST_STEPS:,} lines for three empty messages"
+                f"the chat template does not end: it runs more than {_MOST_STEPS:,} lines for a few empty messages"
             )
         return count
 

@@ -82,7 +82,8 @@ class Tokenized:
 
     sequences: Sequence[Sequence[int]]  # ids, of at least two tokens each
     num_tokens: int  # of the text, without BOS
-    # that the predicted tokens stand for: without BOS, the first token of a sequence is not predicted
+    # That the predicted tokens stand for. Without BOS, the first token of a sequence is not predicted. If it is only a
+    # part of a character, the bytes of that character count all the same.
     num_bytes: int
 
 
@@ -381,9 +382,11 @@ def tokenized_text(
                 sequence = [old_ids[index] for index in sequence]
             begin, end_of_first = places[first]
             _, end = places[next_first - 1]
+            # The character of the first token may have more tokens, which are in this sequence, too.
+            is_part_of_character = first + 1 < next_first and places[first + 1][0] < end_of_first
             if bos is not None:
                 sequence = [bos, *sequence]
-            else:
+            elif not is_part_of_character:
                 begin = end_of_first  # nothing predicts the first token
             if len(sequence) > 1:
                 sequences.append(sequence)

@@ -185,8 +185,9 @@ def count_bytes(
     """Count the UTF-8 bytes of a text that the predicted tokens of its first `evaluation_windows` stand for.
 
     The first token of a window is not predicted. A token stands for the bytes from the end of the token before it to
-    its own end in the text itself, whatever the tokenizer does to capitals or white space. `None` if the tokenizer
-    knows no places in the text (it is not a fast one), or the windows are of another text.
+    its own end in the text itself, whatever the tokenizer does to capitals or white space. If the first token of a
+    window is only a part of its character, the bytes of that character count. `None` if the tokenizer knows no places
+    in the text (it is not a fast one), or the windows are of another text.
 
     `windows` are ids, int64 [windows, tokens], with or without BOS, as `evaluation_windows` makes them of `text`.
     """
@@ -197,9 +198,10 @@ def count_bytes(
         joined, add_special_tokens=False, return_offsets_mapping=True, verbose=False
     )
     ids = torch.tensor(encoded["input_ids"])
+    places = encoded["offset_mapping"]  # first and last character (exclusive) of each token
     # Token i stands for the characters ends[i] to ends[i + 1].
     ends = [0]
-    ends += [end for _, end in encoded["offset_mapping"]]
+    ends += [end for _, end in places]
 
     # Both are tried: windows of text alone, and windows with BOS before the text. BOS stands for no bytes.
     for num_bos in (0, 1):
@@ -212,9 +214,11 @@ def count_bytes(
         length = windows_without_bos.shape[1]
         num_bytes = 0
         for first in range(0, len(ids_of_windows), length):  # the first token of each window
-            # If BOS is not there to predict it from, the first token is not predicted.
-            first_predicted = first + 1 if num_bos == 0 else first
-            predicted = joined[ends[first_predicted] : ends[first + length]]
+            begin = ends[first]
+            is_part_of_character = length > 1 and places[first + 1][0] < places[first][1]
+            if num_bos == 0 and not is_part_of_character:
+                begin = ends[first + 1]  # there is no BOS from which the first token is predicted
+            predicted = joined[begin : ends[first + length]]
             # surrogatepass: a text that was made in Python may hold half of a surrogate pair.
             num_bytes += len(predicted.encode("utf-8", "surrogatepass"))
         return num_bytes

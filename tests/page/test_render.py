@@ -10,7 +10,13 @@ import pytest
 
 from optimum_fista.memory import MemoryPeak
 from optimum_fista.origin import OriginReport, StepReport
-from optimum_fista.page.render import STEPS, by_operator, coloured, read_pruned_report, render_page
+from optimum_fista.page.render import (
+    COLOURS,
+    by_operator,
+    coloured,
+    read_pruned_report,
+    render_page,
+)
 
 HOSTILE = "<script>alert(1)</script>\"'&<img src=x onerror=alert(2)>"
 
@@ -289,8 +295,8 @@ def test_numbers_are_coloured_by_one_scale():
 
     assert table.columns == ["up", "down"]
     assert table.rows == [
-        ("0", [("0.25", 0), ("0.5", STEPS // 3)]),
-        ("2", [("1.0", STEPS - 1), ("nan", None)]),
+        ("0", [("0.25", 0), ("0.5", COLOURS // 3)]),
+        ("2", [("1.0", COLOURS - 1), ("nan", None)]),
     ]
     assert (table.low, table.high) == ("0.25", "1.0")
 

@@ -50,6 +50,19 @@ def test_a_sequence_ends_at_the_end_of_a_character(longest):
     assert tokenized.num_bytes == len(text.encode())
 
 
+@pytest.mark.parametrize("longest", [6, 200])
+def test_the_first_character_counts_if_some_of_its_tokens_are_predicted(longest):
+    text = "東京の海" * 4
+
+    tokenized = tokenized_text([text], bpe_tokenizer(), bos=None, longest=longest)
+
+    # Only the first of its three tokens is not predicted.
+    assert tokenized.num_bytes == len(text.encode())
+    (letters,) = tokenized_text(["abc"], bpe_tokenizer(), bos=None, longest=longest).sequences
+    assert len(letters) == 3
+    assert tokenized_text(["abc"], bpe_tokenizer(), bos=None, longest=longest).num_bytes == 2
+
+
 def test_a_character_that_does_not_fit_into_a_sequence_is_cut():
     text = "東京"
 

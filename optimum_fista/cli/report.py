@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the page of a folder, by default into it, and print where it is; returns the exit code.
 
-    It may take the place of an earlier page, but of no other file. A page in the folder is noted in the list of its
-    files. `arguments` are those that `add_arguments` describes.
+    The file may replace an earlier page, but no other file. A page in the folder is noted in the list of its files.
+    `arguments` are those that `add_arguments` describes.
     """
     # These imports take seconds, and `--help` must not wait for them.
     from optimum_fista.atomic import require_same_kind, require_writable
@@ -39,8 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from optimum_fista.source.model_folder import bytes_of_weight_files
 
     output = arguments.output or arguments.folder / "fista" / "report.html"
-    # Before the page is made. `page.html` has this title.
     require_writable(output)
+    # The template `page.html` has this title.
     require_same_kind(output, "a page of this command", b": pruning report</title>")
     report = read_pruned_report(arguments.folder)
     output.parent.mkdir(parents=True, exist_ok=True)
