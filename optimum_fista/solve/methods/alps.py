@@ -7,16 +7,20 @@ A `LayerProblem` has the dense weights `W` [out, in] of one linear operator, and
 calibration tokens give it, such as their Gram matrix. A `SparsityPattern` says how many weights stay, and which of them
 compete.
 
-The Gram matrix and the target are damped alike. Every `period` iterations, the weights that are in only one of the old
-and the new support are counted, as a share of the support's size. `rho` grows by 1.3 if the share is more than 10%, by
-1.2 if it is more than 0.5%, and by 1.1 otherwise. The iterations end when the support stays the same. Then come at most
-`refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
+The Gram matrix and the target are damped alike. Every `period` iterations `rho` grows by 1.3, 1.2 or 1.1 as
+the support changed by more than 10%, more than 0.5%, or at all; it stops when the support stays the same.
+Then at most `refit_iterations` conjugate-gradient steps on the support (Algorithm 2).
+
+Two things differ from Algorithm 1. A change is counted once here, by the weights that leave the support; the authors
+count those that join it, too, so their limits are half as large. And the first period only sets the support, where the
+authors compare it with that of the dense weights.
 """
 
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from optimum_fista.solve.method import (
     MemoryFactors,
@@ -71,10 +75,7 @@ class Alps(PruningMethod):
         rho = self.first_rho
         iteration = 0
         settled = False
-        support = pattern.mask(
-            point
-        )  # at first that of the dense weights, then at the last change of rho
-        size = max(1, pattern.num_kept(support.shape))
+        support: Tensor | None = None  # the mask at the last change of rho
         while iteration < self.max_iterations and not settled:
             inverse = (vectors / (values + rho)) @ vectors.T
             num_steps = min(self.period, self.max_iterations - iteration)
@@ -83,10 +84,13 @@ class Alps(PruningMethod):
             iteration += num_steps
             assert state.mask is not None
             mask = state.mask[0]
-            changed = float((support ^ mask).sum()) / size
-            settled = changed == 0
-            rho *= _growth_of_rho(changed)
+            if support is not None:
+                size = max(1, pattern.num_kept(support.shape))
+                changed = float((support & ~mask).sum()) / size
+                settled = changed == 0
+                rho *= _growth_of_rho(changed)
             support = mask
+        assert support is not None
 
         # Algorithm 2, in the coordinates of the iterations. On the support, `point` is now the projected iterate;
         # `refit` ignores the rest of it.
@@ -108,7 +112,7 @@ class Alps(PruningMethod):
 
 
 def _growth_of_rho(changed: float) -> float:
-    """The factor by which `rho` grows if the support changed by this share (Algorithm 1)."""
+    """The factor by which `rho` grows if this share of the support changed (Algorithm 1)."""
     if changed > 0.1:
         return 1.3
     if changed > 0.005:

@@ -105,27 +105,6 @@ def test_alps_takes_no_more_iterations_than_it_may():
     assert hurried.iterations == 7
 
 
-@pytest.mark.parametrize(
-    ("changed", "growth"), [(0.11, 1.3), (0.1, 1.2), (0.006, 1.2), (0.005, 1.1), (0, 1.1)]
-)
-def test_alps_counts_weights_that_leave_and_that_join_the_support(changed, growth, monkeypatch):
-    """`rho` grows by the size of the symmetric difference of two supports, as in Algorithm 1."""
-    from optimum_fista.solve.methods import alps
-
-    assert alps._growth_of_rho(changed) == growth
-    shares = []
-    monkeypatch.setattr(alps, "_growth_of_rho", lambda share: shares.append(share) or 1.1)
-    masks = [torch.tensor([[True, True, False, False]]), torch.tensor([[True, False, True, False]])]
-    monkeypatch.setattr(
-        alps.SplitState, "iterate", lambda self, *_: setattr(self, "mask", masks[1:])
-    )
-    monkeypatch.setattr(Unstructured, "mask", lambda *_, **__: masks[0])
-
-    create_method("alps", max_iterations=3).prune(example(1, 4).problem, Unstructured(0.5))
-
-    assert shares == [1.0]  # of the two weights of a support, one leaves and one joins
-
-
 @pytest.mark.parametrize(("tokens", "ridge"), [(1500, 0.012), (100_000, 0.003), (12, 0.5)])
 def test_the_ridge_of_obs_admm_shrinks_with_the_number_of_tokens(tokens, ridge):
     made = example(6, 12)
