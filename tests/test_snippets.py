@@ -30,6 +30,7 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     names = {
         "model": tiny_llama(),
         "calib_dataloader": tiny_tokens().split(4),
+        "batches_of_ids": tiny_tokens().split(4),
         "tokenizer": tiny_tokenizer(),
     }
     names["train_dataset"] = [{"input_ids": row, "labels": row} for row in tiny_tokens()]

@@ -39,8 +39,8 @@ and the text is c4, or pydoc if the package `datasets` is not installed.
 
 The model is read, pruned and written one decoder layer at a time. It is loaded whole only if it is a GGUF file, or
 writes its own text. If a run is interrupted, give the same command again: it resumes after the last finished decoder
-layer. With --error-correction none or intra (what the default method has for zeros), several processes that
-accelerate launch or torchrun starts share the decoder layers (docs/ranks.md).
+layer. With --error-correction none, intra or after_attention (the default method has one of the last two for zeros),
+several processes that accelerate launch or torchrun starts share the decoder layers (docs/ranks.md).
 
 examples:
   optimum-fista prune meta-llama/Llama-3.2-1B --calibration texts.txt
