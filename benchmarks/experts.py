@@ -343,14 +343,17 @@ def kept_by_layer(
     `scores` are [experts] by the name of the layer. Each layer keeps at least the `fewest` best of its own.
     """
     kept: dict[str, list[int]] = {}
-    others = []  # score, layer and number of the experts that need not stay
+    others = dict[
+        tuple[str, int], float
+    ]()  # scores of the experts that need not stay, by layer and number
     for layer, of_layer in scores.items():
         best_first = of_layer.argsort(descending=True, stable=True).tolist()
         kept[layer] = best_first[:fewest]
-        others += [(float(of_layer[expert]), layer, expert) for expert in best_first[fewest:]]
-    others.sort(key=lambda other: -other[0])
+        for expert in best_first[fewest:]:
+            others[layer, expert] = float(of_layer[expert])
+    best_of_others = sorted(others, key=others.__getitem__, reverse=True)
     num_more = num_kept - fewest * len(scores)
-    for _, layer, expert in others[:num_more]:
+    for layer, expert in best_of_others[:num_more]:
         kept[layer].append(expert)
     return {layer: tuple(sorted(experts)) for layer, experts in kept.items()}
 
@@ -437,8 +440,8 @@ def measure(arguments: Namespace) -> dict[str, Any]:
             arguments.shares, arguments.repairs, arguments.criteria
         )
     ]
-    counts_by_layer = BY_LAYER in arguments.criteria
-    if counts_by_layer and (arguments.streams != ["dense"] or arguments.repairs != ["none"]):
+    only_removes = arguments.streams == ["dense"] and arguments.repairs == ["none"]
+    if BY_LAYER in arguments.criteria and not only_removes:
         raise SystemExit(f"--criteria {BY_LAYER} needs --streams dense --repairs none.")
     # The seed changes last, so that the rows of earlier seeds are complete when another one begins.
     for seed, stream, calibration in product(

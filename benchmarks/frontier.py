@@ -1,12 +1,17 @@
 """What to remove first: bits per byte of held-out text against megabytes and against time, in a table and a picture.
 
 A variant is `dense`, a pattern, or patterns joined by `_`, each pruned in a run of its own. It is recovered on so many
-`--tokens`, and so is the dense model, to compare. With `--label-share 1` all of them are trained on the text alone,
-without a teacher. They are measured in `--formats`: bits a weight (`llama_cpp.py`; IQ4_NL is llama.cpp's best of 4 bits
-in blocks of 32; the head has 8 bits at least, but for IQ4_NL*), or `packed` for zeros (the bytes of a packed folder,
-which has no times: it is loaded as a dense model). Weights are rounded as llama.cpp stores them, and Transformers then
-measures the model. Of every text, the first `--bytes` are measured, whatever the vocabulary: windows share one token,
-so that all tokens but the first of a text are predicted. Sizes are those of the weights, without tokenizers.
+`--tokens`, and so is the dense model, to compare. With `--label-share 1` all are trained on the text alone, without a
+teacher.
+
+Each is then measured in `--formats`:
+
+- a number of bits a weight, or IQ4_NL, llama.cpp's best 4 bits in blocks of 32 (`llama_cpp.py`). The head has 8 bits at
+  least, but for IQ4_NL*. Weights are rounded as llama.cpp stores them, and Transformers measures the model
+- `packed` for zeros: the bytes of a packed folder. It has no times, since it is loaded as a dense model
+
+Of every text, the first `--bytes` are measured, whatever the vocabulary: windows share one token, so that all tokens
+but the first of a text are predicted. Sizes are those of the weights, without tokenizers.
 
     python benchmarks/frontier.py MODEL --calibration TEXT --texts TEXT1,TEXT2 --work runs/frontier --plot FILE.png
 
@@ -174,8 +179,12 @@ def measure(arguments: Namespace, key: Row, texts: dict[str, str]) -> Row:
 
 
 def is_measured(key: Row, rows: Sequence[Row]) -> bool:
-    """Tell whether one of the rows is of this variant, training, format and seed. Older rows lack some entries."""
-    return any(all(row.get(name) == key[name] for name in key) for row in rows)
+    """Tell whether one of the rows has all values of `key`; an entry that an older row lacks counts as `None`."""
+    for row in rows:
+        values = {name: row.get(name) for name in key}
+        if values == key:
+            return True
+    return False
 
 
 def seconds(model: Any, prompts: torch.Tensor, new_tokens: int) -> float:

@@ -89,6 +89,15 @@ def test_an_estimate_has_the_operators_and_numbers_of_the_run(family, config):
     assert estimate.left_dense == report.left_dense
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "least"),
+    [("num_samples", 0, 1), ("sequence_length", -7, 2), ("batch_size", 0, 1)],
+)
+def test_sizes_that_are_too_small_are_refused(name, size, least):
+    with pytest.raises(ValueError, match=rf"{name}={size} \(--\S+\): pass at least {least}"):
+        estimated(**{name: size})
+
+
 def test_a_model_of_405_billion_parameters_is_estimated_without_weights():
     estimate = estimated(**LARGE_RUN, storage_device="cpu")
 

@@ -130,10 +130,11 @@ class PruneRequest:
         """
         if not self.measure:
             return
-        from optimum_fista.prune.measuring import require_texts
         from optimum_fista.text.one_text import require_held_out
 
         require_held_out(self.measure, self.sources)
+
+        from optimum_fista.prune.measuring import require_texts
 
         require_texts(self.model, self.measured_texts(), self.protect)
 

@@ -106,7 +106,7 @@ def renamed_report(
     Args:
         report: Of a run. It is not changed.
         masks: Of the operators that it pruned and of those whose masks it carried over, by their names in it.
-        names: The new name of each weight, and whether it is stored there as [in, out] (`renamed_operators`).
+        names: As for `renamed_operators`.
     """
     operators, masks_of_run = renamed_operators(report.operators, masks, names)
     carried, carried_masks = renamed_operators(report.carried, masks, names)

@@ -120,8 +120,8 @@ def _read_source(name: str) -> tuple[Path, PreTrainedConfig]:
 def num_rows_of(model: PreTrainedModel) -> int:
     """Return the number of rows of the embedding and of the head.
 
-    Raises ValueError if they differ, or if the configuration names a vocabulary besides, such as that of a codec.
-    `model` is without weights, and only read.
+    Raises ValueError if they differ, or if the configuration names a vocabulary besides, such as that of a codec, or
+    the first of many ids that have to follow one another. `model` is without weights, and only read.
     """
     vocab_size = int(model.config.get_text_config(decoder=True).vocab_size)
     sizes = {"vocab_size": vocab_size}  # which all have to be equal
@@ -136,12 +136,18 @@ def num_rows_of(model: PreTrainedModel) -> int:
     other_vocabularies = dict[str, int]()  # size by the setting that has it
     for section in configurations_in(model.config):
         for key, value in vars(section).items():
+            if key.endswith("_token_offset") and type(value) is int:
+                # Apertus adds the codes of an image or a sound to it, so that they become ids.
+                raise ValueError(
+                    f"{type(model).__name__} computes ids of tokens from {key}={value}, so no token can be removed."
+                )
             # A setting may have the number of tokens, or a table of them.
             size = len(value) if isinstance(value, dict | list) else value
             # "type_vocab_size" of BERT is no vocabulary: it is the number of kinds of sentences.
             is_other = "vocab" in key and key not in ("vocab_size", "type_vocab_size")
-            # A smaller number is no size of a vocabulary of text.
-            if is_other and type(size) is int and size >= _LEAST_VOCABULARY:
+            # A smaller number is no size of a vocabulary of text. A table of tokens and ids is one of any size.
+            is_table = isinstance(value, dict) and len(value) > 0
+            if is_other and type(size) is int and (is_table or size >= _LEAST_VOCABULARY):
                 other_vocabularies[key] = size
 
     have_one_size = len(set(sizes.values())) == 1

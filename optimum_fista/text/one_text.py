@@ -1,7 +1,10 @@
 """Whether two sources of text are one text: then a run would be tested on the text that it was fitted to.
 
-A *source* is what a user names, such as "c4" or "code.txt" (`text.sources`). `require_different` and `require_held_out`
-look at sources before they are read, and `require_different_texts` at what was read.
+A *source* is what a user names, such as "c4" or "code.txt" (`text.sources`).
+
+- `require_different` compares sources to calibrate on, before they are read.
+- `require_different_texts` compares them after they were read.
+- `require_held_out` compares sources to measure on with those to calibrate on.
 """
 
 import filecmp
@@ -52,8 +55,11 @@ def require_different_texts(sources: Sequence[str], texts: Sequence[TextSource])
 def require_held_out(measured: Iterable[str], calibrated: Iterable[str]) -> None:
     """Refuse texts to measure on that are among the calibration text, too (ValueError).
 
-    `measured` are the sources of `--measure` and `--protect`, such as "code.txt" or "wikitext2", and `calibrated` those
-    of the calibration text. A copy of a file is the same text: files of equal size are read and compared.
+    A copy of a file is the same text: files of equal size are read and compared.
+
+    Args:
+        measured: The sources of `--measure` and `--protect`, such as "code.txt" or "wikitext2".
+        calibrated: The sources of the calibration text.
     """
     sources = list(calibrated)
     for source in measured:

@@ -462,8 +462,16 @@ def _make_trainer(
 ) -> DistillationTrainer:
     """Make the Trainer of a run, which trains `model` under its masks and is watched by `watch`.
 
-    `model` and `teacher` are those of `_load_models`, and gradients are on for what `choice` says. `text` has all
-    sequences; the held-out ones are first. The Trainer moves `model` to its device.
+    `model` moves to the device of the training.
+
+    Args:
+        plan: What to train, on which device, in how many steps.
+        choice: Says what is trained; masks are kept only if all weights are.
+        model: The pruned model in float32, with gradients on for what is trained (`_prepare_student`).
+        teacher: From `_load_models`.
+        text: All sequences; the held-out ones are first.
+        watch: Shows, saves and ends the training.
+        arguments: From `_trainers_arguments`.
     """
     callbacks: list[TrainerCallback] = [watch]
     if choice.train == "all" and plan.report is not None:

@@ -12,6 +12,7 @@ from optimum_fista.memory import MemoryPeak
 from optimum_fista.origin import OriginReport, StepReport
 from optimum_fista.page.render import (
     COLOURS,
+    _columns_left,
     by_operator,
     coloured,
     read_pruned_report,
@@ -90,6 +91,21 @@ def test_the_perplexity_of_a_model_at_chance_has_its_verdict_beside_it(report):
     text = text_of(report, perplexity=perplexity)
 
     assert "Perplexity 61.00 no verdict: the dense model is no better than chance; 60.00 of" in text
+
+
+def test_each_size_that_layers_give_an_operator_has_a_row(report):
+    kind = "mlp.down_proj"
+    operators = [
+        operator for operator in report.operators if operator.name.endswith(f"{kind}.weight")
+    ]
+    smaller = [
+        dataclasses.replace(operator, groups_kept=[0], shape=(32, width), target_sparsity=0.5)
+        for operator, width in zip(operators, (32, 64), strict=False)
+    ]
+
+    rows = _columns_left(dataclasses.replace(report, operators=smaller))
+
+    assert rows == [(kind, 32, 64), (kind, 64, 128)]
 
 
 def test_headline_numbers_and_all_operators_are_there(report, saved):

@@ -143,6 +143,18 @@ def test_at_least_as_many_experts_stay_as_a_token_is_sent_to(family, settings):
     assert parts_of(model, "experts").at_least == 3
 
 
+def test_a_list_of_different_sizes_is_refused_with_its_values():
+    config = shrunken_config("gemma3n_text")
+    config.intermediate_size = [32, 64] * (config.num_hidden_layers // 2)
+    model = AutoModelForCausalLM.from_config(config)
+
+    with pytest.raises(
+        UnsupportedArchitectureError,
+        match=r"intermediate_size differs between decoder layers \(32, 64\)",
+    ):
+        parts_of(model, "channels")
+
+
 def test_layers_of_different_sizes_are_refused():
     config = shrunken_config("gemma4_text")
     config.use_double_wide_mlp = True

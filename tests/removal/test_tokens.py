@@ -509,6 +509,16 @@ BAD = {
         {},
         "audio_vocab_size of 2048",
     ),
+    "ids that are computed": (
+        lambda f: change_json(f / "config.json", image_token_offset=64),
+        {},
+        "computes ids of tokens from image_token_offset=64, so no token can be removed",
+    ),
+    "a table of ids": (
+        lambda f: change_json(f / "config.json", vocabulary_map={"<image>": 63}),
+        {},
+        "vocabulary_map of 1",
+    ),
     "small embedding": (
         lambda f: change_json(f / "config.json", vocab_size=300),
         {},

@@ -58,9 +58,13 @@ def test_the_first_character_counts_if_some_of_its_tokens_are_predicted(longest)
 
     # Only the first of its three tokens is not predicted.
     assert tokenized.num_bytes == len(text.encode())
-    (letters,) = tokenized_text(["abc"], bpe_tokenizer(), bos=None, longest=longest).sequences
-    assert len(letters) == 3
-    assert tokenized_text(["abc"], bpe_tokenizer(), bos=None, longest=longest).num_bytes == 2
+
+
+def test_a_first_letter_of_one_token_does_not_count():
+    tokenized = tokenized_text(["abc"], bpe_tokenizer(), bos=None, longest=200)
+
+    assert [len(ids) for ids in tokenized.sequences] == [3]
+    assert tokenized.num_bytes == 2
 
 
 def test_a_character_that_does_not_fit_into_a_sequence_is_cut():

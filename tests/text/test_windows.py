@@ -290,6 +290,15 @@ def test_bytes_are_those_of_the_text_that_predicted_tokens_stand_for(add_bos):
     assert num_bytes == bytes_of_words + num_separators * len(text.separator)
 
 
+def test_the_first_character_of_a_window_counts_if_some_of_its_tokens_are_predicted():
+    text = TextSource("kanji", ("東京の海" * 4,))
+    windows = evaluation_windows(bpe_tokenizer(), text, 6)  # three tokens of each of two characters
+
+    assert (
+        count_bytes(bpe_tokenizer(), text, windows) == len(text.joined.encode()) == windows.numel()
+    )
+
+
 def test_bytes_of_windows_of_another_text_are_not_known():
     numbers = tokenizer()
     text = source(range(30))
