@@ -136,7 +136,7 @@ def num_rows_of(model: PreTrainedModel) -> int:
     other_vocabularies = dict[str, int]()  # size by the setting that has it
     for section in configurations_in(model.config):
         for key, value in vars(section).items():
-            if key.endswith("_token_offset") and type(value) is int:
+            if key.endswith("token_offset") and type(value) is int:
                 # Apertus adds the codes of an image or a sound to it, so that they become ids.
                 raise ValueError(
                     f"{type(model).__name__} computes ids of tokens from {key}={value}, so no token can be removed."
