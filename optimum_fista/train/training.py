@@ -48,6 +48,7 @@ from optimum_fista.pruner import FistaPruner
 from optimum_fista.report import PruningReport
 from optimum_fista.solve.pattern import unpack_mask
 from optimum_fista.source.inventory import source_tensors
+from optimum_fista.source.model_folder import CONFIG_FILE
 
 # The pruner that pruned the model; the folder or Hub id that the model was loaded from; masks by parameter name;
 # `None`: the zeros that the weights have now.
@@ -369,7 +370,6 @@ def find_record(
     folder = pruned_folder(source)
     report = read_report(folder)
     if is_packed(folder):
-        # A packed folder has no file of masks: they are stored with the weights.
         packed = {operator.name: mask for operator, _, mask in packed_operators(folder, report)}
     else:
         packed = load_file(_file_of(source, MASKS_FILE))
@@ -378,11 +378,15 @@ def find_record(
 
 
 def pruned_folder(source: str | Path) -> Path:
-    """The folder of a pruned model that is given as folder or Hub id; refused if it has no report.
+    """The folder of a pruned model that is given as folder or Hub id; refused if it has no report or no masks.
 
-    Of a Hub id, the report is downloaded into the cache, and the result is the folder there.
+    Of a Hub id, configuration, report and masks are downloaded into the cache, and the result is the folder there.
     """
-    return _file_of(source, REPORT_FILE).parents[1]
+    folder = _file_of(source, REPORT_FILE).parents[1]
+    internals.cached_file_if_any(str(source), CONFIG_FILE)  # which says whether the folder is packed
+    if not is_packed(folder):  # a packed folder stores the masks with the weights
+        _file_of(source, MASKS_FILE)
+    return folder
 
 
 def _file_of(source: str | Path, file: str) -> Path:

@@ -646,6 +646,17 @@ def test_a_folder_that_has_lost_its_report_is_refused(run, saved, tmp_path):
         run(source=folder)
 
 
+def test_a_plan_for_a_folder_that_has_lost_its_masks_is_refused(saved, tiny_folder, tmp_path, capsys):
+    folder = shutil.copytree(saved.folder, tmp_path / "lost")
+    (folder / "fista" / "masks.safetensors").unlink()
+
+    words = ["recover", str(folder), "--teacher", str(tiny_folder), "--calibration", "pydoc"]
+
+    assert main([*words, "--dry-run"]) == 1
+
+    assert "holds no fista/masks.safetensors" in capsys.readouterr().err
+
+
 def test_a_dense_model_is_trained_too(run, tiny_folder, tmp_path):
     before = bits(tiny_folder)
 
