@@ -343,9 +343,8 @@ def kept_by_layer(
     `scores` are [experts] by the name of the layer. Each layer keeps at least the `fewest` best of its own.
     """
     kept: dict[str, list[int]] = {}
-    others = dict[
-        tuple[str, int], float
-    ]()  # scores of the experts that need not stay, by layer and number
+    # scores of the experts that need not stay, by layer and number
+    others: dict[tuple[str, int], float] = {}
     for layer, of_layer in scores.items():
         best_first = of_layer.argsort(descending=True, stable=True).tolist()
         kept[layer] = best_first[:fewest]
@@ -399,17 +398,9 @@ def windows_of_draw(
 
 def measure(arguments: Namespace) -> dict[str, Any]:
     """Measure the rows that the output lacks, and write each at once; returns the record."""
-    lists = (
-        "shares",
-        "calibrations",
-        "streams",
-        "criteria",
-        "repairs",
-        "seeds",
-        "text_folder",
-        "threads",
-    )
-    record = open_record(arguments, *lists)
+    # Rows of all these go into one file.
+    varied = ["shares", "calibrations", "streams", "criteria", "repairs", "seeds"]
+    record = open_record(arguments, *varied, "text_folder", "threads")
     rows = record["rows"]
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load_model(arguments.model, dtype=arguments.dtype, device="cpu")
