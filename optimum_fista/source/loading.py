@@ -297,6 +297,9 @@ def read_model(
     if config is not None:
         options["config"] = config
 
+    # Transformers would replace modules by compiled kernels that it downloads from the Hub, with other rounding.
+    options["use_kernels"] = False
+
     model: PreTrainedModel
     model, info = _read(class_to_load, name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])

@@ -383,7 +383,8 @@ def pruned_folder(source: str | Path) -> Path:
     Of a Hub id, configuration, report and masks are downloaded into the cache, and the result is the folder there.
     """
     folder = _file_of(source, REPORT_FILE).parents[1]
-    internals.cached_file_if_any(str(source), CONFIG_FILE)  # which says whether the folder is packed
+    # The configuration says whether the folder is packed.
+    internals.cached_file_if_any(str(source), CONFIG_FILE)
     if not is_packed(folder):  # a packed folder stores the masks with the weights
         _file_of(source, MASKS_FILE)
     return folder

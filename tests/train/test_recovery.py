@@ -646,7 +646,9 @@ def test_a_folder_that_has_lost_its_report_is_refused(run, saved, tmp_path):
         run(source=folder)
 
 
-def test_a_plan_for_a_folder_that_has_lost_its_masks_is_refused(saved, tiny_folder, tmp_path, capsys):
+def test_a_plan_for_a_folder_that_has_lost_its_masks_is_refused(
+    saved, tiny_folder, tmp_path, capsys
+):
     folder = shutil.copytree(saved.folder, tmp_path / "lost")
     (folder / "fista" / "masks.safetensors").unlink()
 
