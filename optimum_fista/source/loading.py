@@ -276,6 +276,8 @@ def read_model(
 ) -> PreTrainedModel:
     """Read a language model from its files, dequantized; a Hub id is downloaded into the cache.
 
+    It runs without the compiled kernels of the Hub (`use_kernels=False`).
+
     Args:
         name: Hub id, model folder, or a folder with one GGUF file.
         config: Its configuration, if it is not that of the files; the model gets a copy, and it stays as it is.
@@ -297,11 +299,10 @@ def read_model(
     if config is not None:
         options["config"] = config
 
-    # Transformers would replace modules by compiled kernels that it downloads from the Hub, with other rounding.
-    options["use_kernels"] = False
-
+    # With its default, Transformers replaces norms and activations on a GPU by compiled kernels that it downloads from
+    # the Hub. They may round otherwise than the modules that decoder layers read from files one by one have.
     model: PreTrainedModel
-    model, info = _read(class_to_load, name, output_loading_info=True, **options)
+    model, info = _read(class_to_load, name, output_loading_info=True, use_kernels=False, **options)
     missing = sorted(info["missing_keys"])
     if missing:  # Transformers warns and takes random values
         raise ValueError(
