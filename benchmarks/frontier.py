@@ -114,8 +114,9 @@ def round_weights(model: PreTrainedModel, bits: str) -> int:
     num_bytes = 0
     head = model.get_output_embeddings().weight
     for name, weight in model.named_parameters():  # tied ones once
-        is_router = name.endswith(".gate.weight")
-        if is_router or weight.ndim == 1:
+        # Ernie's routers have a bias of two dimensions, mlp.gate.moe_statics.e_score_correction_bias.
+        is_of_router = "gate" in name.split(".")
+        if is_of_router or weight.ndim == 1:
             num_bytes += 4 * weight.numel()
             continue
         kind = kind_of(bits, weight.shape, weight is head)

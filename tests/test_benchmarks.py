@@ -11,10 +11,10 @@ import torch
 from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokenizer, tiny_tokens
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5_MoeConfig,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from optimum_fista import FistaPruner, FistaPruningConfig
@@ -305,26 +305,34 @@ def test_the_frontier_trains_the_dense_model_by_itself_or_by_the_text_alone(
     assert len({row["mean"] for row in (untrained, by_itself, by_text)}) == 3
 
 
-def test_experts_are_rounded_and_their_router_is_not(benchmark):
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_experts=4,
-        num_experts_per_tok=2,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    model = Qwen3MoeForCausalLM(config)
+MIXTURE_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **MIXTURE_SIZES),
+        Ernie4_5_MoeConfig(moe_num_experts=4, moe_k=2, **MIXTURE_SIZES),
+    ],
+    ids=["qwen3_moe", "ernie4_5_moe"],
+)
+def test_experts_are_rounded_and_their_router_is_not(benchmark, config):
+    model = AutoModelForCausalLM.from_config(config)
     before = {name: weight.clone() for name, weight in model.named_parameters()}
 
     num_bytes = benchmark("frontier").round_weights(model, "8")
 
     for name, weight in model.named_parameters():
-        is_exact = weight.ndim == 1 or name.endswith("mlp.gate.weight")
+        is_exact = weight.ndim == 1 or ".mlp.gate." in name
         assert torch.equal(weight, before[name]) == is_exact, name
     assert model.num_parameters() < num_bytes < 2 * model.num_parameters()
 
