@@ -21,7 +21,12 @@ from typing import Any
 
 from optimum_fista.atomic import require_same_kind, require_writable
 from optimum_fista.bars import tqdm
-from optimum_fista.folder.checkpoint import VOCABULARY_FILE, require_files
+from optimum_fista.folder.checkpoint import (
+    REPORT_FILE,
+    VOCABULARY_FILE,
+    read_report,
+    require_files,
+)
 from optimum_fista.folder.packed_folder import is_packed
 from optimum_fista.source.model_folder import CONFIG_FILE, read_json
 
@@ -72,9 +77,11 @@ def write_gguf(
 
     Raises:
         ValueError: If the folder is packed, or has lost tokens and does not tell the ids of the tokenizer before, or if
-            `tokenizer` lacks tokens of the model.
+            `tokenizer` lacks tokens of the model. Also if decoder layers were removed from a model whose layers are of
+            several kinds.
         FileNotFoundError: If there is no such folder, or no converter.
-        FileExistsError: If `file` exists, or, with `overwrite`, is no GGUF file.
+        FileExistsError: If `file` exists, or, with `overwrite`, is no GGUF file. Without `overwrite` also if somebody
+            else has written `file` during the conversion.
         RuntimeError: If the converter fails; with the last line that it has printed.
     """
     require_files(folder, CONFIG_FILE)
@@ -83,8 +90,9 @@ def write_gguf(
             f"{str(folder)!r} is packed, and llama.cpp's converter reads dense weights: unpack it first "
             "(optimum-fista unpack)."
         )
-    if file.exists() and not overwrite:
-        raise FileExistsError(f"{str(file)!r} exists already: pass another file, or --overwrite.")
+    _require_layers_by_number(folder)
+    if not overwrite:
+        _require_new(file)
     require_writable(file)
     require_same_kind(file, "a GGUF file", _MAGIC)
     script = find_converter(converter)
@@ -100,7 +108,41 @@ def write_gguf(
             known_tokenizer,
             [str(folder), "--outfile", str(partial), "--outtype", kind],
         )
+        if not overwrite:
+            _require_new(file)  # the conversion of a large model takes minutes
         partial.replace(file)
+
+
+def _require_new(file: Path) -> None:
+    """Refuse a file that exists (FileExistsError)."""
+    if file.exists():
+        raise FileExistsError(f"{str(file)!r} exists already: pass another file, or --overwrite.")
+
+
+def _require_layers_by_number(folder: Path) -> None:
+    """Refuse a model (ValueError) that lost decoder layers, if its layers differ in their attention.
+
+    In Gemma 3, for example, every sixth layer attends to the whole text, and the others to a window. llama.cpp knows
+    the kind of a layer by its number, not from the file. In a model that lost layers it would take some of them for
+    the other kind, and compute something else without a word. SmolLM3 has layers with and without rotary embeddings,
+    which is the same.
+    """
+    if not (folder / REPORT_FILE).exists():
+        return
+    if not any("layers:" in step.pattern for step in read_report(folder).steps):
+        return
+    config = read_json(folder / CONFIG_FILE)
+    config = config.get("text_config") or config  # of a multimodal model
+    kinds = {kind for kind in config.get("layer_types") or [] if kind.endswith("attention")}
+    has_rotary = set(
+        config.get("no_rope_layers") or []
+    )  # 0 and 1, if both kinds of layers are there
+    if len(kinds) > 1 or len(has_rotary) > 1:
+        raise ValueError(
+            f"{str(folder)!r} lost decoder layers, and those that stay are of several kinds: llama.cpp tells the kinds "
+            "apart by the numbers of the layers, so it would compute something else. Prune the model before by "
+            "another pattern, such as 'channels:0.1', or use the result in Transformers."
+        )
 
 
 def find_converter(place: Path | None) -> Path:

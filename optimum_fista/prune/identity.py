@@ -127,13 +127,16 @@ def _begin_or_resume(
 
     Without `overwrite`, a folder that holds another run is refused (ValueError).
     """
-    if not overwrite:
+    begun = read_record(folder / RUN_FILE)
+    if overwrite:
+        # Compared as text, because the order of overrides counts, too.
+        is_same = json.dumps(begun) == json.dumps(fingerprint)
+    else:
         # A run on one text has no such entry: then it is an entry of the other run that differs.
         require_same_run(folder, {"sources": None, **fingerprint})
-    begun = json.dumps(read_record(folder / RUN_FILE))
-    # Compared as text, because the order of overrides counts, too. A folder without a fingerprint is emptied, too: a
-    # process may have been killed while it discarded a run.
-    if begun != json.dumps(fingerprint):
+        is_same = begun is not None
+    # A folder without a fingerprint is emptied, too: a process may have been killed while it discarded a run.
+    if not is_same:
         # Text that a model has written for the calibration stays: this run may have written it just before.
         discard(folder, keep_texts=True)
     return fingerprint

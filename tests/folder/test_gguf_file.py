@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 from rare_tokens import RARE, TEXT, bpe_tokenizer, save, text_of
-from tiny_llama import save_tiny_folder, tiny_llama
+from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokenizer
 from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 from optimum_fista import FistaPruner, FistaPruningConfig, pack_folder
 from optimum_fista.cli.main import main
@@ -295,3 +296,61 @@ def test_a_packed_folder_is_refused(dense, tmp_path, capsys):
     assert main(["gguf", str(tmp_path / "packed"), "-o", str(tmp_path / "a.gguf")]) == 1
 
     assert "unpack it first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_multimodal", [False, True])
+def test_layers_of_several_kinds_of_which_some_were_removed_are_refused(
+    tmp_path, capsys, is_multimodal
+):
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        use_sliding_window=True,
+        sliding_window=8,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    converter = write_converter(tmp_path / "llama.cpp")
+    pruner = FistaPruner(FistaPruningConfig(pattern="layers:0.25"), progress=False)
+    pruner.prune(
+        tmp_path / "dense",
+        [{"input_ids": [[1, 2, 3, 4, 5, 6, 7, 8]]}],
+        output_dir=tmp_path / "smaller",
+    )
+    if is_multimodal:
+        file = tmp_path / "smaller" / "config.json"
+        file.write_text(json.dumps({"text_config": json.loads(file.read_text())}))
+    words = ["gguf", str(tmp_path / "smaller"), "-o", str(tmp_path / "a.gguf")]
+
+    assert main([*words, "--converter", str(converter)]) == 1
+
+    assert "of several kinds" in capsys.readouterr().err
+    assert not (tmp_path / "a.gguf").exists()
+
+
+def test_layers_of_one_kind_may_be_removed(dense, tmp_path):
+    converter = write_converter(tmp_path / "llama.cpp")
+    pruner = FistaPruner(FistaPruningConfig(pattern="layers:0.5"), progress=False)
+    pruner.prune(
+        dense, [{"input_ids": [[1, 2, 3, 4, 5, 6, 7, 8]]}], output_dir=tmp_path / "smaller"
+    )
+
+    write_gguf(tmp_path / "smaller", tmp_path / "a.gguf", converter=converter)
+
+    assert (tmp_path / "a.gguf").read_text() == "words auto"
+
+
+def test_a_file_that_appears_during_the_conversion_stays(dense, tmp_path):
+    other = tmp_path / "a.gguf"
+    script = f"{SCRIPT}    Path({str(other)!r}).write_text('mine')\n"
+    converter = write_converter(tmp_path / "llama.cpp", script=script)
+
+    with pytest.raises(FileExistsError, match="exists already"):
+        write_gguf(dense, other, converter=converter)
+
+    assert other.read_text() == "mine"

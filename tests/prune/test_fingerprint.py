@@ -179,6 +179,22 @@ def test_a_cut_off_run_is_not_resumed_with_its_overrides_in_another_order(source
     assert {operator.target_sparsity for operator in report.operators} == {0.75}
 
 
+def test_a_run_resumes_if_a_number_is_written_in_another_way(source):
+    with interrupted_after(0), pytest.raises(KeyboardInterrupt):
+        prune(source, FistaPruningConfig(method="wanda", residual_correction=1))
+    pruned_again = []
+
+    class Recorder(PruningCallback):
+        def on_layer_end(self, index, *others):
+            pruned_again.append(index)
+
+    config = FistaPruningConfig(method="wanda", residual_correction=1.0)
+    pruner = FistaPruner(config, progress=False, callbacks=[Recorder()])
+    pruner.prune(source, tiny_tokens().split(4), output_dir=source.parent / "pruned", device="cpu")
+
+    assert pruned_again == [1]
+
+
 def test_a_run_resumes_if_only_names_and_versions_in_the_configuration_changed(
     source, journal_of_cut_off_run
 ):
