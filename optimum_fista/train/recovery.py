@@ -180,7 +180,8 @@ def recover(
         # Hashed now, so that a change of a file during the run is noticed.
         students_files = shared_files(Path(plan.source), unfinished, ranks, progress)
         teachers_files = shared_files(Path(plan.teacher), unfinished, ranks, progress)
-        ranks.first(lambda: _require_right_models(plan, teachers_files, unfinished))
+        earlier_start = None if overwrite else read_record(unfinished / RUN_FILE)
+        ranks.first(lambda: _require_right_models(plan, teachers_files, earlier_start))
 
         # Stored predictions are checked as far as possible before the text is drawn: it may take hours to write.
         ranks.first(lambda: _require_settings_of_predictions(plan, teachers_files))
@@ -236,14 +237,15 @@ def _finish(
 
 
 def _require_right_models(
-    plan: RecoveryPlan, teachers_files: SourceFiles, unfinished: Path
+    plan: RecoveryPlan, teachers_files: SourceFiles, earlier_start: dict[str, Any] | None
 ) -> None:
     """Refuse a teacher that is not the dense model, and zeros that training would fill, unless the user allows it.
 
-    Both checks read all weights. So they are left out if an earlier start of the run, whose fingerprint is in the
-    folder `unfinished`, had the same teacher (`teachers_files`, by their digests). Leaves no file.
+    Both checks read all weights. So they are left out if an earlier start of the run had the same teacher
+    (`teachers_files`, by their digests). `earlier_start` is its fingerprint, from the unfinished folder. If that was
+    another run, with another student or other options, it is refused later (`join_run`). `None` if there was none, or
+    if the user lets this run overwrite it. Leaves no file.
     """
-    earlier_start = read_record(unfinished / RUN_FILE)
     if earlier_start is not None and earlier_start.get("teacher") == teachers_files.digests:
         return
 
@@ -257,7 +259,7 @@ def _require_right_models(
         return
 
     if not options.other_teacher:
-        require_dense_model(plan, plan.report, unfinished)
+        require_dense_model(plan, plan.report, unfinished_folder(plan.output))
 
     # The steps are the runs before the one that wrote the report. Its masks need not cover the zeros of these runs.
     was_pruned_before = bool(plan.report.first_model.steps)

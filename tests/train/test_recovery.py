@@ -840,6 +840,8 @@ def test_zeros_of_an_unknown_program_are_refused(run, tiny_folder, tmp_path):
         run("filled", source=folder, fill_zeros=True)
     with pytest.raises(ValueError, match=r"was another one \(fill_zeros"):
         run("filled", source=folder)
+    with pytest.raises(ValueError, match=r"has no report of optimum-fista"):
+        run("filled", source=folder, overwrite=True)
     assert (
         run("filled", source=folder, fill_zeros=True).num_trained == OPERATOR_WEIGHTS + NORM_WEIGHTS
     )
