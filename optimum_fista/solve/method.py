@@ -8,7 +8,7 @@ known by their names (`register`, `create_method`).
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields
@@ -135,6 +135,17 @@ class PruningMethod(ABC):
     # None: not measured. An estimate then takes the largest factors of all methods, and says so.
     memory_factors: ClassVar[MemoryFactors | None] = None
 
+    def require_at_least(self, least_values: Mapping[str, int]) -> None:
+        """Refuse an option of this method that is below its least value (ValueError). A subclass calls it when made.
+
+        `least_values` are whole numbers, such as 1 for "max_iterations", by the name of the option.
+        """
+        for option, least in least_values.items():
+            if getattr(self, option) < least:
+                raise ValueError(
+                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
+                )
+
     def require_pattern(self, pattern: SparsityPattern) -> None:
         """Refuse a pattern of whole columns (ValueError) if this method can't prune to those. Changes nothing."""
         if pattern.whole_columns and not self.takes_columns:
@@ -172,6 +183,14 @@ class PruningMethod(ABC):
         the problems stay as they are.
         """
         return [self.prune_sharing(group.problems, group.patterns) for group in groups]
+
+
+def require_damping(damping: float) -> None:
+    """Refuse a method's option `damping`, a share of the mean of the Gram matrix's diagonal, if it is negative."""
+    if not damping >= 0:
+        raise ValueError(
+            f"damping={damping!r}: pass a share of the mean Gram diagonal of at least 0."
+        )
 
 
 # By name; `optimum_fista.solve.methods` registers the package's own.

@@ -165,6 +165,10 @@ class LayerProblem:
             aims_at_dense: Whether `Y` is known to be `W X`.
             dense: Sums over `W X` if `Y` is another matrix; `None` if they are not known.
         """
+        if (target is None) != (output_energies is None):
+            raise ValueError(
+                f"{name}: target and output_energies belong together: pass both, or neither."
+            )
         if weight.ndim != 2 or weight.shape[1] != statistics.gram.shape[0]:
             raise ValueError(
                 f"{name} has shape {tuple(weight.shape)}, its inputs a Gram matrix of {tuple(statistics.gram.shape)}: "
@@ -328,6 +332,8 @@ class LayerProblem:
 
         If `K` itself is known, it takes the place of `C`, with a = 1.
         """
+        if self._original is not None:  # this problem is decoupled
+            return self._original.output_error(weight)
         if self.aims_at_dense:  # Y = W X
             return self.fit_error(weight)
         if self.dense is None:

@@ -173,3 +173,4 @@ def test_the_change_of_the_error_of_a_decoupled_problem_is_that_of_its_original(
     assert not torch.equal(decoupled.gram, problem.gram)
     expected = problem.squared_error(changed) - problem.squared_error(weight)
     assert decoupled.change_of_error(changed) == pytest.approx(expected)
+    assert decoupled.output_error(changed) == problem.output_error(changed)

@@ -34,6 +34,7 @@ from optimum_fista.solve.method import (
     PruningMethod,
     register,
     reported_error,
+    require_damping,
 )
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -216,6 +217,13 @@ class Admm(PruningMethod):
     ramp_iterations: int = 15
     name: ClassVar[str] = "admm"
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.0, 4.1, 1.8)
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
+        self.require_at_least({"max_iterations": 1, "ramp_iterations": 0})
+        require_damping(self.damping)
+        if not self.rho > 0:
+            raise ValueError(f"rho={self.rho!r}: pass a positive number.")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask.

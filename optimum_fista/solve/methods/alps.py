@@ -28,6 +28,7 @@ from optimum_fista.solve.method import (
     PruningMethod,
     register,
     reported_error,
+    require_damping,
 )
 from optimum_fista.solve.methods.admm import SplitState, unit_diagonal
 from optimum_fista.solve.pattern import SparsityPattern
@@ -52,6 +53,13 @@ class Alps(PruningMethod):
     refit_iterations: int = 10
     name: ClassVar[str] = "alps"
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(4.4, 4.2)
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
+        self.require_at_least({"period": 1, "max_iterations": 1, "refit_iterations": 0})
+        require_damping(self.damping)
+        if not self.first_rho > 0:
+            raise ValueError(f"first_rho={self.first_rho!r}: pass a positive number.")
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask.

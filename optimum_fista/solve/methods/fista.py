@@ -82,11 +82,7 @@ class Fista(PruningMethod):
                 f"warm_start={self.warm_start!r}: pass one of {', '.join(get_args(WarmStart))}."
             )
         least_values = {"max_iterations": 1, "patience": 1, "max_trials": 1, "refit_iterations": 0}
-        for option, least in least_values.items():
-            if getattr(self, option) < least:
-                raise ValueError(
-                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
-                )
+        self.require_at_least(least_values)
         if self.tolerance < 0:
             raise ValueError(f"tolerance={self.tolerance!r}: pass a relative change of at least 0.")
         if not 0 < self.rounding_share < 1:
@@ -133,7 +129,7 @@ class Fista(PruningMethod):
         """Find the penalty by bisection (Algorithm 1), and weights in the pattern that are better than `rounded`.
 
         A trial solves the LASSO from the best weights so far, rounds the solution to the pattern and compares
-        `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - W X ||`: if their ratio exceeds
+        `E_round = || (W_round - W_fista) X* ||` with `E_total = || W_round X* - Y ||`: if their ratio exceeds
         `rounding_share`, rounding dominates and the penalty rises, otherwise it falls. The interval, which the
         paper does not give, is `[1e-6, 1] max |C|` on a logarithmic scale.
 

@@ -131,12 +131,7 @@ class ObsAdmm(PruningMethod):
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
-        least_values = {"stages": 1, "iterations": 1, "refit_iterations": 0}
-        for option, least in least_values.items():
-            if getattr(self, option) < least:
-                raise ValueError(
-                    f"{option}={getattr(self, option)!r}: pass a whole number of at least {least}."
-                )
+        self.require_at_least({"stages": 1, "iterations": 1, "refit_iterations": 0})
         if self.ridge is not None and not self.ridge > 0:
             raise ValueError(f"ridge={self.ridge!r}: pass a positive number, or None.")
         if not 0 < self.first_rho <= self.last_rho:
@@ -366,14 +361,16 @@ class ObsAdmm(PruningMethod):
         `grams` are `G` [groups, in, in], which stay as they are.
 
         Blocks of rows are refitted one after the other, in `self.refit_iterations` steps at most. Returns for each
-        group the number of steps of the block that took most.
+        group the number of steps of the block that took most, which is 0 if nothing is refitted.
         """
-        ridge_grams = surgeon.gram_with_ridge(grams)  # B^T S G_r S B
         refitted = [
             state
             for state, patterns_of_state in zip(states, patterns, strict=True)
             if not patterns_of_state[0].whole_columns
         ]
+        if not refitted:
+            return [0] * len(grams)
+        ridge_grams = surgeon.gram_with_ridge(grams)  # B^T S G_r S B
         rounded_dtype = dtype_of_rounded_products()
         if rounded_dtype is not None:
             return self._refit_by_rounded_steps(refitted, ridge_grams, rounded_dtype)

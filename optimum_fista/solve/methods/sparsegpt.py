@@ -24,6 +24,7 @@ from optimum_fista.solve.method import (
     PruningMethod,
     register,
     reported_error,
+    require_damping,
 )
 from optimum_fista.solve.pattern import SparsityPattern
 from optimum_fista.solve.problem import LayerProblem
@@ -45,6 +46,11 @@ class SparseGPT(PruningMethod):
     memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.4, 2.0, 1.1)
     # A block can't know how good the columns to its right are.
     takes_columns: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Refuse options that make no sense (ValueError); the fields of `self` are the options."""
+        self.require_at_least({"block_size": 1})
+        require_damping(self.damping)
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask.

@@ -53,6 +53,27 @@ def test_the_help_and_the_documentation_name_every_method():
         assert f"\n| `{name}`" in table, f"add a row for {name!r} to docs/method.md"
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("alps", {"max_iterations": 0}, "max_iterations=0: pass a whole number of at least 1"),
+        ("alps", {"period": 0}, "period=0: pass a whole number of at least 1"),
+        ("alps", {"first_rho": 0.0}, "first_rho=0.0: pass a positive number"),
+        ("alps", {"damping": -0.1}, "damping=-0.1: pass a share of the mean Gram diagonal"),
+        ("admm", {"max_iterations": 0}, "max_iterations=0: pass a whole number of at least 1"),
+        ("admm", {"rho": -1.0}, "rho=-1.0: pass a positive number"),
+        ("admm", {"damping": math.nan}, "damping=nan: pass a share of the mean Gram diagonal"),
+        ("sparsegpt", {"block_size": 0}, "block_size=0: pass a whole number of at least 1"),
+        ("sparsegpt", {"damping": -1.0}, "damping=-1.0: pass a share of the mean Gram diagonal"),
+        ("fista", {"max_trials": 0}, "max_trials=0: pass a whole number of at least 1"),
+        ("obs_admm", {"stages": 0}, "stages=0: pass a whole number of at least 1"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(method, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_method(method, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class Quieter(METHODS["wanda"]):
     """A subclass of a subclass."""
