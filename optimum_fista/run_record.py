@@ -92,7 +92,7 @@ class RunRecord:
     # parts. An operator may be in `operators`, too, if this run removed some of its columns. Errors are those of the
     # earlier run.
     carried: list[OperatorReport] = field(default_factory=list)
-    # Weights of operators in which this run overwrote or moved zeros of an earlier one.
+    # Weights of operators in which this run overwrote or moved zeros of an earlier one, or somebody did in between.
     lost_masks: list[str] = field(default_factory=list)
     # Numbers of weights in operators that this run pruned again, that an earlier run had set to zero, and that the new
     # mask keeps: those that have other values now, and those that are still zero.

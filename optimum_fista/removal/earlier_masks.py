@@ -15,7 +15,8 @@ smaller model without weights. Linear operators and parameters have the names of
 operator. Files may have other names, and weights as [in, out] instead of [out, in].
 
 `EarlierMasks.find` looks for the masks. `carried` is called for each decoder layer once it is pruned, or
-`carried_smaller` if the run removes parts.
+`carried_smaller` if the run removes parts. A run that removes tokens changes no decoder layer, and asks
+`masks_in_folder`.
 """
 
 import math
@@ -43,8 +44,13 @@ from optimum_fista.removal.parts import Part
 from optimum_fista.removal.shrinking import Kept, Shrinking
 from optimum_fista.solve.pattern import pack_mask, parse_pattern, unpack_mask
 from optimum_fista.source.loading import local_source
-from optimum_fista.source.model_folder import CONFIG_FILE, read_json
-from optimum_fista.source.names import StoredName, stored_names
+from optimum_fista.source.model_folder import (
+    CONFIG_FILE,
+    checkpoint_files,
+    read_json,
+    read_tensors,
+)
+from optimum_fista.source.names import StoredName, split_index, stored_names
 
 
 @dataclass(frozen=True)
@@ -348,26 +354,67 @@ def _masks_that_hold(
     return carried
 
 
-def unchanged_masks(folder: Path) -> tuple[list[OperatorReport], dict[str, Tensor]]:
-    """Read the masks in a model's folder for a run that changes no decoder layer, such as one that removes tokens.
+def masks_in_folder(folder: Path) -> CarriedMasks:
+    """Find the masks in a model's folder that hold, for a run that changes no decoder layer: one that removes tokens.
 
-    Returns what the earlier run reported of the operators with zeros, and their packed masks, by the name of the weight
-    in the files. Both are empty if the folder has no masks that can be read. The files are only read.
+    All names are those of the files. `operators` of the result are what the earlier run reported, and `lost` are the
+    weights that somebody has changed since then, so that not all weights outside of their masks are zero. It has no
+    masks: they stay on disk, and `packed_masks_of` reads them. A weight that the files have in no form of its own (it
+    is quantized) can't be compared, and its mask counts as one that holds.
+
+    Reads the weights of all operators with zeros, one at a time. The result is empty if the folder has no masks that
+    can be read.
     """
+    found = CarriedMasks()
     if not (folder / MASKS_FILE).exists() or not (folder / REPORT_FILE).exists():
-        return [], {}
+        return found
     try:
         report = read_report(folder)
     except ValueError:  # damaged, or of another version
-        return [], {}
-    with safe_open(folder / MASKS_FILE, "pt") as file:
-        stored = set(file.keys())
-        carried = list[OperatorReport]()
+        return found
+
+    files = checkpoint_files(folder)  # the file of each tensor, by the name of the tensor
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        names_of_masks = set(masks.keys())
         for entry in report.masked:  # the reports of the operators that have a mask
             has_zeros = entry.num_kept < math.prod(entry.shape)
-            if entry.name in stored and has_zeros:
-                carried.append(entry)
-        return carried, {entry.name: file.get_tensor(entry.name) for entry in carried}
+            if entry.name not in names_of_masks or not has_zeros:
+                continue
+            # Experts share a tensor: "gate_up_proj[2, :, 1::2]" is a part of "gate_up_proj".
+            tensor_name, index = split_index(entry.name)
+            if tensor_name in files:
+                ((_, tensor),) = read_tensors(files, [tensor_name])
+                if not _mask_holds(entry, tensor[index], masks.get_tensor(entry.name)):
+                    found.lost.append(entry.name)
+                    continue
+            found.operators.append(entry)
+    return found
+
+
+def _mask_holds(entry: OperatorReport, weight: Tensor, packed_mask: Tensor) -> bool:
+    """Tell whether all weights of an operator that its mask calls zero are zero.
+
+    `entry` is the earlier report of the operator. `weight` and `packed_mask` are laid out as in the files. A weight of
+    another shape than reported is one that somebody has changed.
+    """
+    shape = tuple(weight.T.shape) if entry.stored_transposed else tuple(weight.shape)  # [out, in]
+    if shape != tuple(entry.shape):
+        return False
+    mask = unpack_mask(packed_mask, tuple(weight.shape))
+    outside = weight.masked_select(~mask)  # what the mask calls zero
+    return not bool(torch.count_nonzero(outside))
+
+
+def packed_masks_of(folder: Path, operators: Iterable[OperatorReport]) -> dict[str, Tensor]:
+    """Read the packed masks of operators from a model's folder, by the name of the weight in the files.
+
+    `operators` are some of those in the report of the folder, such as `masks_in_folder` returns them.
+    """
+    names = [operator.name for operator in operators]
+    if not names:
+        return {}
+    with safe_open(folder / MASKS_FILE, "pt") as masks:
+        return {name: masks.get_tensor(name) for name in names}
 
 
 def _parameter_of(operator: LinearOperator, layer_name: str, layer: nn.Module) -> str:

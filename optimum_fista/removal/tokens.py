@@ -38,7 +38,7 @@ from optimum_fista.folder import checkpoint
 from optimum_fista.folder.gguf_file import CHECK_IDS_KEY
 from optimum_fista.folder.output import JOURNAL, locked_output, new_output
 from optimum_fista.folder.writing import write_all_but_weights
-from optimum_fista.removal.earlier_masks import unchanged_masks
+from optimum_fista.removal.earlier_masks import packed_masks_of
 from optimum_fista.removal.token_ids import (
     configuration_files,
     renumbered,
@@ -197,14 +197,13 @@ def _write_model(plan: TokensPlan, folder: Path, started: float, progress: bool)
     _write_weights(plan, folder, progress)
     plan.report.seconds["total"] = time.perf_counter() - started
 
-    # Packed masks of an earlier run that set weights to zero: the decoder layers keep them.
-    _, masks = unchanged_masks(plan.source)
     write_all_but_weights(
         folder,
         plan.model,
         tokenizer=None,
         report=plan.report,
-        masks=masks,
+        # Of an earlier run that set weights to zero: the decoder layers keep them.
+        masks=packed_masks_of(plan.source, plan.report.carried),
         packed=None,
         quantized=plan.quantized,
     )

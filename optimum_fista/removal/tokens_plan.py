@@ -33,7 +33,8 @@ from optimum_fista.folder.gguf_file import check_ids
 from optimum_fista.origin import read_origin
 from optimum_fista.public_names import public_name
 from optimum_fista.removal.counted_model import CountedModel, count_model, num_rows_of
-from optimum_fista.removal.earlier_masks import unchanged_masks
+from optimum_fista.removal.earlier_masks import masks_in_folder
+from optimum_fista.removal.removal import first_names
 from optimum_fista.removal.token_ids import (
     ChatTemplateError,
     configuration_files,
@@ -167,7 +168,14 @@ def _new_report(
             "num_tokens": int(counted.counts.sum()),
         },
     )
-    report.carried, _ = unchanged_masks(counted.folder)  # operators with zeros of an earlier run
+    earlier = masks_in_folder(counted.folder)  # of a run that has set weights to zero
+    report.carried = earlier.operators
+    report.lost_masks = earlier.lost
+    if earlier.lost:
+        report.warn(
+            f"weights of {len(earlier.lost)} operators were changed since an earlier run set some of them to zero, so "
+            f"their masks are not carried: {first_names(earlier.lost)}"
+        )
     return report
 
 

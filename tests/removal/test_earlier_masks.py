@@ -6,7 +6,7 @@ import pytest
 import rare_tokens
 import torch
 from families import family_tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from saved_models import prune_and_save
 from tiny_llama import tiny_llama, tiny_tokens
 from tiny_models import tiny_model
@@ -142,6 +142,30 @@ def test_masks_stay_when_tokens_are_removed(tmp_path):
     assert zeros_of(model) == before
     again = remove(folder, tmp_path / "both", "channels:0.25/4", True, method="wanda")
     assert len(read_report(again).carried) == 14
+
+
+def test_tokens_go_without_the_masks_of_weights_that_were_changed_since(tmp_path):
+    sparse, folder = tmp_path / "sparse", tmp_path / "smaller"
+    dense = rare_tokens.save(tmp_path / "dense")
+    zeros = FistaPruner(FistaPruningConfig(pattern="2:4", method="wanda"), progress=False)
+    zeros.prune(dense, BATCHES, output_dir=sparse)
+    changed = "model.layers.1.mlp.up_proj.weight"
+    (file,) = [file for file in sparse.glob("*.safetensors") if changed in load_file(file)]
+    tensors = load_file(file)
+    tensors[changed][tensors[changed] == 0] = 0.01
+    save_file(tensors, file, {"format": "pt"})
+    tokens = FistaPruner(FistaPruningConfig(pattern="vocab:0.1/1"), progress=False)
+
+    with pytest.warns(match=rf"weights of 1 operators were changed since .*: {changed}"):
+        tokens.prune(sparse, [rare_tokens.TEXT], output_dir=folder)
+
+    report = read_report(folder)
+    assert report.lost_masks == [changed]
+    assert len(report.carried) == 13
+    assert load_file(folder / MASKS_FILE).keys() == load_file(sparse / MASKS_FILE).keys() - {
+        changed
+    }
+    verify_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
