@@ -71,7 +71,8 @@ def measure_folder(
 
     Changes `report`, which is that of the result with the names in its files, and in `folder` the report, the model
     card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done. If the
-    texts can't be measured, or Ctrl-C stops it (MeasuringInterrupted), the report and these files say so.
+    texts can't be measured, Ctrl-C stops it (MeasuringInterrupted) or the process is killed, the report and these files
+    say that the loss is not known.
 
     Both models are loaded and run, layer by layer; a process of rank 0 does it alone.
 
@@ -104,6 +105,10 @@ def measure_folder(
             counts_loops=True,
         )
 
+    # Whoever finds the folder after this process was killed must not take its texts for measured ones.
+    report.texts_not_measured = [text.name for text in texts]
+    _rewrite(folder, report, dense)
+
     interrupt: KeyboardInterrupt | None = None
     try:
         before = losses_of_model(dense, "Measuring before", counts_experts=bool(report.mixtures))
@@ -135,6 +140,7 @@ def note_losses(
     Mixtures that lost experts get the numbers of tokens that reached each expert of the model before the run, too.
     """
     report.texts = compared(texts, dense, pruned)
+    report.texts_not_measured = []
     report.layers = _with_expert_tokens(report, dense)
     for text in report.unprotected:
         report.warn(f"{text.name} lost more than was allowed: {report.words_on(text)}")
@@ -182,8 +188,8 @@ def pattern_within_limits(report: PruningReport) -> str | None:
         return _fewer_parts(part, counted, min(fractions), report.config.get("keep_divisible"))
     if pattern.fixed:
         return None
-    # Rounded down to whole percent.
-    share = math.floor(100 * min(fractions) * pattern.sparsity) / 100
+    # Rounded down to whole percent. The small number is for products such as 28.999999999999996.
+    share = math.floor(100 * min(fractions) * pattern.sparsity + 1e-9) / 100
     if share == 0:
         return None
     return words_of_pattern(str(pattern), share)

@@ -249,6 +249,7 @@ def test_a_run_that_breaks_its_promise_is_kept_and_not_called_good(dense, texts,
         ("heads:0.25+channels:0.25", None, None),
         ("vocab:0.25", None, None),
         ("unstructured", 0.01, None),  # less than 1% would be left
+        ("unstructured", 0.58, "29% unstructured"),  # half of 58 as a float is less than 29
     ],
 )
 def test_a_smaller_share_is_named_if_a_text_lost_too_much(pattern, sparsity, smaller):
@@ -482,6 +483,34 @@ def test_a_run_whose_texts_cant_be_measured_to_the_end_is_finished_and_says_so(
         assert f"\ninterrupted: {finished}\n" in printed
     assert read_report(output).texts_not_measured == ["sea.txt"]
     assert "the loss is not known on sea.txt" in (output / "README.md").read_text()
+    assert foreign_files(output) == []
+
+
+def test_a_run_that_is_killed_while_texts_are_measured_leaves_a_report_that_says_so(
+    dense, texts, tmp_path, monkeypatch
+):
+    output = tmp_path / "pruned"
+    flags = ["--pattern", "2:4", "--calibration", str(texts / "text.txt"), *QUICK]
+    flags += ["--protect", f"{texts / 'sea.txt'}=1.02"]
+    states = []
+    measure = measuring.losses_of_folder
+
+    def look_at_the_folder(*arguments, **options):
+        """What a kill would leave: the report and the card in the folder at this moment."""
+        states.append((read_report(output).verdict_of_texts, (output / "README.md").read_text()))
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(measuring, "losses_of_folder", look_at_the_folder)
+    main(["prune", str(dense), "-o", str(output), *flags])
+
+    assert len(states) == 2  # before the dense model is measured, and before the pruned one is
+    for verdict, card in states:
+        assert verdict == "no verdict: the loss is not known on sea.txt"
+        assert verdict in card
+    report = read_report(output)
+    assert report.texts_not_measured == []
+    assert [text.name for text in report.texts] == ["sea.txt"]
+    assert "the loss is not known" not in (output / "README.md").read_text()
     assert foreign_files(output) == []
 
 
