@@ -171,7 +171,8 @@ def _token_plans(
 ) -> list[TokensPlan]:
     """Plan to remove as many tokens as may go, and half of them, if that is possible; most tokens first.
 
-    If a removal of fewer tokens already leaves `most` parameters, the first plan removes only so many. `counted` and
+    If a removal of fewer tokens already leaves `most` parameters, the first plan removes only so many. There is no plan
+    if too few tokens may go for a share of them. `counted` and
     `without_unused` are those of `find_candidates`. Changes nothing.
     """
     vocabulary = without_unused.report.model["vocabulary"]
@@ -183,6 +184,15 @@ def _token_plans(
         # As many tokens as the text uses stay, but not only those: by the share, tokens that other text is likely to
         # use stay instead of some that this text has once.
         request = TokensRemoval.keeping(vocabulary["kept"], num_rows)
+    try:
+        request.num_kept(num_rows)
+    except ValueError:
+        # What stays is rounded to a multiple of a number of tokens, which is all of them here.
+        print(
+            f"no token is removed: the text uses {vocabulary['kept']} of the {num_rows}",
+            file=sys.stderr,
+        )
+        return []
     plans = [_plan_with_options_of(without_unused, counted, request)]
 
     num_removed = num_rows - plans[0].report.model["vocabulary"]["kept"]

@@ -224,6 +224,23 @@ def test_all_texts_are_read_and_no_token_is_removed_if_they_have_all(dense, text
     assert "all 356 tokens would stay" in capsys.readouterr().err
 
 
+def test_tokens_stay_if_too_few_may_go_for_a_share_of_them(tmp_path, capsys):
+    dense = save(
+        tmp_path / "dense", spare=8
+    )  # the embedding has 8 rows without a token, which may go
+    text = tmp_path / "all.txt"
+    text.write_text(f"{TEXT} {text_of(RARE)} {''.join(map(chr, range(256)))}")
+    command = ["prune", str(dense), "-o", str(tmp_path / "sized"), "--target-size", "0.9"]
+    command += ["--method", "wanda", *QUICK, "--calibration", str(text), "--dry-run"]
+
+    assert main(command) == 0
+
+    said = capsys.readouterr()
+    assert "vocab:" not in said.out + said.err
+    assert "no token is removed: the text uses 356 of the 364" in said.err
+    assert "channels:" in said.out + said.err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
