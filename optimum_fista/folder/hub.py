@@ -74,8 +74,10 @@ def push_folder(
         # With the namespace, if it was left out.
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         # An existing repository keeps its visibility, whatever was asked.
-        is_private = None if private is None else api.model_info(repo_id).private
-        if is_private == private:  # also if nothing was asked
+        has_other_visibility = False
+        if private is not None:
+            has_other_visibility = api.model_info(repo_id).private != private
+        if not has_other_visibility:
             return _upload(
                 api,
                 repo_id=repo_id,
@@ -89,8 +91,9 @@ def push_folder(
             f"Pushing to {repo_id!r} failed, but the model folder is safe at {folder}. Retry with `push_folder`. "
             f"The cause: {error}"
         ) from error
+    # Raised outside of the `try`, which would take it for a failure of the Hub.
     raise ValueError(
-        f"private={private} was passed, but {repo_id!r} exists with private={is_private}: omit `private` to keep "
+        f"private={private} was passed, but {repo_id!r} exists with private={not private}: omit `private` to keep "
         "that, change the repository's settings, or pass another `repo_id`"
     )
 

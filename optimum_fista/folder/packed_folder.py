@@ -45,7 +45,7 @@ from optimum_fista.packed.format import (
     packed_names,
     unpack,
 )
-from optimum_fista.packed.format import unpack_mask as packed_mask
+from optimum_fista.packed.format import unpack_mask as boolean_mask
 from optimum_fista.packed.quantizer import QUANT_METHOD, read_packed
 from optimum_fista.records import OperatorReport
 from optimum_fista.report import PruningReport
@@ -168,7 +168,7 @@ def packed_operators(
         if name in names:
             packed = read_packed(files, name)
             dense = unpack(packed)
-            mask = packed_mask(packed)
+            mask = boolean_mask(packed)
         elif report.removed and name in files:
             # A run that removes parts sets no zeros. So only weights with zeros of an earlier run are packed, and the
             # others are stored as usual.
@@ -202,7 +202,7 @@ def packed_masks(folder: Path, operators: Iterable[str]) -> dict[str, Tensor]:
     for name, operators_of_tensor in groupby(by_tensor, key=_tensor_of):
         if name not in names:
             continue
-        mask = packed_mask(read_packed(files, name))
+        mask = boolean_mask(read_packed(files, name))
         for operator in operators_of_tensor:
             _, index = split_index(operator)
             masks[operator] = pack_mask(mask[index])
@@ -550,7 +550,7 @@ class _Unpacker:
                 name = self._dense_names[stored_name]
                 packed = read_packed(self._files, name)  # opens the same file again
                 dense[name] = unpack(packed)
-                self._add_masks(name, packed_mask(packed))
+                self._add_masks(name, boolean_mask(packed))
         return dense
 
     def _add_masks(self, name: str, mask: Tensor) -> None:

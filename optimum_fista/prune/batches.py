@@ -265,9 +265,9 @@ def _halved(
 ) -> Calibration:
     """Cut every batch in two, with its hidden states; the arguments of the layers have to be recorded again.
 
-    Returns a new calibration; the hidden states of the old one are freed. `report`, which is only read, says whether an
-    operator is pruned already. `reason` is what the device said. Raises OutOfMemoryError if all batches have one
-    sequence only, or if the arguments can't be recorded again.
+    Returns a new calibration; the hidden states of the old one are freed. `report`, which is only read, says whether
+    operators are pruned or experts removed already. `reason` is what the device said. Raises OutOfMemoryError if all
+    batches have one sequence only, or if the arguments can't be recorded again.
     """
     sizes = [batch.input_ids.shape[0] for batch in calibration.batches]
     if max(sizes) == 1:
@@ -286,7 +286,7 @@ def _halved(
     recorded = calibration.recorded
     # Whether layers pass more than hidden states to the next one: then new records need the dense network.
     needs_dense_network = recorded is not None and recorded.layers_pass_more
-    is_partly_pruned = bool(report.operators)
+    is_partly_pruned = bool(report.operators or report.mixtures)
     if needs_dense_network and is_partly_pruned:
         raise torch.OutOfMemoryError(
             f"the device ran out of memory after the first decoder layer of a {type(plan.layers.model).__name__}, "

@@ -26,13 +26,15 @@ _SHOWN = 6
 _LETTERS = 80
 # Keys of a model's configuration that change nothing that is computed.
 _NOT_COMPUTED_WITH = (internals.LOADED_FROM, "transformers_version")
-# Of the records of a journal. Since 11, experts are chosen and refitted in another way, and the last record has the
-# mixtures of layers that predict more tokens. Since 12, experts are refitted to several texts only, and since 13 a
-# quantized mixture stays quantized if nothing is refitted. Since 14, the method "obs_admm" takes fewer iterations, and
-# zeros are shared by gradients on the beginnings of sequences. Since 15, its refit takes fewer steps, and its rounded
-# products are others. Other runs compute and record what they did before.
+# Formats of a journal, of which a run has one (`journal_format`). A run that an older version has begun can resume only
+# if its format is the same. So it is a newer one only if the run computes or records something else than before.
 _FORMAT = 10
+# Since 11, experts are chosen and refitted in another way, and the last record has the mixtures of layers that predict
+# more tokens. Since 12, experts are refitted to several texts only. Since 13, a quantized mixture stays quantized if
+# nothing is refitted.
 _FORMAT_WITH_REMOVED_EXPERTS = 13
+# Since 14, the method "obs_admm" takes fewer iterations, and zeros are shared by gradients on the beginnings of
+# sequences. Since 15, the refit of "obs_admm" takes fewer steps, and its rounded products are others.
 _FORMAT_OF_DEFAULT = 15
 # Options that older versions did not have; None if the user does not set them.
 _LATER_OPTIONS = ("keep_divisible",)
@@ -88,12 +90,16 @@ def run_fingerprint(
 
 
 def journal_format(config: FistaPruningConfig, *, removes_experts: bool) -> int:
-    """Return the format of the journal of a run with a configuration, which is resolved."""
+    """Return the format of the journal of a run with a configuration, which is resolved.
+
+    It is the newest format in which something is new that the run does.
+    """
+    formats = [_FORMAT]
     if removes_experts:
-        return _FORMAT_WITH_REMOVED_EXPERTS
+        formats.append(_FORMAT_WITH_REMOVED_EXPERTS)
     if config.method == "obs_admm" or config.allocation == "fisher":
-        return _FORMAT_OF_DEFAULT
-    return _FORMAT
+        formats.append(_FORMAT_OF_DEFAULT)
+    return max(formats)
 
 
 def _config_that_counts(config: Mapping[str, Any]) -> dict[str, Any]:

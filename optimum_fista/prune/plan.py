@@ -181,13 +181,20 @@ class Plan:
         """Estimate the cost of pruning each decoder layer, in forward passes of the layer with the most weights.
 
         Pruning the layer with the most weights to prune costs `_PRUNING_COST` forward passes, and another layer as much
-        less as it has fewer weights. `self.removal.operators` has the operators of each decoder layer. The forward pass
-        of the layer itself is not counted.
+        less as it has fewer weights. `self.removal.operators` has the operators of each decoder layer, and
+        `self.removal.mixtures` the experts of those layers that lose some. The forward pass of the layer itself is not
+        counted.
         """
-        num_weights = [
-            sum(math.prod(operator.shape) for operator in operators.values())
-            for operators in self.removal.operators.values()
-        ]
+        parameters = dict(self.layers.model.named_parameters())
+        num_weights = list[int]()  # of each decoder layer
+        for layer_name, operators in self.removal.operators.items():
+            number = sum(math.prod(operator.shape) for operator in operators.values())
+            mixture = self.removal.mixtures.get(layer_name)
+            if mixture is not None:
+                number += sum(
+                    parameters[name].numel() for name in mixture.tensors if name in parameters
+                )
+            num_weights.append(number)
         largest = max(1, *num_weights)  # not zero, because it divides
         return [_PRUNING_COST * number / largest for number in num_weights]
 

@@ -77,7 +77,7 @@ class Sink(ABC):
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Begin without masks and without old values; `model` is the one whose weights are overwritten."""
+        """Begin without masks and without old values; `model` is the one whose weights will be overwritten."""
         # Of each pruned weight, by "{operator}.weight": True = kept, packed to one bit a weight.
         self.masks: dict[str, Tensor] = {}
         self._model = model
@@ -91,8 +91,9 @@ class Sink(ABC):
 
     @abstractmethod
     def opened(self, products: Products) -> AbstractContextManager[None]:
-        """Around the run: put the model in evaluation mode without gradients, and undo changes after an error.
+        """Around the run: put the model in evaluation mode without gradients.
 
+        What an error undoes is a matter of the subclass: a model in memory gets its old weights back.
         Inside, matrices are multiplied as `products` says: "float32", "tf32", "bfloat16" or "widened".
         """
 

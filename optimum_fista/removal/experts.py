@@ -68,7 +68,7 @@ def remove_experts(
     *,
     targets: LayerTargets,
     count: int,
-    plan: Shrinking,
+    shrinking: Shrinking,
     write: Callable[[LinearOperator, Tensor], None] | None,
 ) -> tuple[nn.Module, MixtureReport]:
     """Choose the experts of a decoder layer that stay, and refit them.
@@ -79,7 +79,7 @@ def remove_experts(
         targets: Has the decoder layer (`targets.activations.layer`), whose other operators are pruned already, the
             hidden states that enter it, and what it should return.
         count: How many experts stay.
-        plan: Of a model that loses experts only.
+        shrinking: The plan of a smaller model that loses experts only.
         write: Overwrites the weight [out, in] of an operator of an expert in the layer (`PrunedWeights.write`). It is
             called for the down projections that are refitted, and changes the layer; nothing else here does. `None`:
             nothing is refitted.
@@ -104,7 +104,7 @@ def remove_experts(
         substitutes = choose_substitutes(part, layer_name, experts, targets, numbers)
     kept = KeptExperts(numbers, substitutes)
 
-    smaller_layer = smaller_copy(plan, layer_name, layer, {part.name: kept})
+    smaller_layer = smaller_copy(shrinking, layer_name, layer, {part.name: kept})
     # Runs the smaller layer on all tokens, which the router sends to the experts that stay. Weights change only in
     # `refit`.
     mixture = SmallerMixture(

@@ -411,7 +411,7 @@ class PartsRemoval(Removal):
             layer_name,
             targets=targets,
             count=self.smaller_plan.num_kept[part.name],
-            plan=self.experts_plan,
+            shrinking=self.experts_plan,
             write=sink.write if self.refits_experts else None,
         )
         return LeavingLayer(targets.leave(smaller_layer), smaller_operators, mixture)

@@ -286,7 +286,7 @@ def _choose_experts_of(
             f"{loaded.layers.name}.0",
             targets=targets,
             count=loaded.plan.num_kept[loaded.part.name],
-            plan=loaded.plan,
+            shrinking=loaded.plan,
             write=None,
         )
         outputs = targets.leave(smaller_layer).pruned

@@ -19,7 +19,9 @@ from launched import (
     run_code,
     torchrun,
 )
+from pruning import plan_of
 from tiny_llama import save_tiny_folder, tiny_llama, tiny_tokens
+from tiny_models import tiny_model
 
 from optimum_fista import FistaPruner, FistaPruningConfig
 from optimum_fista.evaluate.verification import verify_checkpoint
@@ -208,6 +210,15 @@ def test_a_run_that_torchrun_restarts_writes_the_same_files(
     finished = {path.name: path.read_text() == "finished" for path in attempts.iterdir()}
     assert finished == {"0-0": False, "0-1": False, "1-0": True, "1-1": True}
     assert files_of(tmp_path / "pruned") == expected
+
+
+def test_layers_that_only_lose_experts_cost_something():
+    model = tiny_model("mixtral", num_hidden_layers=3)
+
+    costs = plan_of(model, FistaPruningConfig(pattern="experts:0.25")).costs
+
+    assert costs[0] > 0
+    assert costs == [costs[0]] * 3
 
 
 def time_of_rank(share: list[int], costs: list[float]) -> float:
