@@ -289,7 +289,7 @@ def _found_masks(
     `source` says where the masks come from (`MaskSource`), and `fill_zeros` whether zeros without a mask are accepted.
     Files of the Hub are downloaded into its cache. Returns boolean masks, True = kept, by parameter name.
     """
-    earlier_patterns: list[str] = []  # of the runs before the last one, such as "2:4"
+    earlier_patterns: list[str] = []  # of earlier runs that set weights to zero, such as "2:4"
     if source is None:
         masks = _masks_of_zeros(model)
     elif isinstance(source, Mapping):
@@ -297,7 +297,9 @@ def _found_masks(
     else:
         report, packed = find_record(model, source)
         masks = _assemble(model, report, packed)
-        earlier_patterns = [step.pattern for step in report.first_model.steps]
+        # A run that only removed parts has set no weight to zero. `None`: it is not known how many it set.
+        steps = [step for step in report.first_model.steps if step.num_zeros != 0]
+        earlier_patterns = [step.pattern for step in steps]
 
     parameters = dict(model.named_parameters())
     for name, mask in masks.items():
@@ -517,7 +519,8 @@ def _require_no_other_zeros(
         masks: Those that `find_masks` found, by parameter name: of the last run, and of earlier runs if they were
             carried through it. A mask of a sharded parameter is the part of this process: each process judges
             its own parts.
-        earlier_patterns: The patterns of the runs before the last one, such as `["2:4"]`, for the message.
+        earlier_patterns: The patterns of the runs before the last one that set weights to zero, such as `["2:4"]`,
+            for the message.
     """
     uncovered = 0
     weights = 0

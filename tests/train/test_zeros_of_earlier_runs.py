@@ -4,7 +4,7 @@ import pytest
 import quick_recovery
 import torch
 from saved_models import prune_and_save
-from tiny_llama import TEXT, tiny_llama, tiny_tokens
+from tiny_llama import TEXT, save_tiny_folder, tiny_llama, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from optimum_fista import (
@@ -71,6 +71,23 @@ def test_the_callback_of_the_trainer_refuses_zeros_without_masks(twice_pruned):
 
     with pytest.raises(ValueError, match=REFUSAL):
         callback.on_train_begin(arguments, model=model)
+
+
+def test_zeros_of_the_dense_model_are_not_those_of_a_run_that_removed_parts(text, tmp_path):
+    """Weights that were quantized before have many zeros by chance; a removal of channels has set none of them."""
+    dense_folder = save_tiny_folder(tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder)
+    with torch.no_grad():
+        dense.model.layers[1].self_attn.q_proj.weight[:, :2] = 0
+    dense.save_pretrained(dense_folder)
+    first = prune_and_save(dense, tmp_path / "first", pattern="channels:0.5")
+    model = AutoModelForCausalLM.from_pretrained(first.folder)
+    second = prune_and_save(model, tmp_path / "second", pattern="heads:0.5")
+    assert num_zeros(AutoModelForCausalLM.from_pretrained(second.folder)) > 0
+
+    recover(second.folder, dense_folder, tmp_path / "out", calibration=text, **OPTIONS)
+
+    assert read_report(tmp_path / "out").retrained
 
 
 def test_masked_training_fills_zeros_without_masks_if_told(twice_pruned):
