@@ -13,6 +13,7 @@ the tokenizer before (`check_ids`), and `write_gguf` hands these to the converte
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -82,7 +83,7 @@ def write_gguf(
         FileNotFoundError: If there is no such folder, or no converter.
         FileExistsError: If `file` exists, or, with `overwrite`, is no GGUF file. Without `overwrite` also if somebody
             else has written `file` during the conversion.
-        RuntimeError: If the converter fails; with the last line that it has printed.
+        RuntimeError: If the converter fails; with its error, or the last line that it has printed.
     """
     require_files(folder, CONFIG_FILE)
     if is_packed(folder):
@@ -134,9 +135,8 @@ def _require_layers_by_number(folder: Path) -> None:
     config = read_json(folder / CONFIG_FILE)
     config = config.get("text_config") or config  # of a multimodal model
     kinds = {kind for kind in config.get("layer_types") or [] if kind.endswith("attention")}
-    has_rotary = set(
-        config.get("no_rope_layers") or []
-    )  # 0 and 1, if both kinds of layers are there
+    # With both kinds of layers, the list has zeros and ones.
+    has_rotary = set(config.get("no_rope_layers") or [])
     if len(kinds) > 1 or len(has_rotary) > 1:
         raise ValueError(
             f"{str(folder)!r} lost decoder layers, and those that stay are of several kinds: llama.cpp tells the kinds "
@@ -211,7 +211,7 @@ def _convert(script: Path, known_tokenizer: dict[str, Any] | None, words: list[s
     """Run the converter in a process of its own, and show its last line while it runs.
 
     `script` is its file, `words` are its arguments, and `known_tokenizer` is what `_tokenizer_before` returns.
-    RuntimeError if the converter fails.
+    RuntimeError if the converter fails, with the error that it has printed; with its last line if it has printed none.
     """
     command = [
         sys.executable,
@@ -225,6 +225,7 @@ def _convert(script: Path, known_tokenizer: dict[str, Any] | None, words: list[s
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     last_line = ""
+    error_line = ""  # the last one that names an error, such as "OSError: [Errno 28] No space left on device"
     with (
         subprocess.Popen(
             command,
@@ -241,5 +242,8 @@ def _convert(script: Path, known_tokenizer: dict[str, Any] | None, words: list[s
             if line.strip():
                 last_line = line.strip()
                 bar.set_description_str(last_line[:100])
+                if re.match(r"[\w.]+(Error|Exception): ", last_line):
+                    error_line = last_line
     if process.returncode != 0:
-        raise RuntimeError(f"llama.cpp's converter ({script}) failed: {last_line}")
+        # A progress bar of the converter may print its last line after the error.
+        raise RuntimeError(f"llama.cpp's converter ({script}) failed: {error_line or last_line}")

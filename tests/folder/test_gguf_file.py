@@ -211,6 +211,26 @@ def test_a_converter_that_fails_leaves_no_file_and_its_last_line_is_the_error(
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
 
 
+def test_a_converter_that_shows_its_progress_after_its_error_is_still_told_by_the_error(
+    dense, tmp_path, capsys
+):
+    script = """
+import atexit
+import errno
+
+
+def main():
+    atexit.register(print, "Writing: 52% 259M/494M")
+    raise OSError(errno.ENOSPC, "No space left on device")
+"""
+    converter = write_converter(tmp_path / "llama.cpp", script=script)
+    words = ["gguf", str(dense), "-o", str(tmp_path / "a.gguf"), "--converter", str(converter)]
+
+    assert main(words) == 1
+
+    assert "failed: OSError: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
 def test_without_a_converter_the_error_says_how_to_get_one(dense, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
 
