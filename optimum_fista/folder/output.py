@@ -115,9 +115,14 @@ def require_output(output_dir: Path, overwrite: bool, *, source: str | Path | No
         names = ", ".join(others[:3])
         if len(others) > 3:
             names += f" and {len(others) - 3} more"
+        # Weights are known by their size and time (`_stamp`), and `cp -r` gives them a new time.
+        has_listed_weights = any(
+            name in listed and name.endswith(".safetensors") for name in others
+        )
+        of_a_copy = " (weights that were copied without their time count as changed)"
         raise FileExistsError(
-            f"output {str(output_dir)!r} holds {names}, which optimum-fista did not write or somebody changed: it "
-            "would be lost. Pass another folder, or move it away."
+            f"output {str(output_dir)!r} holds {names}, which optimum-fista did not write or somebody changed"
+            f"{of_a_copy if has_listed_weights else ''}: it would be lost. Pass another folder, or move it away."
         )
     if not os.access(output, os.W_OK):  # a folder that can't be written to can't change its place
         raise PermissionError(

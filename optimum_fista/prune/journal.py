@@ -66,8 +66,8 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any]) -> None:
         """Open the journal in an unfinished folder; makes the folder of the model in it if that is missing.
 
-        `folder` is beside the output, and locked by this run. `fingerprint` is all that the result of the run depends
-        on (`identity.run_fingerprint`). Its folder `journal` was made when it was locked. Nothing is read yet.
+        `folder` is beside the output, and locked by this run; it has a folder `journal` since it was locked.
+        `fingerprint` is all that the result of the run depends on (`identity.run_fingerprint`). Nothing is read yet.
         """
         self.folder = folder
         self.model = folder / MODEL

@@ -391,7 +391,7 @@ def _pruned_layer(
         orders = reorder_channels(plan, sink, name, activations, states.to_prune_on)
     # Runs the layer once to see which operators have the same inputs, and in which order they are called.
     trace = trace_groups(activations.layer, operators, activations.calls[0], hidden)
-    chosen = plan.removal.before(name, trace.groups, activations, hidden)
+    chosen = plan.removal.choose_operators(name, trace.groups, activations, hidden)
 
     with watched_memory(activations.device) as peak:
         targets = LayerTargets(
@@ -408,7 +408,7 @@ def _pruned_layer(
             for operator_report in reports
         ]
         # Removes experts, if the pattern says so, and runs the pruned layer.
-        leaving = plan.removal.after(name, sink, targets, reports)
+        leaving = plan.removal.finish_layer(name, sink, targets, reports)
 
     is_pruned = bool(operators) or leaving.mixture is not None
     layer_report = LayerReport(
@@ -590,6 +590,7 @@ def solve_groups(plan: Plan, groups: Sequence[GroupProblems]) -> list[GroupSolut
         elif _is_under_calibrated(problems):
             solutions[number] = _pruned_by_magnitude(group)
         elif all(operator.name in plan.budgets.output_weights for operator in problems.operators):
+            # Operators of a group see the same tokens, so all of them have weights of their outputs, or none has.
             weighted[number] = group
         else:
             others[number] = group

@@ -108,7 +108,7 @@ def prune_named(
             # In all other runs, `run` calls `tell_begin` itself.
             on_begin=partial(tell_begin, callbacks),
         )
-    usable_device(device)
+    usable_device(device)  # only for its error, before the model is read
     storage = storage_place(storage_device)
     num_texts = 1
     if config.may_refit_experts:
@@ -212,23 +212,23 @@ def _read_model(
         storage: Where to keep activations between passes; `None`: on the disk if the run computes on a CPU, otherwise
             on the device.
     """
-    journal = unfinished / JOURNAL
+    journal_folder = unfinished / JOURNAL
     # Rank 0 has made this folder; another rank may run on another machine.
-    if not journal.exists():
+    if not journal_folder.exists():
         raise ValueError(
             f"output: rank 0 began {str(unfinished)!r}, and it isn't here: pass a shared folder."
         )
     # Several processes can't share decoder layers of which each waits for the one before.
     require_independent_layers(config, ranks.count)
     offload_folder = Path(
-        offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=journal))
+        offloaded.enter_context(tempfile.TemporaryDirectory(prefix="offload-", dir=journal_folder))
     )
 
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
     model, tokenizer, files = load_lazily(name, offload_folder, device=ranks.device, dtype=dtype)
     on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
     if storage is None and on_cpu:
-        storage = journal
+        storage = journal_folder
 
     files_dtypes = dtype == "auto"  # the result keeps the dtypes of the files
     removal = plan_removal(prunable_layers(model), config, num_texts=num_texts)

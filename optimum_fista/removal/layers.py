@@ -112,7 +112,8 @@ def _cheapest_layer(
     """
     if not losses:
         raise ValueError(
-            f"none of the decoder layers {list(remaining)} can be removed: the model adds features of images there"
+            f"none of the decoder layers {list(remaining)} can be removed: the model adds features of images there. "
+            "Ask for fewer layers, or pass another pattern, such as 'channels:0.2'."
         )
 
     def cost(index: int) -> float:

@@ -279,7 +279,7 @@ class PartsRemoval(Removal):
                 compensating.add(index)
         return compensating
 
-    def before(
+    def choose_operators(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
     ) -> ChosenGroups:
         """Choose the operators to prune in a decoder layer: those that lose columns, and perhaps the last one.
@@ -384,7 +384,7 @@ class PartsRemoval(Removal):
         require_same_outputs(self.columns_plan, layer_name, layer, kept, run)
         self.proven.add(kind)
 
-    def after(
+    def finish_layer(
         self,
         layer_name: str,
         sink: PrunedWeights,

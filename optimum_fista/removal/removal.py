@@ -132,7 +132,7 @@ class Removal:
         """
         return self
 
-    def before(
+    def choose_operators(
         self, layer_name: str, groups: list[Group], activations: LayerActivations, hidden: Tensor
     ) -> ChosenGroups:
         """Choose the operators to prune in a decoder layer, and prove that zeros there equal their removal.
@@ -143,7 +143,7 @@ class Removal:
         """
         return ChosenGroups(groups, left_dense={}, experts=None)
 
-    def after(
+    def finish_layer(
         self,
         layer_name: str,
         sink: PrunedWeights,

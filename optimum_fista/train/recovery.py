@@ -445,7 +445,7 @@ def _train(
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
 
-    report = _report(plan, choice, trainer, fingerprint)
+    report = _new_report(plan, choice, trainer, fingerprint)
     if trainer.state.best_global_step:  # the Trainer has loaded the weights of this step
         report = _with_rounded_weights(report, trainer, dtypes)
     trained = cast(nn.Module, trainer.model) if report.best_step else None
@@ -539,7 +539,7 @@ def _log_differences(model: PreTrainedModel, source: str) -> None:
         )
 
 
-def _report(
+def _new_report(
     plan: RecoveryPlan,
     choice: Choice,
     trainer: DistillationTrainer,

@@ -178,10 +178,26 @@ def test_a_file_that_was_added_or_changed_is_kept(tmp_path, name):
     write_files(folder, (name,), "mine")
 
     assert foreign_files(folder) == [name]
-    reason = "which optimum-fista did not write or somebody changed: it would be lost"
-    assert f"holds {name}, {reason}" in refused(folder)
+    said = refused(folder)
+    assert f"holds {name}, which optimum-fista did not write or somebody changed" in said
+    assert "it would be lost" in said
 
     (folder / name).unlink()
+    require_output(folder, True)
+
+
+def test_weights_with_a_new_time_are_kept_and_the_error_says_that_copying_does_this(tmp_path):
+    original = write_model(tmp_path / "original", OLD, "old")
+    folder = tmp_path / "model"
+    shutil.copytree(original, folder)
+    os.utime(folder / "model.safetensors", ns=(0, 0))  # as `cp -r` does
+
+    said = refused(folder)
+
+    assert said.count("(weights that were copied without their time count as changed)") == 1
+
+    shutil.rmtree(folder)
+    shutil.copytree(original, folder)  # keeps times, as `cp -a` does
     require_output(folder, True)
 
 
