@@ -309,6 +309,22 @@ def test_layers_of_every_kind_are_tried_and_time_grows_with_layers_and_tokens():
     assert sum(estimated(FistaPruningConfig(method="wanda"), mixed).seconds.values()) > 0
 
 
+def test_layers_of_each_attention_are_tried():
+    # All layers have the same shapes, but a model without one of its kinds of attention has no configuration.
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    model = tiny_model("gemma3_text", layer_types=kinds, num_hidden_layers=3)
+    estimate = estimated(FistaPruningConfig(method="wanda"), model.config)
+
+    assert sum(estimate.seconds.values()) > 0
+
+
+def test_the_time_of_removing_decoder_layers_is_not_tried_on_a_few():
+    estimate = estimated(FistaPruningConfig(pattern="layers:0.5"))
+
+    with pytest.raises(ValueError, match="chooses decoder layers by the loss of the whole model"):
+        _ = estimate.seconds
+
+
 @pytest.mark.parametrize(("method", "solver_groups"), [("obs_admm", 4), ("wanda", 1)])
 def test_groups_that_are_solved_together_are_counted_by_what_the_method_holds(
     method, solver_groups

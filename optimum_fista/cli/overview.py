@@ -202,16 +202,24 @@ def _pruned_line(estimate: Estimate) -> str:
     """Say how many operators are pruned, and how many weights become zero or are removed.
 
     `estimate.weights` and `.zeros` are numbers by the name of an operator, such as "model.layers.3.mlp.down_proj".
+    Operators without zeros are refitted to make up for what their decoder layer lost. Whether one can be is known only
+    when the layer runs.
     """
-    weights = sum(estimate.weights.values())
-    line = f"{len(estimate.operators)} operators with {weights:,} weights"
+    pruned = [name for name, zeros in estimate.zeros.items() if zeros]
+    num_refitted = len(estimate.zeros) - len(pruned)
+    weights = sum(estimate.weights[name] for name in pruned)
+    parts = list[str]()
+    if pruned or not estimate.num_removed:
+        parts.append(f"{len(pruned)} operators with {weights:,} weights")
     if estimate.num_removed:
         share = estimate.num_removed / estimate.model.num_parameters()
-        line += f"; {estimate.num_removed:,} parameters are removed ({share:.1%})"
+        parts.append(f"{estimate.num_removed:,} parameters are removed ({share:.1%})")
     elif weights:
         zeros = sum(estimate.zeros.values())
-        line += f"; {zeros:,} become zero ({zeros / weights:.1%})"
-    return line
+        parts.append(f"{zeros:,} become zero ({zeros / weights:.1%})")
+    if num_refitted:
+        parts.append(f"others are refitted to make up for it ({num_refitted} at most)")
+    return "; ".join(parts)
 
 
 def _calibration_line(estimate: Estimate, has_images: bool, sources: Sequence[str]) -> str:

@@ -49,8 +49,13 @@ def seconds_by_stage(run: RunSizes, memory: Mapping[str, Mapping[str, float]]) -
 
     Prunes a small random model with the first decoder layer of each kind, in a temporary folder. The random state of
     PyTorch moves on. `memory` has the bytes that the run holds at most, by place ("device" and "host") and by part.
-    ValueError if the trial would take too long or too much memory.
+    ValueError if the run removes decoder layers, or the trial would take too long or too much memory.
     """
+    if run.num_removed_layers:
+        raise ValueError(
+            f"pattern={run.config.pattern!r} chooses decoder layers by the loss of the whole model, and a trial has "
+            "only a few layers."
+        )
     device = usable_device(run.place)  # `place` is the device as the user named it
     layers_by_kind = _layers_by_kind(run)
     firsts = [numbers[0] for numbers in layers_by_kind]
@@ -102,13 +107,20 @@ def _allocation_seconds(run: RunSizes, trial: _Trial, firsts: Iterable[int]) -> 
 
 
 def _layers_by_kind(run: RunSizes) -> list[list[int]]:
-    """Return the numbers of the decoder layers of each kind: the same class, shapes and operators to prune."""
+    """Return the numbers of the decoder layers of each kind: the same class, shapes, attention and operators to prune.
+
+    A model of two kinds of attention, such as sliding and full, needs a layer of each, and their times differ.
+    """
+    text_config = run.model.config.get_text_config()
+    # of all layers, such as "full_attention"; None or missing if all have the same
+    attention_types = getattr(text_config, "layer_types", None) or [None] * len(run.layers)
+
     kinds: dict[object, list[int]] = {}
     for number, (layer_name, layer) in enumerate(run.layers):
         shapes = tuple(parameter.shape for parameter in layer.parameters())
         names = run.operators_of_layers[number]
         names_in_layer = tuple(name.removeprefix(layer_name) for name in names)
-        kind = type(layer), shapes, names_in_layer
+        kind = type(layer), shapes, attention_types[number], names_in_layer
         kinds.setdefault(kind, []).append(number)
     return list(kinds.values())
 
