@@ -283,7 +283,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def draw(rows: Sequence[Row], file: Path) -> None:
-    """Draw bits per byte against each cost, in a panel of its own, with a legend in the last one."""
+    """Draw bits per byte against each cost, in a panel of its own, with a legend on the right."""
     from matplotlib.figure import Figure
 
     points = points_of(rows)
@@ -298,13 +298,13 @@ def draw(rows: Sequence[Row], file: Path) -> None:
     for axes, (name, of_rows) in zip(panels, points.items(), strict=True):
         _draw_panel(axes, name, rows, of_rows, colours=colours, shapes=shapes)
 
-    # the legend, in the last panel
+    # the legend, from marks without points in the last panel
     for variant, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=variant)
     for bits, shape in shapes.items():
         label = f"{bits} bits" if bits.isdigit() else bits
         axes.plot([], [], shape, color="black", markerfacecolor="white", label=label)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(file, dpi=90, metadata={"Software": None})
 
 
