@@ -111,7 +111,7 @@ def _layers_by_kind(run: RunSizes) -> list[list[int]]:
 
     A model of two kinds of attention, such as sliding and full, needs a layer of each, and their times differ.
     """
-    text_config = run.model.config.get_text_config()
+    text_config = ModelOutline(run.layers).text_config
     # of all layers, such as "full_attention"; None or missing if all have the same
     attention_types = getattr(text_config, "layer_types", None) or [None] * len(run.layers)
 
