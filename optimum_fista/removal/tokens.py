@@ -4,8 +4,8 @@
 
 1. `count_model` (`removal.counted_model`) counts the tokens of a text, some of which is held out;
 2. `plan_counted` (`removal.tokens_plan`) decides which tokens stay, and makes a `TokensPlan`;
-3. `write_plan` measures on the held-out text what the removal costs (`removal.token_loss`), and writes the smaller
-   model, in an output folder that is locked.
+3. `write_plan` measures on the held-out text what the removal costs (`removal.token_loss`), notes the SHA-256 of the
+   dense model, and writes the smaller model, in an output folder that is locked.
 
 No decoder layer is pruned: the tokens that stay decide the rows of the embedding and the head that stay
 (`removal.token_tensors`), and all other tensors are copied from file to file as they are stored.
@@ -48,6 +48,7 @@ from optimum_fista.removal.tokens_plan import TokensPlan, ids_of_tokens, plan_to
 from optimum_fista.report import PruningReport
 from optimum_fista.source import loading
 from optimum_fista.source.files import copy_source
+from optimum_fista.source.loading import dense_sha256
 from optimum_fista.source.model_folder import names_in, read_json, write_index
 from optimum_fista.source.stored_tensor import (
     weight_files,
@@ -132,6 +133,7 @@ def write_plan(
     with locked_output(output_dir) as unfinished:
         # if this process is killed, the next run on `output_dir` deletes the temporary files in this folder
         _measure_held_out(plan, unfinished / JOURNAL, device, progress)
+        _note_digest(plan, unfinished / JOURNAL)
         # `folder` is in `unfinished`. It becomes `output_dir` at the end, if nothing fails.
         with new_output(output_dir, overwrite, plan.source) as folder:
             _write_model(plan, folder, started, progress)
@@ -183,6 +185,23 @@ def _measure_held_out(
         )
         return
     plan.report.bits_per_byte = numbers | {"text": plan.report.calibration["source"]}
+
+
+def _note_digest(plan: TokensPlan, offload_parent: Path) -> None:
+    """Set the SHA-256 of the dense model in `plan.report`, by which `recover` later knows its teacher.
+
+    All weights of the dense model are read. If that fails (`MEASURING_ERRORS`), there is a warning instead, because the
+    files of the result do not depend on the SHA-256. A temporary folder is made in `offload_parent`, and deleted again.
+    """
+    model = plan.report.model
+    try:
+        with tempfile.TemporaryDirectory(prefix="offload-", dir=offload_parent) as offload:
+            model["sha256"] = dense_sha256(plan.name, model["dtype"], Path(offload))
+    except MEASURING_ERRORS as error:
+        plan.report.warn(
+            f"the dense model has no SHA-256 in the report ({type(error).__name__}: {error}), so recover can't check "
+            "its teacher."
+        )
 
 
 def _write_model(plan: TokensPlan, folder: Path, started: float, progress: bool) -> None:

@@ -45,6 +45,8 @@ from optimum_fista import internals
 from optimum_fista.devices import floating_dtype, usable_device
 from optimum_fista.installing import install_command
 from optimum_fista.memory import is_out_of_memory
+from optimum_fista.model.digests import sha256_of
+from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.offload import move_execution, settle_ties
 from optimum_fista.source.files import source_folder
 from optimum_fista.source.formats.dequantizer import read_dequantized
@@ -133,6 +135,18 @@ def load_lazily(
     settle_ties(model)
     move_execution(model, target)
     return LazyModel(model, None, source)  # no tokenizer: the caller loads it from its files
+
+
+def dense_sha256(name: str, dtype: str, offload_folder: Path) -> str:
+    """Compute the SHA-256 of a dense model as a pruning run notes it, in hexadecimal digits.
+
+    All weights are read, one decoder layer at a time. `name` is that of the model. `dtype` is that of the pruning run,
+    such as "bfloat16", or "auto": that of the files. Weights that are not in safetensors files in this form are written
+    to `offload_folder`.
+    """
+    layers = find_decoder_layers(load_lazily(name, offload_folder, device="cpu", dtype=dtype).model)
+    digests = [sha256_of(layer, layer.state_dict()) for _, layer in layers]
+    return layers.dense_digest(digests)
 
 
 @contextmanager

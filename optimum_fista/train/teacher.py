@@ -12,10 +12,8 @@ import tempfile
 from pathlib import Path
 
 from optimum_fista.folder.output import JOURNAL
-from optimum_fista.model.digests import sha256_of
-from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.report import PruningReport
-from optimum_fista.source.loading import load_lazily, model_without_weights, read_config
+from optimum_fista.source.loading import dense_sha256, model_without_weights, read_config
 from optimum_fista.train.recovery_plan import RecoveryPlan
 
 logger = logging.getLogger(__name__)
@@ -53,7 +51,7 @@ def _reason_not_to_compare(plan: RecoveryPlan, report: PruningReport) -> str | N
 
     Reads the configuration of the teacher, and changes nothing.
     """
-    # There is no digest if the first run removed tokens, or was one of an older version.
+    # There is no digest if the first run was one of an older version, or could not read the dense model to its end.
     if report.first_model.sha256 is None:
         return f"the report of {plan.source!r} has no SHA-256 of the dense model"
 
@@ -62,16 +60,3 @@ def _reason_not_to_compare(plan: RecoveryPlan, report: PruningReport) -> str | N
     if class_of_teacher != class_of_dense:
         return f"the dense model was loaded as {class_of_dense}, and the teacher is a {class_of_teacher}"
     return None
-
-
-def dense_sha256(folder: str, dtype: str, offload_folder: Path) -> str:
-    """Compute the SHA-256 of a dense model as a pruning run notes it, in hexadecimal digits.
-
-    `folder` has the model's files. `dtype` is that of the pruning run, such as "bfloat16", or "auto": that of the
-    files. Weights that are not in safetensors files in this form are written to `offload_folder`.
-    """
-    # The weights are read only when they are used, so that one decoder layer at a time is in memory.
-    model = load_lazily(folder, offload_folder, device="cpu", dtype=dtype).model
-    layers = find_decoder_layers(model)
-    digests = [sha256_of(layer, layer.state_dict()) for _, layer in layers]
-    return layers.dense_digest(digests)

@@ -565,13 +565,52 @@ def test_recovery_learns_from_a_teacher_with_all_tokens(
     verify_checkpoint(tmp_path / "out")
 
 
+def test_recovery_knows_the_teacher_of_a_model_that_lost_tokens(
+    dense, smaller, tmp_path, recovery, caplog
+):
+    other = tmp_path / "other"
+    shutil.copytree(dense, other)
+    tensors = tensors_of(dense)
+    tensors[EMBEDDING][0, 0] += 1.0
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+
+    with pytest.raises(ValueError, match=r"teacher=.*other' is not the dense model"):
+        recover(smaller, other, tmp_path / "out", **recovery)
+    recover(smaller, dense, tmp_path / "out", **recovery)
+
+    assert "can't be checked" not in caplog.text
+
+
+def test_a_dense_model_that_can_not_be_read_to_its_end_costs_only_its_digest(
+    dense, tmp_path, monkeypatch
+):
+    def full_disk(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("optimum_fista.removal.tokens.dense_sha256", full_disk)
+
+    with pytest.warns(
+        UserWarning, match="No space left on device.*recover can't check its teacher"
+    ):
+        report = remove_tokens(dense, tmp_path / "smaller")
+
+    assert "sha256" not in report.model
+    assert read_report(tmp_path / "smaller").model == report.model
+
+
 def test_recovery_of_a_model_that_lost_tokens_twice_learns_from_each_earlier_model(
     dense, smaller, tmp_path, recovery
 ):
     remove_tokens(smaller, tmp_path / "twice", "vocab:0.1/1")
 
     for name, teacher in {"first": dense, "second": smaller}.items():
-        result = recover(tmp_path / "twice", teacher, tmp_path / name, **recovery)
+        result = recover(
+            tmp_path / "twice",
+            teacher,
+            tmp_path / name,
+            **recovery,
+            other_teacher=teacher == smaller,  # not the model with which the first run began
+        )
 
         assert result.options["kept_tokens"] == 288
         assert result.held_out_loss < result.held_out_loss_before

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from optimum_fista import FistaPruner, FistaPruningConfig, recover
 from optimum_fista.cli.main import main
 from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
+from optimum_fista.source.loading import dense_sha256
 from optimum_fista.train import recovery, teacher
-from optimum_fista.train.teacher import dense_sha256
 
 OPTIONS = {
     "tokens": 64,
