@@ -318,13 +318,12 @@ def _not_converged(report: PruningReport) -> Headline:
 
 
 def _peak_memory(report: PruningReport) -> Headline:
-    """Show the highest peak of memory, that of the GPU if there was one.
+    """Show the highest peak of memory: that of the GPU, or without one the first of `MEMORY_KINDS` that was measured.
 
     Args:
         report: Of a run that measured a peak.
     """
     peaks = memory_peaks(report)
-    # Without a GPU, the first of `MEMORY_KINDS` that was measured.
     kind_to_show = "on the GPU" if "on the GPU" in peaks else next(iter(peaks))
     kinds = ", ".join(f"{size_text(peak)} {kind}" for kind, peak in peaks.items())
     return Headline(
@@ -361,13 +360,14 @@ def error(value: float, digits: int = 4, unknown: str = "not finite") -> str:
 
 
 def count(value: int) -> str:
-    """Write a large whole number in three digits, such as 106,234,000 as `106 M`."""
-    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if value >= unit:
-            # 2 after the point of 1.06, 1 of 10.6, none of 106.
-            digits = max(0, 2 - int(math.log10(value / unit)))
-            return f"{value / unit:.{digits}f}{_UNBROKEN}{letter}"
-    return str(value)
+    """Write a large whole number in three digits, such as 106,234,000 as `106 M`; one below a thousand as it is."""
+    if value < 1000:
+        return str(value)
+    # Rounded first: 999,600 is 1.00 M, and not 1000 K.
+    mantissa, exponent = f"{value:.2e}".split("e")  # "1.06", "+08"
+    thousands, digits_before_point = divmod(int(exponent), 3)
+    rounded = float(mantissa) * 10**digits_before_point
+    return f"{rounded:.{2 - digits_before_point}f}{_UNBROKEN}{' KMBT'[thousands]}"
 
 
 def duration(seconds: float) -> str:

@@ -259,7 +259,7 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     that removes tokens. Its result is written first, to a folder beside the output whose name ends with "-tokens", and
     is then what is pruned. Model and texts of the Hub are downloaded into its cache.
     """
-    from optimum_fista.cli.messages import speaking_ranks
+    from optimum_fista.cli.messages import command_ranks
     from optimum_fista.cli.target_size import remove_first
     from optimum_fista.folder.output import JOURNAL, locked_output
     from optimum_fista.prune.measuring import MeasuringInterrupted
@@ -272,27 +272,23 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
         _measure(request, folder, tokens_first.report)
         request = request.reading(str(folder))
 
-    with (
-        # Messages of this logger are shown to the user. `ranks` are the processes of the run.
-        speaking_ranks(request.device, "optimum_fista.removal.parts") as ranks,
-        ExitStack() as opened,
-    ):
+    with command_ranks(request.device) as ranks, ExitStack() as opened:
         # Locked to the end of the run: two runs must not write into one folder. Rank 0 does it for all processes.
         unfinished = ranks.first(lambda: opened.enter_context(locked_output(request.output)))
+        batches: Any
+        if request.config.tokens_removal is not None:
+            # Whole texts, because such a run counts their tokens.
+            batches, source_name = _documents(request)
+        else:
+            request_so_far = request
+            # Rank 0 draws the text, and the other processes get the same batches. Text that the model writes is kept in
+            # the run's journal, which has what a run needs to resume.
+            request, batches = ranks.first(
+                lambda: _prepare(request_so_far, ranks.device, unfinished / JOURNAL)
+            )
+            source_name = request.public_sources
+        pruner = FistaPruner(request.config, storage_device=request.storage_device)
         try:
-            batches: Any
-            if request.config.tokens_removal is not None:
-                # Whole texts, because such a run counts their tokens.
-                batches, source_name = _documents(request)
-            else:
-                request_so_far = request
-                # Rank 0 draws the text, and the other processes get the same batches. Text that the model writes is
-                # kept in the run's journal, which has what a run needs to resume.
-                request, batches = ranks.first(
-                    lambda: _prepare(request_so_far, ranks.device, unfinished / JOURNAL)
-                )
-                source_name = request.public_sources
-            pruner = FistaPruner(request.config, storage_device=request.storage_device)
             report = pruner.prune(
                 request.model,
                 batches,

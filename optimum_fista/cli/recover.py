@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from optimum_fista.cli.flags import DEVICE, add_options, given_options
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     that may come next, in rank 0 alone if several processes were launched together.
     """
     # Only now, so that --help is quick.
-    from optimum_fista.cli.messages import speaking_ranks
+    from optimum_fista.cli.messages import command_ranks, messages_shown
     from optimum_fista.cli.overview import next_commands
     from optimum_fista.folder.checkpoint import REPORT_FILE, read_report
     from optimum_fista.folder.output import folder_beside
@@ -89,7 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
         print(preview(plan))
         return 0
 
-    with speaking_ranks(arguments.device, "optimum_fista.train") as ranks:
+    with command_ranks(arguments.device) as ranks, ExitStack() as opened:
+        if ranks.index == 0:
+            opened.enter_context(messages_shown("optimum_fista.train"))
         try:
             report = recover(arguments.folder, **options)
         except KeyboardInterrupt:

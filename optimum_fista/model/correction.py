@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -125,9 +125,16 @@ class LastOperator:
     rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
     dense_outputs: ActivationStore  # W X in the dense network, [tokens, out]
 
-    @cached_property  # two callers: one reads the errors, then one the layer's outputs
+    _pruned_outputs: LastOutputs | None = None
+
+    @property
     def pruned_outputs(self) -> LastOutputs:
-        """Run the operator once on all batches, with the weights that it has at the first access; the result is kept.
+        """What the operator returned in `run_pruned`, which comes first."""
+        assert self._pruned_outputs is not None
+        return self._pruned_outputs
+
+    def run_pruned(self) -> None:
+        """Run the operator once on all batches, with the weights that it has now, and keep `pruned_outputs`.
 
         By batch, `self.inputs` has the operator's inputs `X*` in the pruned network, and `self.dense_outputs` its
         outputs `W X` [tokens, out] in the dense network. `self.rest` has the rest of the layer's output, to which the
@@ -151,7 +158,7 @@ class LastOperator:
             difference = product - self.dense_outputs[batch].to(product.device).float()
             held_out = self.activations.held_out[batch]
             squared_errors[held_out] += difference.square().sum(1).double().sum()
-        return LastOutputs(squared_errors, hidden_states)
+        self._pruned_outputs = LastOutputs(squared_errors, hidden_states)
 
 
 @dataclass
@@ -173,8 +180,8 @@ class GroupProblems:
         `fit_error` is the relative error against the targets, on the tokens of the problem. It is the result if the
         targets are the dense network's outputs (`problem.aims_at_dense`).
 
-        If the operator has a residual correction (`self.last` is set), it runs on all batches at the first call, with
-        the weights that it has then. Errors and outputs of this run are kept.
+        If the operator has a residual correction (`self.last` is set), it has run with these weights
+        (`LastOperator.run_pruned`), and the error is that of this run.
         """
         if self.last is None:
             return fit_error if problem.aims_at_dense else problem.output_error(weight)
@@ -188,10 +195,10 @@ class GroupProblems:
 class LayerTargets:
     """The layer problems of one decoder layer, group by group; nothing else refers to `X`, `X*` and the targets.
 
-    The dense layer runs once, when this object is made. For `X*` of a group the layer runs from its start up to that
-    group, with all earlier groups pruned; finished parts of the layer don't run again (`FinishedParts`). Between two
-    groups only the outputs of these parts and the layer's input hidden states are kept. The layer must be dense at
-    first.
+    The dense layer runs once, when this object is made, if hidden states of the dense network enter it. For `X*` of a
+    group the layer runs from its start up to that group, with all earlier groups pruned; finished parts of the layer
+    don't run again (`FinishedParts`). Between two groups only the outputs of these parts and the layer's input hidden
+    states are kept. The layer must be dense at first.
 
     `groups` are in execution order, and `ends` say which operators end parts of the layer; both are of a `LayerTrace`.
     `entering` are the hidden states that enter the layer. `experts` is the module with the experts, if some of them
@@ -210,8 +217,8 @@ class LayerTargets:
     ) -> None:
         """Run the dense layer once, and record what later problems need of the dense network.
 
-        If the targets need nothing of the dense network, the layer does not run. Hooks are on the modules while it
-        runs.
+        If no dense hidden states enter (`entering.dense` is `None`), the targets need nothing of the dense network, and
+        the layer does not run. Hooks are on the modules while it runs.
 
         Args:
             activations: The layer, with the recorded arguments of its calls.
@@ -297,15 +304,16 @@ class LayerTargets:
         """The problems of the group number `index`, which is still dense; groups that it depends on are pruned.
 
         This is called once for each group: its record in `self._records` is used up. If the group has other inputs than
-        in the dense network, the layer runs. Outputs of finished parts may be kept then for later groups, and
-        `self._last` is set if the group has a residual correction.
+        in the dense network, the layer runs. Outputs of finished parts may be kept then for later groups. If the
+        operator of the group has a residual correction, `self._last` is set, for `leave`: the caller runs it
+        (`LastOperator.run_pruned`) when its pruned weights are in the model.
         """
         # popped, so that the record and its sums are freed with the problems, before the next group's are made
         record = self._records.pop(index)
         group = self._groups[index]
         # If X* = X, the dense pass has summed everything.
         if not self._sees_dense_inputs(index):
-            self._sum_pruned_inputs(index, record)
+            self._last = self._sum_pruned_inputs(index, record)
 
         # Sums are over tokens to fit (False) and over held-out tokens (True), if there are any.
         sums_to_fit = record.sums[False]
@@ -323,11 +331,11 @@ class LayerTargets:
             held_out = held_out_sums.problems(group, dense_weights, share)
         return GroupProblems(group, fitted, held_out, self._last)
 
-    def _sum_pruned_inputs(self, index: int, record: _DenseRecord) -> None:
+    def _sum_pruned_inputs(self, index: int, record: _DenseRecord) -> LastOperator | None:
         """Run the layer as it is now, and sum over `X*` of the group number `index`.
 
         Changes the sums of `record`, which is that of the group, and the outputs of finished parts that are kept
-        (`self._finished`). Sets `self._last` if the group has a residual correction.
+        (`self._finished`). Returns the operator if it has a residual correction; `None`: the group has none.
         """
         group = self._groups[index]
         is_last = index == len(self._groups) - 1
@@ -343,16 +351,13 @@ class LayerTargets:
         )
         if compensates:
             with self._finished.skipped(index, keep=False):
-                self._last = self._sum_residual(record)
-        else:
-            # for a later group, or at the end (`leave`); otherwise keeping outputs of parts would not pay
-            runs_again = not is_last or self.entering.pruned is not None
-            with self._finished.skipped(index, keep=runs_again):
-                self._sum_inputs(record)
+                return self._sum_residual(record)
 
-    def pass_by(self) -> HiddenStates:
-        """Hidden states after a layer that is removed: in the pruned network, those that enter it."""
-        return HiddenStates(self._outputs, self.entering.pruned)
+        # for a later group, or at the end (`leave`); otherwise keeping outputs of parts would not pay
+        runs_again = not is_last or self.entering.pruned is not None
+        with self._finished.skipped(index, keep=runs_again):
+            self._sum_inputs(record)
+        return None
 
     def expert_targets(self) -> Iterator[Tensor]:
         """Run the layer as it is now, and yield targets for the sum of all experts, [batch, sequence, out].
@@ -586,6 +591,20 @@ class LayerTargets:
         last.inputs.append(inputs)
         if last.rest is not None:
             last.rest.append(layer_output - own_output)
+
+
+def run_unpruned(
+    activations: LayerActivations, entering: HiddenStates, *, is_removed: bool
+) -> HiddenStates:
+    """Run a decoder layer in which nothing is pruned, and return the hidden states after it.
+
+    `activations` has the layer, and `entering` are the hidden states that enter it. If the layer is removed, those of
+    the pruned network pass it by.
+    """
+    dense = None if entering.dense is None else activations.outputs(entering.dense)
+    if is_removed or entering.pruned is None:
+        return HiddenStates(dense, entering.pruned)
+    return HiddenStates(dense, activations.outputs(entering.pruned))
 
 
 class _DenseRecord:

@@ -7,8 +7,9 @@ so are operators of equal shape of different experts, which are many and small (
 method can solve them. Only one decoder layer is on the device at a time, so the model may be larger than its memory,
 but hidden states must be kept between the layers.
 
-`prune_layers` calls `prune_layer` for each decoder layer, that calls `prune_groups` for each group, or for groups of
-some experts at once, and that calls `solve_groups`, which writes nothing. Terms:
+`prune_layers` goes from layer to layer by a `_Loop`. Its method `prune` calls `prune_layer`, once more if memory runs
+out. That calls `prune_groups` for each group, or for groups of some experts at once, and that calls `solve_groups`,
+which writes nothing. Terms:
 
 - `Plan`: what is pruned and how. `plan.removal` has the operators of each decoder layer with their patterns, and what
   else is removed (experts, decoder layers). `plan.budgets` has the shares of zeros that the loss of the model gives.
@@ -30,10 +31,10 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optimum_fista.memory import old_objects_skipped, release_memory, watched_memory
-from optimum_fista.model.correction import GroupProblems, LayerTargets
+from optimum_fista.model.correction import GroupProblems, LayerTargets, run_unpruned
 from optimum_fista.model.digests import sha256_of
 from optimum_fista.model.experts import ExpertOperator, split_experts
 from optimum_fista.model.groups import solved_together, trace_groups
@@ -119,11 +120,11 @@ def prune_layers(
 
         loop = _Loop(plan, sink, callbacks, report, calibration, held_out)
         del calibration  # so that the loop can free its hidden states
-        for index in range(num_layers):
-            is_mine = index in todo
-            runs = index >= first and (is_mine or index < last)
-            if runs:
-                loop.visit(index, is_mine=is_mine, is_needed=index <= last)
+        for index in range(first, num_layers):
+            if index in todo:
+                loop.prune(index, runs=index <= last)
+            elif index < last:  # another process prunes it, and a later layer needs what leaves it
+                loop.pass_through(index)
 
 
 @dataclass
@@ -146,8 +147,8 @@ class _Loop:
     calibration: Calibration
     held_out: HeldOut | None
 
-    def visit(self, index: int, *, is_mine: bool, is_needed: bool) -> None:
-        """Bring a decoder layer to its device, prune or run it there, and commit it if it belongs to this process.
+    def prune(self, index: int, *, runs: bool) -> None:
+        """Bring a decoder layer to its device, prune it there, and commit it.
 
         `self.plan` says what is pruned. Weights of the layer are overwritten through `self.sink`, which also gets its
         masks and writes its files, if it is a sink for files. `self.calibration` is replaced by one with the hidden
@@ -156,66 +157,91 @@ class _Loop:
 
         Args:
             index: The number of the layer.
-            is_mine: Whether this process prunes the layer; otherwise it only runs.
-            is_needed: Whether the layer or a later one is pruned. Otherwise it does not run, except for `held_out`.
+            runs: Whether the layer or a later one is pruned. Otherwise it runs for `self.held_out` only.
         """
         started = time.perf_counter()
         name = f"{self.plan.layers.name}.{index}"
         layer = self.plan.layers.modules[index]
+        is_removed = index in self.plan.removal.removed_layers
+        is_last = index == len(self.plan.layers) - 1
         layer_record = LayerRecord(LayerReport(name, hidden_state_error=None, seconds=0.0))
-        # Before the weights of this layer are read: a copy of the layer before, without its removed experts, may be in
-        # a cycle of Python objects, and the allocator still holds other memory of that layer.
-        release_memory(layer)
-        held_out = self.held_out if is_mine else None
         # The dense weights are hashed where they need not be copied: on a device, before they are brought there; on a
         # CPU, when they are read anyway, because quantized ones are dequantized each time.
         computes_on_cpu = execution_device(layer).type == "cpu"
-        dense_sha256 = None
-        if is_mine and not computes_on_cpu:
-            dense_sha256 = sha256_of(layer, layer.state_dict())
+        dense_sha256 = None if computes_on_cpu else sha256_of(layer, layer.state_dict())
 
-        with onloaded(layer.modules()), split_experts(self.plan.removal.operators[name].values()):
-            if is_mine and computes_on_cpu:
+        with self._on_its_device(index):
+            if computes_on_cpu:
                 dense_sha256 = sha256_of(layer, layer.state_dict())
-            if held_out is not None:
-                held_out.run(index, "dense")
-            if is_needed:
-                step = partial(prune_layer, self.plan, self.sink, self.callbacks, index, is_mine)
+            if self.held_out is not None:
+                self.held_out.run(index, "dense")
+            if runs and is_removed:
+                self._run(index)
+            elif runs:
                 # Once more with smaller batches, if memory runs out; `undo` puts back the dense weights before.
                 self.calibration, layer_record = retried(
-                    step,
+                    partial(prune_layer, self.plan, self.sink, self.callbacks, index),
                     self.calibration,
                     where=name,
                     plan=self.plan,
                     report=self.report,
                     undo=self.sink.undo,
                 )
-            if held_out is not None:
-                if index not in self.plan.removal.removed_layers:
-                    held_out.run(index, "pruned")
-                is_last = index == len(self.plan.layers) - 1
+            if self.held_out is not None:
+                if not is_removed:
+                    self.held_out.run(index, "pruned")
                 if is_last:
-                    held_out.measure()
+                    self.held_out.measure()
 
-            if is_mine:
-                layer_record = _completed(
-                    self.plan,
-                    layer_record,
-                    seconds=time.perf_counter() - started,
-                    dense_sha256=dense_sha256,
-                )
-                # Masks of an earlier run of operators that this one leaves alone.
-                layer_record = self.plan.removal.carry_masks(layer, layer_record, self.sink)
-                self.sink.store(index, layer, layer_record)
+            layer_record = _completed(
+                self.plan,
+                layer_record,
+                seconds=time.perf_counter() - started,
+                dense_sha256=dense_sha256,
+            )
+            # Masks of an earlier run of operators that this one leaves alone.
+            layer_record = self.plan.removal.carry_masks(layer, layer_record, self.sink)
+            self.sink.store(index, layer, layer_record)
 
-        if is_mine:
-            # Only now, when the weights of the last decoder layer are off the device.
-            if index == len(self.plan.layers) - 1:
-                layer_record = replace(layer_record, prediction_mixtures=self._predict())
-            self.report.add(layer_record)
-            self.sink.commit(index, layer_record, self._travelling(index))
-            for callback in self.callbacks:
-                callback.on_layer_end(index, layer_record.report, layer_record.operators)
+        # Only now, when the weights of the last decoder layer are off the device.
+        if is_last:
+            layer_record = replace(layer_record, prediction_mixtures=self._predict())
+        self.report.add(layer_record)
+        self.sink.commit(index, layer_record, self._travelling(index))
+        for callback in self.callbacks:
+            callback.on_layer_end(index, layer_record.report, layer_record.operators)
+
+    def pass_through(self, index: int) -> None:
+        """Bring a decoder layer that another process prunes to its device, and run it as it is.
+
+        `self.calibration` is replaced by one with the hidden states that leave the layer.
+        """
+        with self._on_its_device(index):
+            self._run(index)
+
+    @contextmanager
+    def _on_its_device(self, index: int) -> Iterator[None]:
+        """Hold the weights of a decoder layer on the device where it computes, and each of its experts as a module."""
+        layer = self.plan.layers.modules[index]
+        # Before the weights of this layer are read: a copy of the layer before, without its removed experts, may be in
+        # a cycle of Python objects, and the allocator still holds other memory of that layer.
+        release_memory(layer)
+        operators = self.plan.removal.operators[f"{self.plan.layers.name}.{index}"]
+        with onloaded(layer.modules()), split_experts(operators.values()):
+            yield
+
+    def _run(self, index: int) -> None:
+        """Run a decoder layer in which nothing is pruned; replaces `self.calibration`.
+
+        If memory runs out, it runs on smaller batches, and `self.report` gets a warning.
+        """
+        self.calibration = retried(
+            partial(run_layer, self.plan, index),
+            self.calibration,
+            where=f"{self.plan.layers.name}.{index}",
+            plan=self.plan,
+            report=self.report,
+        )
 
     def _predict(self) -> list[MixtureReport]:
         """Choose the experts of the layers that predict more tokens; none if `self.plan` has no such layers.
@@ -291,11 +317,23 @@ def _completed(
     left_dense = {
         name: reason for name, reason in plan.removal.left_dense.items() if name.startswith(prefix)
     }
-    return LayerRecord(
-        replace(layer_record.report, seconds=seconds, dense_sha256=dense_sha256),
-        layer_record.operators,
-        left_dense | layer_record.left_dense,
+    return replace(
+        layer_record,
+        report=replace(layer_record.report, seconds=seconds, dense_sha256=dense_sha256),
+        left_dense=left_dense | layer_record.left_dense,
     )
+
+
+def run_layer(plan: Plan, index: int, calibration: Calibration) -> Calibration:
+    """Run a decoder layer in which nothing is pruned, or pass it by if the run removes it.
+
+    The layer is on its device. `index` is its number. Returns the batches of `calibration` with the hidden states that
+    leave the layer; those that enter it are used up, and so are the recorded arguments of the layer.
+    """
+    calibration = record_arguments(plan, calibration)
+    activations, states = _entered(plan, calibration, index)
+    is_removed = index in plan.removal.removed_layers
+    return replace(calibration, states=run_unpruned(activations, states, is_removed=is_removed))
 
 
 def prune_layer(
@@ -303,82 +341,28 @@ def prune_layer(
     sink: Sink,
     callbacks: Sequence[PruningCallback],
     index: int,
-    is_mine: bool,
     calibration: Calibration,
 ) -> tuple[Calibration, LayerRecord]:
-    """Prune the operators of a decoder layer, group by group in execution order, or run it as it is.
+    """Prune the operators of a decoder layer through the sink, group by group in execution order.
 
-    The layer is on its device. Its weights are overwritten through the sink, which also gets their masks. The arguments
-    of the layer that were recorded in `calibration` are used up.
+    The layer is on its device. Its weights are overwritten, and masks go to the sink. An operator that can't be pruned
+    is named in the record with the reason.
 
     Args:
         plan: The plan of the run.
         sink: Gets the pruned weights.
         callbacks: Called after each operator.
         index: The number of the layer.
-        is_mine: Whether this process prunes the layer; otherwise it only runs.
-        calibration: Batches, with the hidden states that enter the layer. They are used up.
+        calibration: Batches, with the hidden states that enter the layer. These are used up, and so are the recorded
+            arguments of the layer.
 
     Returns:
         The batches with the hidden states that leave the layer, and the record of the layer without its time.
     """
     name = f"{plan.layers.name}.{index}"
-    layer = plan.layers.modules[index]
     # The arguments of the layers are recorded already, unless memory ran out and the batches are smaller now.
     calibration = record_arguments(plan, calibration)
-    states = calibration.states
-    assert states is not None
-    activations = _activations(plan, calibration, layer, index)
-    states.move(activations.storage, activations.device)
-
-    if is_mine and index not in plan.removal.removed_layers:
-        states, layer_record = _pruned_layer(plan, sink, callbacks, name, activations, states)
-    else:
-        layer_record = LayerRecord(LayerReport(name, hidden_state_error=None, seconds=0.0))
-        targets = LayerTargets(activations, [], plan.config.correction, entering=states)
-        # Here a layer that is mine is one to remove: the hidden states pass by it. A layer of another process is dense
-        # in this one, and runs as it is.
-        states = targets.pass_by() if is_mine else targets.leave()
-    return replace(calibration, states=states), layer_record
-
-
-def _activations(
-    plan: Plan, calibration: Calibration, layer: nn.Module, index: int
-) -> LayerActivations:
-    """Join a decoder layer with the arguments of its calls, as `record_arguments` recorded them.
-
-    Takes these arguments out of the calibration, so that they are freed when this layer is finished. `index` is the
-    number of the layer. `plan.storage` is where activations are kept between passes (`None`: where the layer computes).
-    """
-    recorded = calibration.recorded
-    assert recorded is not None
-    calls = recorded.calls[index]
-    recorded.calls[index] = []
-    return LayerActivations(
-        layer,
-        calls,
-        token_masks=recorded.token_masks,
-        storage=plan.storage or execution_device(layer),
-        held_out=recorded.held_out,
-        sources=recorded.sources,
-    )
-
-
-def _pruned_layer(
-    plan: Plan,
-    sink: Sink,
-    callbacks: Sequence[PruningCallback],
-    name: str,
-    activations: LayerActivations,
-    states: HiddenStates,
-) -> tuple[HiddenStates, LayerRecord]:
-    """Prune the groups of a decoder layer through the sink; return what leaves the layer, and its record.
-
-    `name` is that of the layer, such as "model.layers.3". `activations` has the layer, on its device, with the recorded
-    arguments of its calls, and `states` are the hidden states that enter it, which are used up. The weights of the
-    layer are overwritten, masks go to the sink, and `callbacks` are called after each operator. An operator that can't
-    be pruned is named in the record with the reason.
-    """
+    activations, states = _entered(plan, calibration, index)
     operators = plan.removal.operators[name]
     # Refuses NaN and Inf in offloaded weights, which are on the device only now; all others were checked before the
     # run.
@@ -419,7 +403,35 @@ def _pruned_layer(
         mixture=leaving.mixture,
     )
     left_dense = trace.left_dense | chosen.left_dense
-    return leaving.states, LayerRecord(layer_report, leaving.operators, left_dense)
+    layer_record = LayerRecord(layer_report, leaving.operators, left_dense)
+    return replace(calibration, states=leaving.states), layer_record
+
+
+def _entered(
+    plan: Plan, calibration: Calibration, index: int
+) -> tuple[LayerActivations, HiddenStates]:
+    """Join a decoder layer with the arguments of its calls, and bring the hidden states that enter it to its device.
+
+    Takes the arguments, which `record_arguments` recorded, out of the calibration, so that they are freed when this
+    layer is finished. `index` is the number of the layer. `plan.storage` is where activations are kept between passes
+    (`None`: where the layer computes).
+    """
+    recorded, states = calibration.recorded, calibration.states
+    assert recorded is not None
+    assert states is not None
+    layer = plan.layers.modules[index]
+    calls = recorded.calls[index]
+    recorded.calls[index] = []
+    activations = LayerActivations(
+        layer,
+        calls,
+        token_masks=recorded.token_masks,
+        storage=plan.storage or execution_device(layer),
+        held_out=recorded.held_out,
+        sources=recorded.sources,
+    )
+    states.move(activations.storage, activations.device)
+    return activations, states
 
 
 def _pruned_groups(
@@ -465,6 +477,8 @@ def prune_groups(
     for problems, solution in zip(groups, solutions, strict=True):
         for operator, pruned in zip(problems.operators, solution.operators, strict=True):
             sink.write(operator, pruned.weight, pruned.mask)
+        if problems.last is not None:
+            problems.last.run_pruned()  # for its output error, and for the hidden states after the layer
 
     solve_seconds = seconds / sum(len(problems.operators) for problems in groups)
     reports: list[list[OperatorReport]] = []
@@ -525,8 +539,8 @@ def _operator_report(
     `fit_error` is the error of the written weights on the tokens to fit to. `held_out` is the problem of this operator
     on the held-out tokens; `None` if there are none. `solve_seconds` is its share of the group's time.
 
-    No weight is changed. An operator with a residual correction (`problems.last`, alone in its group) runs for its
-    output error; `problems.last` keeps the errors and, if they are needed, the hidden states after the layer.
+    Changes nothing. An operator with a residual correction (`problems.last`, alone in its group) has run with its
+    written weights already.
     """
     operator = problems.operators[number]
     problem = problems.fitted[number]

@@ -155,8 +155,8 @@ def _stated_number(config: PreTrainedConfig, kind: Kind, word: str) -> Parts | N
     """Read the number of channels, heads or experts that a text configuration calls `word`.
 
     Returns it as `Parts` without any part in them; `None` if the configuration does not know the word, or does not
-    use it. `config` is only read. Raises UnsupportedArchitectureError if decoder layers have different numbers of
-    channels or experts.
+    use it. `config` is only read. Raises UnsupportedArchitectureError if decoder layers have different numbers. Only of
+    heads they may, if the number is stated for one layer and overridden in others (`_stated_heads`).
     """
     # A setting that some layer overrides can't be read from `config`, but from this copy.
     common = without_overrides(config)

@@ -220,8 +220,8 @@ class PartsRemoval(Removal):
 
         If the residual correction is on, a decoder layer that loses heads or comes after a removed one compensates for
         it: its last operator is refitted, unless it loses columns itself. Which operator is the last is known only when
-        the layer runs (`before` finds out). Until then any of them may be the last, so all operators of such a layer
-        get a pattern that keeps all columns. Operators that lose columns keep the pattern that they have.
+        the layer runs (`choose_operators` finds out). Until then any of them may be the last, so all operators of such
+        a layer get a pattern that keeps all columns. Operators that lose columns keep the pattern that they have.
 
         `self.operators` are by the name of their decoder layer, then by their own, and `self.patterns` by the name of
         the operator. `self.removed_layers` has the numbers of the removed layers. `self.left_dense` has the operators

@@ -8,7 +8,8 @@ moment at which a run that removes whole parts does more. They do nothing here; 
 them. The loop calls them in this order:
 
 1. before the first decoder layer: `choose_layers`, then `without_layers`;
-2. for each decoder layer: `before` it is pruned, `after` its operators are pruned, then `carry_masks`;
+2. for each decoder layer: `choose_operators` before it is pruned, `finish_layer` when its operators are pruned, then
+   `carry_masks`;
 3. at the end: `describe` the result in the report, and `make_smaller` a model in memory. A run from files calls
    `shrink_tensors` for each layer instead.
 

@@ -445,9 +445,11 @@ def _train(
     if watch.stopped and trainer.state.global_step < plan.steps:
         raise KeyboardInterrupt
 
+    # Before `_round_best_weights`, which measures once more: the report is made from the history of the training, to
+    # which every measurement adds.
     report = _new_report(plan, choice, trainer, fingerprint)
     if trainer.state.best_global_step:  # the Trainer has loaded the weights of this step
-        report = _with_rounded_weights(report, trainer, dtypes)
+        report = _round_best_weights(report, trainer, dtypes)
     trained = cast(nn.Module, trainer.model) if report.best_step else None
     recovered = _model_with_weights(plan, trained, is_saved=ranks.index == 0)
     return recovered, report
@@ -513,7 +515,8 @@ def _callbacks_ended(trainer: DistillationTrainer) -> Iterator[None]:
 def _prepare_student(model: PreTrainedModel, choice: Choice, compute_dtype: torch.dtype) -> None:
     """Bring the weights of the student into the dtypes of the training, with gradients for those that `choice` trains.
 
-    All weights become float32. Then that of the head is rounded to `compute_dtype`, the dtype of products.
+    All weights become float32. Then that of the head is rounded to `compute_dtype`, the dtype of products, unless the
+    weights are sharded.
     """
     model.float()  # a step in bfloat16 would often be smaller than the weight's last bit
     mark_trained(model, choice.train)  # gradients on for some parameters, off for the others
@@ -583,14 +586,14 @@ def _new_report(
     )
 
 
-def _with_rounded_weights(
+def _round_best_weights(
     report: RecoveryReport, trainer: DistillationTrainer, dtypes: Mapping[str, torch.dtype]
 ) -> RecoveryReport:
     """Round the best weights as they will be saved, measure their loss, and report them if they are still better.
 
     `trainer.model` has the weights of the best step. They stay float32, but their values are rounded in place to those
-    of `dtypes` (by parameter name), in which they will be saved. If their loss is not smaller than before the training,
-    `report` is returned as it is.
+    of `dtypes` (by parameter name), in which they will be saved. Returns a copy of `report` with this step and its
+    loss; if the loss is not smaller than before the training, `report` as it is: no step is better than the start.
     """
     for name, parameter in _trained_parameters(trainer.model):
         weights = local(parameter.data)
