@@ -52,6 +52,8 @@ Row = dict[str, Any]
 VARIANTS = (
     "dense vocab:0.29 channels:0.1 channels:0.2 channels:0.3 layers:0.2 vocab:0.29_channels:0.2 0.5"
 )
+# Of the marks in the picture, the same for all models; other formats share a cross.
+SHAPES = {"16": "s", "8": "o", "5": "v", "4": "^", "IQ4_NL": "D", "IQ4_NL*": "P", "packed": "*"}
 # What is timed: the numbers of prompts, of their tokens, and of new tokens.
 TIMES = {
     "prefill": (1, 512, 1),
@@ -282,30 +284,72 @@ def table(rows: Sequence[Row]) -> list[str]:
     return markdown_lines(headings, lines)
 
 
-def draw(rows: Sequence[Row], file: Path) -> None:
-    """Draw bits per byte against each cost, in a panel of its own, with a legend on the right."""
+def words_of(bits: str) -> str:
+    """The name of a format in the picture."""
+    if bits == "IQ4_NL*":
+        return "all in IQ4_NL"
+    if bits == "packed":
+        return "16 bits, packed"
+    return f"{bits} bits" if bits.isdigit() else bits
+
+
+def draw(rows: Sequence[Row], file: Path, model: str) -> None:
+    """Draw bits per byte against each cost, in a panel of its own, with a legend on the right.
+
+    The title names the `model`. If there is one panel, its best marks have numbers, and the legend says what these are.
+    """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     points = points_of(rows)
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     formats = dict.fromkeys(row["format"] for row in rows)
     colours = {variant: f"C{index}" for index, variant in enumerate(variants)}
-    shapes = dict(zip(formats, "sov^DPX", strict=False))
     has_times = len(points) > 1
     size = 2 if has_times else 1  # panels in a row
-    figure = Figure(figsize=(11, 8) if has_times else (7, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 8) if has_times else (8.5, 6.5), layout="constrained")
+    figure.suptitle(f"{model}: lower is better, and so is left", fontsize=10)
     panels = figure.subplots(size, size, squeeze=False).flat
     for axes, (name, of_rows) in zip(panels, points.items(), strict=True):
-        _draw_panel(axes, name, rows, of_rows, colours=colours, shapes=shapes)
+        _draw_panel(axes, name, rows, of_rows, colours=colours)
+    on_the_line = [] if has_times else _number_frontier(axes, rows, points["megabytes"])
 
     # the legend, from marks without points in the last panel
     for variant, colour in colours.items():
-        axes.plot([], [], "o", color=colour, label=variant)
-    for bits, shape in shapes.items():
-        label = f"{bits} bits" if bits.isdigit() else bits
-        axes.plot([], [], shape, color="black", markerfacecolor="white", label=label)
+        axes.plot([], [], "o", color=colour, label=variant.replace("_", " + "))
+    for bits in formats:
+        shape = SHAPES.get(bits, "X")
+        axes.plot([], [], shape, color="black", markerfacecolor="white", label=words_of(bits))
+    axes.plot([], [], "s", color="black", label="filled: trained")
     figure.legend(loc="outside right upper", fontsize=8)
+    if on_the_line:
+        without_marks = [Line2D([], [], linestyle="none") for _ in on_the_line]
+        figure.legend(
+            without_marks, on_the_line, loc="outside right lower", fontsize=8, handlelength=0
+        )
     figure.savefig(file, dpi=90, metadata={"Software": None})
+
+
+def _number_frontier(
+    axes: Any, rows: Sequence[Row], of_rows: dict[int, tuple[float, float]]
+) -> list[str]:
+    """Number the marks on the line, and return what each one is; `of_rows` are the places of all rows, by number."""
+    lines = []
+    for number, index in enumerate(frontier(of_rows), start=1):
+        row = rows[index]
+        megabytes, _ = of_rows[index]
+        variant = row["variant"].replace("_", " + ")
+        lines.append(f"{number}  {megabytes:.0f} MB: {variant}, {words_of(row['format'])}")
+        axes.annotate(
+            str(number),
+            of_rows[index],
+            xytext=(-4, -4),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            weight="bold",
+        )
+    return lines
 
 
 def _draw_panel(
@@ -315,12 +359,10 @@ def _draw_panel(
     of_rows: dict[int, tuple[float, float]],
     *,
     colours: dict[str, str],
-    shapes: dict[str, str],
 ) -> None:
-    """Draw the rows as marks, and the frontier as a line; full marks are recovered models, shapes are formats.
+    """Draw the rows as marks, and the frontier as a line; filled marks are recovered models, shapes are formats.
 
-    `of_rows` has cost and loss by the number of the row, and `name` is what the cost is. `colours` are by variant, and
-    `shapes` by format.
+    `of_rows` has cost and loss by the number of the row, and `name` is what the cost is. `colours` are by variant.
     """
     from matplotlib.ticker import LogLocator, NullLocator
 
@@ -333,7 +375,7 @@ def _draw_panel(
         axes.plot(
             cost,
             loss,
-            shapes[rows[index]["format"]],
+            SHAPES.get(rows[index]["format"], "X"),
             color=colour,
             markerfacecolor=colour if rows[index]["tokens"] else "white",
         )
@@ -355,6 +397,7 @@ def main() -> None:
         "formats": "bits a weight",
         "work": "folder for models",
         "rounds": "of times, in turn; 0: none",
+        "title": "name of the model in the picture",
     }
     arguments = parse_arguments(
         __doc__,
@@ -375,6 +418,7 @@ def main() -> None:
         work=Path("runs"),
         output=Path("runs/frontier.json"),
         plot=Path,
+        title=str,
     )
     torch.set_num_threads(arguments.threads)
     texts = starts_of(arguments)
@@ -412,7 +456,7 @@ def main() -> None:
         save(arguments, record | {"machine": machine})
     print("\n".join(table(record["rows"])))
     if arguments.plot is not None:
-        draw(record["rows"], arguments.plot)
+        draw(record["rows"], arguments.plot, arguments.title or record["rows"][0]["model"])
 
 
 if __name__ == "__main__":
