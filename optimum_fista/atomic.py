@@ -51,7 +51,7 @@ def write_file(
             opened.write(content.encode() if isinstance(content, str) else content)
         return
 
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_file(path)
     try:
         with errors_of_writing(path):
             if isinstance(content, str):
@@ -69,6 +69,11 @@ def write_file(
             flush(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def partial_file(path: Path) -> Path:
+    """The file in which `write_file` writes what becomes the file `path`."""
+    return path.with_name(f".{path.name}.partial")
 
 
 @contextmanager

@@ -162,6 +162,7 @@ class FistaPruner:
                 storage_device=self.storage_device,
                 progress=self.progress,
                 callbacks=self.callbacks,
+                to_measure=[text.name for text in texts],
             )
             measure_folder(
                 str(model),

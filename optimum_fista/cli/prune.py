@@ -12,6 +12,7 @@ import argparse
 import itertools
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from optimum_fista.cli.prune_request import PruneRequest
     from optimum_fista.removal.tokens_plan import TokensPlan
     from optimum_fista.report import PruningReport
+    from optimum_fista.text.loss import MeasuredText
 
 DESCRIPTION = """\
 Prune a model and save it as a folder that plain Transformers loads.
@@ -193,6 +195,7 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
         require_output(request.output, request.overwrite, source=request.model)
         return 0
     request.require_possible()
+    texts = _texts_to_measure(request, plan.report)
     report = write_plan(
         plan,
         request.output,
@@ -202,19 +205,31 @@ def _write_tokens(plan: TokensPlan, request: PruneRequest, is_dry_run: bool) -> 
         overwrite=request.overwrite,
         progress=True,
     )
-    _measure(request, request.output, report)
+    _measure(request, request.output, report, texts)
     return _finish(request, report, first_model=request.model)
 
 
-def _measure(request: PruneRequest, folder: Path, report: PruningReport) -> None:
-    """Measure the model of `request`, and that in `folder` without some tokens, on the texts that the user named.
+def _texts_to_measure(request: PruneRequest, report: PruningReport) -> list[MeasuredText]:
+    """Check the held-out texts that the user named, and return them; until they are measured, `report` says so.
 
-    The losses are written into `report`, which is that of the model in `folder`, and into the files of `folder`.
-    Nothing is done if the user named no text. Texts of the Hub are downloaded into its cache.
+    Texts of the Hub are downloaded into its cache.
     """
-    from optimum_fista.prune.measuring import measure_folder, require_texts
+    from optimum_fista.prune.measuring import require_texts
 
     texts = require_texts(request.model, request.measured_texts(), request.protect)
+    report.texts_not_measured = [text.name for text in texts]
+    return texts
+
+
+def _measure(
+    request: PruneRequest, folder: Path, report: PruningReport, texts: Sequence[MeasuredText]
+) -> None:
+    """Measure the model of `request`, and that in `folder` without some tokens, on texts; nothing without texts.
+
+    The losses are written into `report`, which is that of the model in `folder`, and into the files of `folder`.
+    """
+    from optimum_fista.prune.measuring import measure_folder
+
     measure_folder(request.model, folder, texts, report, device=request.device, progress=True)
 
 
@@ -268,8 +283,9 @@ def _prune(request: PruneRequest, tokens_first: TokensPlan | None) -> int:
     first_model = request.model
     if tokens_first is not None:
         folder = request.output.with_name(f"{request.output.name}-tokens")
+        texts = _texts_to_measure(request, tokens_first.report)
         remove_first(tokens_first, folder, device=request.device, overwrite=request.overwrite)
-        _measure(request, folder, tokens_first.report)
+        _measure(request, folder, tokens_first.report, texts)
         request = request.reading(str(folder))
 
     with command_ranks(request.device) as ranks, ExitStack() as opened:

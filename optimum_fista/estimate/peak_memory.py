@@ -43,6 +43,8 @@ class Moment:
 
     computing: Mapping[str, float]  # where the run computes, by part, such as "decoder layer"
     waiting: float = 0.0  # of activations in the storage
+    # Whether the model to prune is loaded, whose weights count if it is loaded whole.
+    has_model: bool = True
 
 
 def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, float]]:
@@ -52,16 +54,16 @@ def peak_memory(run: RunSizes, *, writes_own_text: bool) -> dict[str, dict[str, 
     `writes_own_text`: whether the model writes the calibration text.
     """
     always = _always(run)  # what the host holds at every moment, by part
+    all_weights = {"all weights": run.weight_bytes} if run.is_loaded_whole else {}
     # When the result is written, the host holds the masks of all operators, with one bit for each weight. The moments
     # of the run are compared with this one.
     masks = sum(run.weights.values()) // 8
     peaks: dict[str, dict[str, float]] = {"host": {**always, "masks": masks}}
+    if run.on_cpu:
+        peaks["host"] |= all_weights
     for moment in moments(run, writes_own_text=writes_own_text):
         held: dict[str, dict[str, float]] = {
-            "device": {
-                **moment.computing,
-                "all weights": run.weight_bytes if run.is_loaded_whole else 0,
-            },
+            "device": {**moment.computing, **(all_weights if moment.has_model else {})},
             "host": dict(always),
             "disk": {},
         }
@@ -106,7 +108,8 @@ def moments(run: RunSizes, *, writes_own_text: bool) -> Iterator[Moment]:
     `writes_own_text`: whether the model writes the calibration text.
     """
     if writes_own_text:
-        yield Moment(whole_model_parts(run))
+        # A model of its own, which is gone before the one to prune is loaded.
+        yield Moment(whole_model_parts(run), has_model=False)
     if run.num_removed_layers:
         yield _choosing_layers(run)
     if run.allocates:

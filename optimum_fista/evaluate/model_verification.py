@@ -6,7 +6,7 @@ fails, and changes nothing. `verify_checkpoint` calls it after it has checked th
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from optimum_fista.removal.experts import experts_to_keep
 from optimum_fista.removal.model_outline import count_router_groups
 from optimum_fista.report import PruningReport
 from optimum_fista.source.inventory import source_tensors
+from optimum_fista.source.loaded_names import Naming
 from optimum_fista.source.loading import load_tokenizer
-from optimum_fista.source.source_tensors import SourceTensors
+from optimum_fista.source.source_tensors import EXPERT, SourceTensors
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +34,8 @@ logger = logging.getLogger(__name__)
 def verify_model(folder: Path, report: PruningReport) -> int | None:
     """Check the report against the model that `config.json` describes, which is made without weights.
 
-    Its number of parameters is checked; if tokens were removed, the size of its vocabulary; if parts were removed, the
-    shapes of all tensors, and the experts of each mixture.
+    Its number of parameters is checked; if tokens were removed, the size of its vocabulary; that the files have all
+    tensors, with the right shapes; and if parts were removed, the experts of each mixture.
 
     Args:
         folder: The folder that is verified.
@@ -58,10 +59,10 @@ def verify_model(folder: Path, report: PruningReport) -> int | None:
     if tokens is not None:  # the model has lost tokens
         num_rows, _ = token_limits(model)  # rows of the embedding, and the longest sequence
         _verify_vocabulary(folder, num_kept=len(tokens), num_rows=num_rows)
+    source = source_tensors(model, folder)
+    _verify_tensors(folder, model, source)
     has_lost_parts = bool(report.removed)
     if has_lost_parts:
-        source = source_tensors(model, folder)
-        _verify_shapes(folder, model, source)
         router_groups = count_router_groups(model.config.get_text_config(decoder=True))
         for mixture in report.mixtures:
             _verify_mixture(model, mixture, router_groups)
@@ -114,11 +115,11 @@ def _described_model(folder: Path, class_name: str) -> PreTrainedModel | None:
         return None
 
 
-def _verify_shapes(folder: Path, model: PreTrainedModel, source: SourceTensors) -> None:
-    """Check that the files hold a smaller model's tensors, also those that are no pruned operators but lost rows.
+def _verify_tensors(folder: Path, model: PreTrainedModel, source: SourceTensors) -> None:
+    """Check that the files have every tensor of the model, those of all experts, and with the right shapes.
 
     Args:
-        folder: The folder of the smaller model.
+        folder: The folder that is verified.
         model: The model without weights that its `config.json` describes.
         source: The tensors in the files of the folder.
     """
@@ -127,15 +128,17 @@ def _verify_shapes(folder: Path, model: PreTrainedModel, source: SourceTensors) 
     described = {
         name: tensor for name, tensor in model.state_dict().items() if name not in not_saved
     }
+    # The shapes of stored tensors, and the parameters as which they are loaded, by their names in the files.
     stored_shapes = {name: tensor.shape for name, tensor in source.stored.items()}
+    places = dict(source.places)
     if is_packed(folder):
+        naming = Naming(model, dequantizer=None)
         for name, packed in packed_outlines(folder).items():
             stored_shapes[name] = packed.shape
-    missing = [name for name in described if name not in stored_shapes]
-    # If the class renames tensors when it loads them, names that are missing say nothing. (`source.places` has the
-    # tensors that the class loads, by their names in the files; `source.stored` has all of the files.)
-    has_same_names = source.places.keys() <= described.keys()
-    if missing and has_same_names:
+            places[name] = naming.names_of(name).place
+
+    missing = [name for name in described if name not in set(places.values())]
+    if missing:
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & stored_shapes.keys():
         stored_shape = stored_shapes[name]
@@ -143,6 +146,35 @@ def _verify_shapes(folder: Path, model: PreTrainedModel, source: SourceTensors) 
         if stored_shape != shape:
             raise VerificationError(
                 f"{name} has shape {stored_shape}, config.json describes {shape}."
+            )
+    _verify_numbers_of_experts(places, described)
+
+
+def _verify_numbers_of_experts(
+    places: Mapping[str, str], described: Mapping[str, torch.Tensor]
+) -> None:
+    """Check that files that store each expert by itself have all of them, numbered from 0.
+
+    `places` has the parameter as which each stored tensor is loaded, by its name in the files, and `described` the
+    model's parameters by name; such a parameter has the weights of all experts, [experts, ...].
+    """
+    # Numbers of experts, by what stands before and after the number in the names of their tensors.
+    numbers: dict[tuple[str, str], set[int]] = {}
+    num_described: dict[tuple[str, str], int] = {}
+    for name, place in places.items():
+        expert = EXPERT.fullmatch(name)
+        if expert is None or place not in described:
+            continue
+        is_of_all_experts = EXPERT.fullmatch(place) is None
+        if is_of_all_experts:
+            before, number, after = expert.groups()
+            numbers.setdefault((before, after), set()).add(int(number))
+            num_described[before, after] = len(described[place])
+    for (before, after), found in numbers.items():
+        expected = set(range(num_described[before, after]))
+        if expected - found:
+            raise VerificationError(
+                f"{before}{min(expected - found)}{after} is not in the checkpoint."
             )
 
 

@@ -16,6 +16,7 @@ and `folder` a real folder: an unfinished one, or a finished one with a list.
 """
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -26,7 +27,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from optimum_fista.atomic import digest_of, flush, write_file
+from optimum_fista.atomic import digest_of, flush, partial_file, write_file
 
 # Folders in an unfinished folder.
 JOURNAL = "journal"
@@ -158,15 +159,26 @@ def foreign_files(folder: Path) -> list[str]:
 
     The list itself is no such file. Names are relative to the folder, such as "fista/report.json".
     """
-    listed = _listed_files(folder)  # a stamp by the name of each file, which changes with the file
-    foreign = []
-    for name in all_names(folder):
-        if name == FILES_FILE:
-            continue
-        is_as_written = (folder / name).is_file() and listed.get(name) == _stamp(folder / name)
-        if not is_as_written:
-            foreign.append(name)
-    return foreign
+    listed = _listed_files(folder)
+    # What a process that was killed may have left of files that it wrote again (`rewrite`).
+    written = [FILES_FILE, *listed]
+    of_this_package = {FILES_FILE, *(partial_file(Path(name)).as_posix() for name in written)}
+    return [
+        name
+        for name in all_names(folder)
+        if name not in of_this_package and not _is_as_listed(folder / name, listed.get(name))
+    ]
+
+
+def _is_as_listed(file: Path, listed: Any) -> bool:
+    """Tell whether a file is as it was written. `listed` is its stamp in the list, or two in a dictionary (`rewrite`).
+
+    `None`: the file is not on the list.
+    """
+    if listed is None or not file.is_file():
+        return False
+    stamp = _stamp(file)
+    return stamp in listed.values() if isinstance(listed, dict) else stamp == listed
 
 
 def model_files(folder: Path) -> set[str]:
@@ -372,12 +384,16 @@ def rewrite(folder: Path, texts: Mapping[str, str]) -> None:
     """
     stamps = _listed_files(folder)
     changed_by_user = foreign_files(folder)
+    listed = [name for name in texts if stamps and name not in changed_by_user]
+    new_stamps = {name: hashlib.sha256(texts[name].encode()).hexdigest() for name in listed}
+    if listed:
+        # Both stamps, until all files are written: a killed process leaves some of them as they were.
+        both = {name: {"before": stamps.get(name), "after": new_stamps[name]} for name in listed}
+        _write_list(folder, stamps | both)
     for name, text in texts.items():
         write_file(folder / name, text)
-        if stamps and name not in changed_by_user:
-            stamps[name] = _stamp(folder / name)
-    if stamps:
-        _write_list(folder, stamps)
+    if listed:
+        _write_list(folder, stamps | new_stamps)
 
 
 def _tidy(folder: Path, output: Path) -> None:

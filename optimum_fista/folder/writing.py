@@ -70,8 +70,8 @@ def _generation_file_copied(
     - The source has the file, and nobody has changed the generation configuration since it was loaded. Then the file is
       copied after the block. Inside, the model has an empty configuration (`GenerationConfig()`), because Transformers
       5.17 refuses to save one that it has loaded but calls invalid. An empty file that is saved is replaced.
-    - The file is a link that leads out of the source. What it holds must not be written. So the model has an empty
-      configuration inside, which is what is saved.
+    - The file is a link that leads out of the source. What it holds must not be written. So inside, the model has a
+      configuration with the ids of its `config.json` alone, which is what is saved.
     - Otherwise nothing is done: the model's own configuration is saved.
 
     After the block, also after an error, the model has its own configuration again. Nothing is copied after an error.
@@ -88,7 +88,10 @@ def _generation_file_copied(
         yield
         return
 
-    model.generation_config = GenerationConfig()
+    # An empty file would be worse than none: Transformers would then not look for the ids in `config.json`.
+    model.generation_config = (
+        GenerationConfig() if is_copied else GenerationConfig.from_model_config(model.config)
+    )
     try:
         yield
     finally:
@@ -328,9 +331,9 @@ def _complete_config(model: PreTrainedModel, folder: Path, source: Path | None) 
     """
     if model.can_generate() and not (folder / _GENERATION_FILE).exists():
         generation = model.generation_config
-        # What a link to outside of the source holds must not be written.
+        # What a link to outside of the source holds must not be written. The ids in `config.json` may.
         if source is not None and _is_foreign_link(source / _GENERATION_FILE, source):
-            generation = GenerationConfig()
+            generation = GenerationConfig.from_model_config(model.config)
         generation.save_pretrained(folder)
 
     describe_ties(model, model.config)

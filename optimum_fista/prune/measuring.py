@@ -70,9 +70,9 @@ def measure_folder(
     """Measure the model before a run and its result on texts, and add the losses to the report and to the folder.
 
     Changes `report`, which is that of the result with the names in its files, and in `folder` the report, the model
-    card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done. If the
-    texts can't be measured, Ctrl-C stops it (MeasuringInterrupted) or the process is killed, the report and these files
-    say that the loss is not known.
+    card and the summary in `config.json`. Without texts, and in a process of rank 1 and higher, nothing is done. The
+    run has written the report with the names of the texts in `texts_not_measured`. They stay there if the texts can't
+    be measured, if Ctrl-C stops it (MeasuringInterrupted), or if the process is killed.
 
     Both models are loaded and run, layer by layer; a process of rank 0 does it alone.
 
@@ -104,10 +104,6 @@ def measure_folder(
             counts_experts=counts_experts,
             counts_loops=True,
         )
-
-    # Whoever finds the folder after this process was killed must not take its texts for measured ones.
-    report.texts_not_measured = [text.name for text in texts]
-    _rewrite(folder, report, dense)
 
     interrupt: KeyboardInterrupt | None = None
     try:

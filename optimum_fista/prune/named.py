@@ -62,6 +62,7 @@ def prune_named(
     progress: bool,
     storage_device: str | torch.device | Path | None,
     callbacks: Sequence[PruningCallback],
+    to_measure: Sequence[str],
 ) -> PruningReport:
     """Prune a model from its files to the files of `output_dir`, and return the report.
 
@@ -84,6 +85,8 @@ def prune_named(
         storage_device: Where to keep activations between passes: a device, a folder, `"disk"` (the unfinished folder),
             or `None` (the disk on a CPU, otherwise the device).
         callbacks: Called as operators and decoder layers are pruned, but not at the end of the run.
+        to_measure: Names of texts that are measured after the run (`measure_folder`). Until then the report says that
+            they are not: somebody may find the folder after this process was killed.
     """
     started = time.perf_counter()
     # Cheap checks come before the model is read: of a model or other files in the output, and of `packed`.
@@ -107,12 +110,28 @@ def prune_named(
             progress=progress,
             # In all other runs, `run` calls `tell_begin` itself.
             on_begin=partial(tell_begin, callbacks),
+            to_measure=to_measure,
         )
-    usable_device(device)  # only for its error, before the model is read
-    storage = storage_place(storage_device)
+    # Only for their errors, before the model is read.
+    usable_device(device)
+    storage_place(storage_device)
     num_texts = 1
     if config.may_refit_experts:
         calib_dataloader, num_texts = count_texts(calib_dataloader)
+    request = _Request(
+        name=name,
+        output_dir=output_dir,
+        config=config,
+        num_texts=num_texts,
+        calibration_source=calibration_source,
+        dtype=dtype,
+        overwrite=overwrite,
+        packed=packed,
+        progress=progress,
+        storage_device=storage_device,
+        callbacks=callbacks,
+        to_measure=to_measure,
+    )
 
     # If the run fails, these are closed from the last to the first. `offloaded` deletes the folder of weights that
     # can't be read from the files in parts; each rank has one. `locked` then unlocks the unfinished folder: only rank 0
@@ -121,44 +140,7 @@ def prune_named(
         unfinished = ranks.first(lambda: locked.enter_context(locked_output(output_dir)))
         # Another run may just have ended.
         ranks.first(lambda: require_output(output_dir, overwrite))
-
-        if storage_device == "disk":
-            # `storage_place` takes it as the temporary folder of the system.
-            storage = unfinished / JOURNAL
-        model = ranks.each(
-            lambda: _read_model(
-                name,
-                config,
-                ranks=ranks,
-                unfinished=unfinished,
-                offloaded=offloaded,
-                num_texts=num_texts,
-                dtype=dtype,
-                packed=packed,
-                storage=storage,
-                progress=progress,
-                callbacks=callbacks,
-            )
-        )
-        plan = model.plan
-        # The batches as the run needs them, what measures the perplexity (or `None`), and a new report.
-        calibration, held_out, report = ranks.each(
-            lambda: read_calibration(plan, calib_dataloader, calibration_source)
-        )
-        # With hashes of all files: a change of the model's files ends the run.
-        source = shared_files(model.files, unfinished, ranks, plan.progress)
-        fingerprint = run_fingerprint(source, plan, calibration.batches, report, packed)
-        join_run(unfinished, fingerprint, overwrite, ranks)
-        sink = FileSink(
-            plan,
-            source=source,
-            journal=ranks.each(lambda: Journal(unfinished, fingerprint)),
-            ranks=ranks,
-            output=Output(
-                folder=output_dir, overwrite=overwrite, packed=packed, tokenizer=model.tokenizer
-            ),
-        )
-        report = run(plan, calibration, held_out, report, sink, started)
+        report = _prune_to_files(request, calib_dataloader, ranks, unfinished, offloaded, started)
 
         # The run is done, and `offloaded` is closed early, in all ranks before rank 0 goes on: they offload to the
         # unfinished folder, which rank 0 tidies when it leaves the lock. The model is in its place, so a rank that
@@ -167,6 +149,70 @@ def prune_named(
         with suppress(RankError):
             ranks.gather(None)  # only to wait for all
     return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """What the user asks for: arguments of `prune_named`, and the number of texts that the calibration is of."""
+
+    name: str
+    output_dir: Path
+    config: FistaPruningConfig
+    num_texts: int  # matters only if experts are removed
+    calibration_source: str | None
+    dtype: str | torch.dtype
+    overwrite: bool
+    packed: bool
+    progress: bool
+    storage_device: str | torch.device | Path | None
+    callbacks: Sequence[PruningCallback]
+    to_measure: Sequence[str]
+
+
+def _prune_to_files(
+    request: _Request,
+    calib_dataloader: Iterable[Any],
+    ranks: Ranks,
+    unfinished: Path,
+    offloaded: ExitStack,
+    started: float,
+) -> PruningReport:
+    """Prune a model from its files to the files of `request.output_dir`, in all `ranks`, and return the report.
+
+    An earlier start of the same run in `unfinished` is resumed.
+
+    Args:
+        request: What the user asks for.
+        calib_dataloader: Calibration batches of token ids; read once.
+        ranks: The processes of the run, with the device where this one computes.
+        unfinished: The locked folder beside the output, which rank 0 has made.
+        offloaded: Gets a folder in the unfinished one, which is deleted when the stack is closed.
+        started: When the run began, by `time.perf_counter`.
+    """
+    model = ranks.each(lambda: _read_model(request, ranks, unfinished, offloaded))
+    plan = model.plan
+    # The batches as the run needs them, what measures the perplexity (or `None`), and a new report.
+    calibration, held_out, report = ranks.each(
+        lambda: read_calibration(plan, calib_dataloader, request.calibration_source)
+    )
+    report.texts_not_measured = list(request.to_measure)
+    # With hashes of all files: a change of the model's files ends the run.
+    source = shared_files(model.files, unfinished, ranks, plan.progress)
+    fingerprint = run_fingerprint(source, plan, calibration.batches, report, request.packed)
+    join_run(unfinished, fingerprint, request.overwrite, ranks)
+    sink = FileSink(
+        plan,
+        source=source,
+        journal=ranks.each(lambda: Journal(unfinished, fingerprint)),
+        ranks=ranks,
+        output=Output(
+            folder=request.output_dir,
+            overwrite=request.overwrite,
+            packed=request.packed,
+            tokenizer=model.tokenizer,
+        ),
+    )
+    return run(plan, calibration, held_out, report, sink, started)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,33 +231,20 @@ class _ReadModel:
 
 
 def _read_model(
-    name: str,
-    config: FistaPruningConfig,
-    *,
-    ranks: Ranks,
-    unfinished: Path,
-    offloaded: ExitStack,
-    num_texts: int,
-    dtype: str | torch.dtype,
-    packed: bool,
-    storage: torch.device | Path | None,
-    progress: bool,
-    callbacks: Sequence[PruningCallback],
+    request: _Request, ranks: Ranks, unfinished: Path, offloaded: ExitStack
 ) -> _ReadModel:
     """Read a model so that its weights stay in its files, and plan its run; refuse what can't be pruned or written.
 
-    `name`, `config`, `dtype`, `packed` and `callbacks` are as the user passed them to `prune_named`. A Hub id is
-    downloaded into the cache; nothing else is written, except into the folder for offloaded weights.
+    A Hub id is downloaded into the cache; nothing else is written, except into the folder for offloaded weights.
 
     Args:
-        ranks: The processes of the run, with the device where this one computes; rank 0 shows bars, if `progress`.
+        request: What the user asks for; rank 0 shows bars, if the user wants any.
+        ranks: The processes of the run, with the device where this one computes.
         unfinished: The locked folder beside the output, which rank 0 has made.
         offloaded: Gets a folder in the unfinished one, which is deleted at the end of the run. In it are copies of
             weights that can't be read from the files in parts, and of layers that predict more tokens and lose experts.
-        num_texts: Of how many texts the calibration is, which matters only if experts are removed.
-        storage: Where to keep activations between passes; `None`: on the disk if the run computes on a CPU, otherwise
-            on the device.
     """
+    config = request.config
     journal_folder = unfinished / JOURNAL
     # Rank 0 has made this folder; another rank may run on another machine.
     if not journal_folder.exists():
@@ -225,13 +258,11 @@ def _read_model(
     )
 
     # `files` is the folder of the model's files; the tokenizer is `None` unless it is that of a GGUF file.
-    model, tokenizer, files = load_lazily(name, offload_folder, device=ranks.device, dtype=dtype)
-    on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
-    if storage is None and on_cpu:
-        storage = journal_folder
-
-    files_dtypes = dtype == "auto"  # the result keeps the dtypes of the files
-    removal = plan_removal(prunable_layers(model), config, num_texts=num_texts)
+    model, tokenizer, files = load_lazily(
+        request.name, offload_folder, device=ranks.device, dtype=request.dtype
+    )
+    files_dtypes = request.dtype == "auto"  # the result keeps the dtypes of the files
+    removal = plan_removal(prunable_layers(model), config, num_texts=request.num_texts)
     with reading(str(files)):  # errors on damaged files name the folder
         source = source_tensors(
             model,
@@ -244,19 +275,32 @@ def _read_model(
     source, prediction_layers = prediction_layers_of(
         removal, source, offload_folder / "prediction layers"
     )
+    computes_on_cpu = execution_device(model.get_input_embeddings()).type == "cpu"
     plan = plan_run(
         removal,
         source,
         prediction_layers=prediction_layers,
         files_dtypes=files_dtypes,
-        storage=storage,
-        progress=progress and ranks.index == 0,
-        callbacks=callbacks,
+        storage=_storage(request.storage_device, journal_folder, computes_on_cpu),
+        progress=request.progress and ranks.index == 0,
+        callbacks=request.callbacks,
     )
-    if packed:
+    if request.packed:
         names = stored_names(model, plan.operators.values(), layers_name=plan.layers.name)
         require_packable(stored.name for stored in names.values())
         if removal.earlier_masks is not None:
             # Weights that stay packed with the zeros of an earlier run.
             require_packable(stored.name for stored in removal.earlier_masks.names.values())
     return _ReadModel(plan=plan, tokenizer=tokenizer, files=files)
+
+
+def _storage(
+    option: str | torch.device | Path | None, journal_folder: Path, computes_on_cpu: bool
+) -> torch.device | Path | None:
+    """Return where activations wait between passes; `None`: on the device where the run computes.
+
+    `option` is what the user passed. "disk" stands for the journal, and so does `None` on a CPU.
+    """
+    if option == "disk" or (option is None and computes_on_cpu):
+        return journal_folder
+    return storage_place(option)

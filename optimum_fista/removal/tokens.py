@@ -21,7 +21,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def remove_tokens(
     overwrite: bool,
     progress: bool,
     on_begin: Callable[[PruningReport], None],
+    to_measure: Sequence[str],
 ) -> PruningReport:
     """Remove tokens from a model's files, write the smaller model to `output_dir`, and return the report.
 
@@ -91,10 +92,12 @@ def remove_tokens(
         overwrite: Replace a model that `output_dir` already holds.
         progress: Show progress bars.
         on_begin: Is called with the report when the plan is made.
+        to_measure: Names of texts that the caller measures afterwards. Until then the report says that they are not.
     """
     started = time.perf_counter()
     with locked_output(output_dir):  # which `write_plan` may lock again
         plan = plan_tokens(name, texts, config, text_name=text_name, progress=progress)
+        plan.report.texts_not_measured = list(to_measure)
         on_begin(plan.report)
         return write_plan(
             plan,

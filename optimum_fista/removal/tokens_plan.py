@@ -117,6 +117,9 @@ def plan_counted(counted: CountedModel, config: FistaPruningConfig) -> TokensPla
     smaller = _smaller_vocabulary(content, counted.counts, request, keep, num_spare=len(spare_rows))
     # in the order of the new rows: those of tokens first, as the smaller tokenizer numbers them
     old_ids = smaller.kept.tolist() + spare_rows
+    # The model may have fewer tokens than the rows that are to stay: then rows of no token fill up the last multiple.
+    unnamed_rows = sorted({*range(num_rows)} - token_ids - named_ids)
+    old_ids += unnamed_rows[: -len(old_ids) % request.step(num_rows)]
     new_ids = {old: new for new, old in enumerate(old_ids)}
 
     model = _smaller_model(counted.settings, new_ids, num_rows)
@@ -283,8 +286,11 @@ def _smaller_vocabulary(
         ) from error
     except ValueError as error:
         raise ValueError(f"pattern={str(request)!r} of {num_rows} tokens: {error}") from error
-    if len(smaller.kept) + num_spare >= num_rows:
-        raise ValueError(f"pattern={str(request)!r}: all {num_rows} tokens would stay.")
+    step = request.step(num_rows)
+    if step * math.ceil((len(smaller.kept) + num_spare) / step) >= num_rows:
+        raise ValueError(
+            f"pattern={str(request)!r}: all {num_rows} tokens would stay, because a multiple of {step} stays."
+        )
     return smaller
 
 

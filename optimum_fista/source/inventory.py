@@ -17,7 +17,7 @@ model are compared, and quantized ones that are not loaded are tried, one of eac
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -105,7 +105,7 @@ def source_tensors(
         layers=_prefix_of_layers(division.places, f"{layers_name}."),
         settings=settings,
     )
-    with_cut_parts = _modules_with_cut_parts(tensors, part_of)
+    with_cut_parts = _modules_with_cut_parts(tensors, part_of, naming.state)
     prediction_layers = find_prediction_layers(
         with_cut_parts,
         tensors,
@@ -269,12 +269,20 @@ def _name_in_layer(name: str) -> str:
     return re.sub(r"^.*?\.\d+\.", "", name)
 
 
+def _layer_of(name: str) -> str:
+    """Return what the name of a stored tensor in a decoder layer begins with, such as "model.layers.3."; else ""."""
+    return name.removesuffix(_name_in_layer(name))
+
+
 def _modules_with_cut_parts(
-    tensors: SourceTensors, part_of: Callable[[str], CutPart | None]
+    tensors: SourceTensors,
+    part_of: Callable[[str], CutPart | None],
+    state: Mapping[str, Tensor],
 ) -> dict[str, str]:
     """Return the modules that are not copied because they have what decoder layers lose, each with the reason.
 
-    A tensor that is not loaded is taken for such a part if decoder layers lose one of the same name and shape. If
+    A tensor that is not loaded is taken for such a part if decoder layers lose one of the same name and shape. In a
+    decoder layer itself, it is also taken for one if it has an axis as long as one that the layer loses a part of. If
     experts lose channels, every module with experts is among them: the files may keep its experts in another form than
     those of decoder layers. Such a module is recognized by the name of the mixture, such as "experts" in
     "mtp.layers.0.mlp.experts.down_proj". Nothing is changed.
@@ -282,16 +290,22 @@ def _modules_with_cut_parts(
     Args:
         tensors: All stored tensors, with the places of those that are loaded and the modules of the others.
         part_of: Returns the part to which a parameter of this name belongs; `None` if the run does not cut it.
+        state: The parameters and buffers of the model, by name.
     """
     # Of each stored tensor that the run cuts: its name in its decoder layer, and its shape, such as
     # ("mlp.gate.weight", (64, 2048)).
     shapes_of_parts = set[tuple[str, tuple[int, ...]]]()
     # What the model calls mixtures whose experts lose channels, such as "experts".
     names_of_mixtures = set[str]()
+    # By what the names in a decoder layer begin with: the lengths of the axes that become shorter there.
+    lengths_of_layers = defaultdict[str, set[int]](set)
     for name, place in tensors.places.items():
         part = part_of(place)
         if part is None:
             continue
+        if place in part.tensors:
+            axis, _ = part.tensors[place]
+            lengths_of_layers[_layer_of(name)].add(state[place].shape[axis])
         shapes_of_parts.add((_name_in_layer(name), tensors.stored[name].shape))
         if part.mixture is not None:
             names_of_mixtures.add(part.mixture.rpartition(".")[2])
@@ -305,7 +319,8 @@ def _modules_with_cut_parts(
             for name_of_part, shape_of_part in shapes_of_parts
         )
         is_of_expert = any(f".{mixture}." in name for mixture in names_of_mixtures)
-        if looks_like_a_part or is_of_expert:
+        has_such_an_axis = not lengths_of_layers[_layer_of(name)].isdisjoint(shape)
+        if looks_like_a_part or is_of_expert or has_such_an_axis:
             # The module would need the same cut as the decoder layers, and only these are cut.
             reasons[module] = (
                 f"{num_tensors[module]} tensors: parts that decoder layers lose would have to go there too"

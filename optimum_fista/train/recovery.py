@@ -242,14 +242,18 @@ def _require_right_models(
     """Refuse a teacher that is not the dense model, and zeros that training would fill, unless the user allows it.
 
     Both checks read all weights. So they are left out if an earlier start of the run had the same teacher
-    (`teachers_files`, by their digests). `earlier_start` is its fingerprint, from the unfinished folder. If that was
-    another run, with another student or other options, it is refused later (`join_run`). `None` if there was none, or
-    if the user lets this run overwrite it. Leaves no file.
+    (`teachers_files`, by their digests), and the same permission to take another one. `earlier_start` is its
+    fingerprint, from the unfinished folder. If that was another run, with another student or other options, it is
+    refused later (`join_run`). `None` if there was none, or if the user lets this run overwrite it. Leaves no file.
     """
-    if earlier_start is not None and earlier_start.get("teacher") == teachers_files.digests:
+    options = plan.options
+    if (
+        earlier_start is not None
+        and earlier_start.get("teacher") == teachers_files.digests
+        and earlier_start.get("other_teacher") == options.other_teacher
+    ):
         return
 
-    options = plan.options
     # Training would fill zeros that have no mask, unless it trains the norms alone.
     refuses_zeros_without_mask = options.train != "norms" and not options.fill_zeros
     # A student that was never pruned has no masks, and may have any teacher.
@@ -352,6 +356,7 @@ def _fingerprint(
         "weights": students_files.digests,
         "masks": digest_of(masks_file) if masks_file.exists() else None,  # a packed folder has none
         "teacher": teachers_files.digests,
+        "other_teacher": plan.options.other_teacher,
         "kept": _digest_of_kept_tokens(plan),
         "fill_zeros": plan.options.fill_zeros,
         "shape": [plan.num_sequences, plan.options.held_out, plan.length],

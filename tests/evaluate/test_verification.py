@@ -7,9 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from saved_models import prune_and_save
 from tiny_llama import tiny_llama
+from tiny_models import tiny_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from optimum_fista.evaluate.verification import Verification, VerificationError, verify_checkpoint
+from optimum_fista.folder.packed_folder import pack_folder
 from optimum_fista.source.model_folder import checkpoint_files
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -27,6 +30,18 @@ def change(file: Path, name: str, edit) -> None:
     tensors = load_file(file)
     tensors[name] = edit(tensors[name].clone())
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+def delete_tensor(folder: Path, words: str) -> None:
+    """Delete the first tensor with these words in its name from the files of a folder."""
+    files = checkpoint_files(folder)
+    name = next(name for name in files if words in name)
+    tensors = load_file(files[name])
+    del tensors[name]
+    save_file(tensors, files[name], metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        change_json(index, lambda values: values["weight_map"].pop(name))
 
 
 def change_json(file: Path, edit) -> None:
@@ -284,3 +299,41 @@ def test_a_wrong_origin_is_named(folder):
     change_config(folder, origin={})
 
     assert "config.json promises origin {}, fista/report.json says" in broken(folder)
+
+
+@pytest.fixture(scope="module")
+def fewer_experts(tmp_path_factory) -> Path:
+    """A mixture with zeros that lost a quarter of its experts; do not write to it."""
+    folder = tmp_path_factory.mktemp("mixture")
+    tiny_model("qwen3_moe").save_pretrained(folder / "dense")
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    prune_and_save(model, folder / "zeros", method="wanda", pattern="2:4")
+    model = AutoModelForCausalLM.from_pretrained(folder / "zeros")
+    prune_and_save(model, folder / "experts", pattern="experts:0.25")
+    return folder / "experts"
+
+
+@pytest.mark.parametrize(
+    "words", ["embed_tokens", "q_proj", "mlp.gate.weight", "experts.0.up_proj", "model.norm"]
+)
+@pytest.mark.filterwarnings("ignore:the model was pruned before", "ignore:.*experts")
+def test_a_mixture_whose_files_lack_a_tensor_is_broken(fewer_experts, tmp_path, words):
+    verify_checkpoint(fewer_experts)
+    folder = shutil.copytree(fewer_experts, tmp_path / "model")
+    delete_tensor(folder, words)
+
+    with pytest.raises(VerificationError, match="not in the checkpoint"):
+        verify_checkpoint(folder)
+
+
+def test_a_packed_mixture_with_fewer_experts_is_verified(fewer_experts, tmp_path):
+    pack_folder(fewer_experts, tmp_path / "packed")
+
+    verify_checkpoint(tmp_path / "packed")
+
+
+def test_a_model_with_zeros_alone_whose_files_lack_a_norm_is_broken(folder):
+    delete_tensor(folder, "model.norm")
+
+    with pytest.raises(VerificationError, match=r"model\.norm\.weight is not in the checkpoint"):
+        verify_checkpoint(folder)

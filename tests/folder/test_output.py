@@ -26,6 +26,7 @@ from optimum_fista.folder.output import (
     model_files,
     new_output,
     require_output,
+    rewrite,
     unfinished_folder,
     write_about,
 )
@@ -467,3 +468,21 @@ def test_an_error_of_safetensors_becomes_an_os_error(tmp_path, text, number):
 def test_the_file_name_that_an_error_already_has_is_kept(tmp_path):
     with pytest.raises(OSError, match="another"), errors_of_writing(tmp_path):
         raise OSError(errno.ENOSPC, "full", "another")
+
+
+def test_whenever_it_is_killed_files_that_are_written_again_are_none_of_the_users(tmp_path):
+    texts = [name for name in NEW if not name.endswith(".safetensors")]
+    for step in itertools.count():
+        folder = write_model(tmp_path / str(step) / "model")
+        try:
+            with killed_at(step):
+                rewrite(folder, dict.fromkeys(texts, "newer"))
+            break
+        except Killed:
+            assert foreign_files(folder) == []
+
+    assert step > len(texts) > 1
+    assert foreign_files(folder) == []
+    assert {(folder / name).read_text() for name in texts} == {"newer"}
+    (folder / texts[0]).write_text("of the user")
+    assert foreign_files(folder) == [texts[0]]

@@ -560,3 +560,23 @@ def test_the_card_of_a_retrained_model_calls_its_losses_those_before_retraining(
     assert "| verdict, before retraining | " in card
     names = [headline.name for headline in headlines(trained)]
     assert "Bits per byte of sea, before retraining" in names
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "vocab:0.18"])
+def test_a_run_that_is_killed_before_texts_are_measured_leaves_a_report_that_says_so(
+    dense, texts, tmp_path, monkeypatch, pattern
+):
+    def killed(*_, **__):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr("optimum_fista.pruner.measure_folder", killed)
+    output = tmp_path / "pruned"
+    sizes = ["--device", "cpu"] if pattern.startswith("vocab:") else QUICK
+    flags = ["--pattern", pattern, "--calibration", str(texts / "text.txt"), *sizes]
+    flags += ["--measure", str(texts / "sea.txt")]
+
+    assert main(["prune", str(dense), "-o", str(output), *flags]) != 0
+
+    report = read_report(output)
+    assert report.texts_not_measured == ["sea.txt"]
+    assert "the loss is not known on sea.txt" in (output / "README.md").read_text()

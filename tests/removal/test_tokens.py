@@ -802,3 +802,16 @@ def test_damage_of_the_table_of_kept_tokens_is_named(tmp_path, content):
 
     with pytest.raises(ValueError, match=r"vocabulary.json' is damaged"):
         kept_tokens(tmp_path)
+
+
+def test_rows_of_no_token_fill_up_the_last_multiple(tmp_path):
+    dense = save(tmp_path / "dense", spare=92)  # 448 rows, 356 tokens
+
+    remove_tokens(dense, tmp_path / "smaller", "vocab:0.15")
+
+    kept = kept_tokens(tmp_path / "smaller")
+    assert len(kept) == json_of(tmp_path / "smaller" / "config.json")["vocab_size"] == 384
+    assert sorted(kept.tolist()) == [*range(384)]
+    embedding = tensors_of(tmp_path / "smaller")[EMBEDDING]
+    assert torch.equal(embedding, tensors_of(dense)[EMBEDDING][kept])
+    verify_checkpoint(tmp_path / "smaller")

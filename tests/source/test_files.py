@@ -1,7 +1,9 @@
 """Which files of a model's folder come along to a result; test_sources.py has whole runs."""
 
+import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,3 +124,24 @@ def test_text_that_links_of_a_source_lead_to_gets_into_no_result(tiny_folder, tm
         for path in (tmp_path / name).rglob("*"):
             if path.is_file():
                 assert b"a private key" not in path.read_bytes(), path
+
+
+def test_a_result_without_its_generation_configuration_ends_texts_where_the_model_does(
+    tiny_folder, tmp_path
+):
+    source = tmp_path / "source"
+    shutil.copytree(tiny_folder, source)
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(settings | {"eos_token_id": [2, 5]}))
+    (source / "generation_config.json").replace(tmp_path / "elsewhere.json")
+    (source / "generation_config.json").symlink_to(tmp_path / "elsewhere.json")
+
+    pruner = FistaPruner(FistaPruningConfig(method="magnitude"), progress=False)
+    pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "streamed")
+    model = AutoModelForCausalLM.from_pretrained(source)
+    pruner.prune(model, tiny_tokens().split(4))
+    pruner.save_pretrained(model, tmp_path / "saved")
+
+    for name in ("streamed", "saved"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert loaded.generation_config.eos_token_id == [2, 5]

@@ -14,7 +14,7 @@ from killed import Killed, killed_at_write
 from pruning import same
 from quantized_models import VOCAB_SIZE, compressed_qwen3_moe, fp8_deepseek, mxfp4_gpt_oss
 from safetensors.torch import load_file, save_file
-from tiny_llama import TEXT, tiny_tokenizer
+from tiny_llama import TEXT, tiny_llama, tiny_tokenizer, tiny_tokens
 from tiny_models import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -481,3 +481,25 @@ def test_a_dtype_that_is_asked_for_is_written_except_where_the_class_needs_float
     assert any(name.endswith("e_score_correction_bias") for name in in_float32)
     assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
     assert tensors["model.layers.1.self_attn.o_proj.weight"].dtype == torch.bfloat16
+
+
+def test_an_unknown_tensor_of_a_decoder_layer_is_left_out_if_it_would_have_to_be_cut(tmp_path):
+    source = tmp_path / "source"
+    model = tiny_llama()
+    width = model.config.intermediate_size
+    model.save_pretrained(source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.0.mlp.scale_of_channels"] = torch.ones(width)
+    tensors["model.layers.0.mlp.other"] = torch.ones(3)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    pruner = FistaPruner(FistaPruningConfig(pattern="channels:0.5"), progress=False)
+
+    report = pruner.prune(source, tiny_tokens().split(4), output_dir=tmp_path / "out")
+
+    stored = tensors_of(tmp_path / "out")
+    assert "model.layers.0.mlp.other" in stored
+    assert "model.layers.0.mlp.scale_of_channels" not in stored
+    assert (
+        "parts that decoder layers lose"
+        in report.model["lacks"]["model.layers.0.mlp.scale_of_channels"]
+    )

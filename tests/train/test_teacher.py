@@ -214,3 +214,21 @@ def test_a_quantized_model_has_the_digest_of_the_run_that_dequantized_it(
     digest = dense_sha256(str(source), report.model["dtype"], tmp_path / "offload")
 
     assert digest == report.model["sha256"]
+
+
+def test_a_run_that_was_allowed_another_teacher_resumes_only_if_it_still_is(
+    run, other_model, tmp_path, monkeypatch
+):
+    def fail(*_, **__):
+        raise RuntimeError("no more of this")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recovery, "write_checkpoint", fail)
+        with pytest.raises(RuntimeError, match="no more of this"):
+            run(teacher=other_model, other_teacher=True)
+
+    with pytest.raises(ValueError, match=r"teacher=.*other'.* is not the dense model"):
+        run(teacher=other_model)
+    run(teacher=other_model, other_teacher=True)
+
+    assert (tmp_path / "out" / "config.json").exists()
