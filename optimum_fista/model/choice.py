@@ -1,7 +1,7 @@
 """Which linear operators a decoder layer has, and which of them are pruned.
 
-`choose_operators` is called once for a run, and `find_operators` for a single decoder layer. Names are full ones, such
-as "model.layers.3.mlp.down_proj". An operator that is not pruned stays *dense*, and the report has the reason.
+`operators_to_prune` is called once for a run, and `find_operators` for a single decoder layer. Names are full ones,
+such as "model.layers.3.mlp.down_proj". An operator that is not pruned stays *dense*, and the report has the reason.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ def find_operators(
     return operators
 
 
-def choose_operators(
+def operators_to_prune(
     layers: DecoderLayers, exclude: Sequence[str], reason_left_dense: Callable[[str], str | None]
 ) -> tuple[dict[str, dict[str, LinearOperator]], dict[str, str]]:
     """Find the operators to prune, by the names of the decoder layers, and those that stay dense, with the reason.

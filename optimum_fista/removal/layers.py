@@ -3,9 +3,10 @@
 SLEB (arXiv 2402.09025) runs a whole model for every candidate. Here all candidates of a round share one sweep: a
 decoder layer is brought to its device once, and runs on the hidden states of each candidate, which take memory.
 
-`choose_layers` is called once, before the first decoder layer is pruned. The *outline* (`model_outline.ModelOutline`)
-has the model, and a copy of it without weights that is built from the configuration. `RecordedInputs` has the hidden
-states that enter the first decoder layer in every batch, and the other arguments of all layers.
+`layers_with_least_loss` is called once, before the first decoder layer is pruned. The *outline*
+(`model_outline.ModelOutline`) has the model, and a copy of it without weights that is built from the configuration.
+`RecordedInputs` has the hidden states that enter the first decoder layer in every batch, and the other arguments of all
+layers.
 """
 
 import math
@@ -24,7 +25,9 @@ from optimum_fista.removal.proof import require_same_outputs
 from optimum_fista.removal.shrinking import plan_shrinking
 
 
-def choose_layers(loss: DenseLoss, outline: ModelOutline, count: int) -> list[tuple[int, float]]:
+def layers_with_least_loss(
+    loss: DenseLoss, outline: ModelOutline, count: int
+) -> list[tuple[int, float]]:
     """Choose `count` decoder layers to remove, as SLEB does (arXiv 2402.09025, Algorithm 1).
 
     In every round, each remaining layer is left out once. The layer without which the loss is smallest is removed,

@@ -25,7 +25,7 @@ from optimum_fista.folder.checkpoint import summary_of_latest_run
 from optimum_fista.folder.naming import operators_by_weight
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.active_parameters import active_parameters
-from optimum_fista.model.choice import choose_operators, find_operators
+from optimum_fista.model.choice import find_operators, operators_to_prune
 from optimum_fista.model.correction import LayerTargets
 from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.inputs import LayerActivations
@@ -35,7 +35,7 @@ from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.records import LayerRecord, LayerReport, OperatorReport
 from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.experts import remove_experts
-from optimum_fista.removal.layers import choose_layers
+from optimum_fista.removal.layers import layers_with_least_loss
 from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.parts import Kind, Part
 from optimum_fista.removal.proof import require_same_outputs, scaled_down
@@ -102,7 +102,7 @@ class PartsRemoval(Removal):
         dense_experts = tuple(part.name for part in mixtures)
         if not patterns:
             dense_experts = ("*",)  # all of them: no operator is pruned at all
-        operators, left_dense = choose_operators(layers, dense_experts, reason_left_dense)
+        operators, left_dense = operators_to_prune(layers, dense_experts, reason_left_dense)
 
         experts_plan = columns  # not used if no experts are removed
         if "experts" in num_kept_by_kind:
@@ -190,7 +190,7 @@ class PartsRemoval(Removal):
 
         Returns their numbers in the order of their removal, each with the loss after it, in nats per token.
         """
-        return choose_layers(loss, self.outline, self.num_removed_layers)
+        return layers_with_least_loss(loss, self.outline, self.num_removed_layers)
 
     def without_layers(self, removed_layers: Mapping[int, float]) -> "PartsRemoval":
         """Return a removal that also removes the decoder layers that `choose_layers` has chosen.

@@ -10,7 +10,7 @@ from functools import partial
 
 from optimum_fista.config import FistaPruningConfig
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.choice import choose_operators
+from optimum_fista.model.choice import operators_to_prune
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.removal.earlier_masks import EarlierMasks
 from optimum_fista.removal.model_outline import ModelOutline
@@ -74,7 +74,7 @@ def _removal_of_zeros(layers: DecoderLayers, config: FistaPruningConfig) -> Remo
         channels = {part.name: part for part in parts}
 
     divided = divided_weights(layers.model, layers.name)
-    operators, left_dense = choose_operators(
+    operators, left_dense = operators_to_prune(
         layers, config.exclude, partial(_reason_left_dense, config, divided)
     )
     patterns: dict[str, SparsityPattern] = {}  # by the name of the operator

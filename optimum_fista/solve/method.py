@@ -97,7 +97,7 @@ class MethodDefaults:
     allocation: Literal["uniform", "fisher"] = "uniform"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MemoryFactors:
     """Float32 matrices that a method holds at most besides its problem; `Estimate` multiplies them by their sizes.
 

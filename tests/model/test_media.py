@@ -16,7 +16,7 @@ from optimum_fista.model.inputs import record_inputs
 from optimum_fista.model.layers import find_decoder_layers, token_limits
 from optimum_fista.model.media import media_arguments, targets_of
 from optimum_fista.model.sensitivity import DenseLoss
-from optimum_fista.removal.layers import choose_layers
+from optimum_fista.removal.layers import layers_with_least_loss
 from optimum_fista.removal.model_outline import ModelOutline
 
 
@@ -317,11 +317,11 @@ def test_no_layer_goes_before_the_features_of_images_are_added():
     loss = DenseLoss(layers, read(model, batch), 100)
 
     with torch.no_grad():
-        ((removed, loss_without),) = choose_layers(loss, outline, 1)
+        ((removed, loss_without),) = layers_with_least_loss(loss, outline, 1)
 
         message = r"none of the decoder layers \[0, 1, 2\] can be removed: .* adds features"
         with pytest.raises(ValueError, match=message):
-            choose_layers(loss, outline, 2)
+            layers_with_least_loss(loss, outline, 2)
 
     assert removed == 3
     model.model.language_model.layers = model.model.language_model.layers[:3]

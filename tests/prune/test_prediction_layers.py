@@ -295,7 +295,8 @@ def test_two_prediction_layers_follow_each_other_and_are_numbered_after_the_laye
 def test_a_removed_last_decoder_layer_is_no_input_of_the_prediction_layer(tmp_path, monkeypatch):
     source = predicting_folder(tmp_path / "source", "glm4_moe")
     monkeypatch.setattr(
-        "optimum_fista.removal.parts_removal.choose_layers", lambda *_: [(NUM_LAYERS - 1, 1.0)]
+        "optimum_fista.removal.parts_removal.layers_with_least_loss",
+        lambda *_: [(NUM_LAYERS - 1, 1.0)],
     )
 
     report = prune(source, tmp_path / "out", pattern="layers:0.34+experts:0.5")

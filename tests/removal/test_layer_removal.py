@@ -161,7 +161,9 @@ def test_a_killed_run_resumes_to_the_same_bytes_and_does_not_choose_again(
     assert (tmp_path / "smaller.unfinished" / "journal" / "layer-00001.json").exists() == (
         number == 13
     )
-    monkeypatch.setattr(parts_removal, "choose_layers", lambda *_: pytest.fail("it chose again"))
+    monkeypatch.setattr(
+        parts_removal, "layers_with_least_loss", lambda *_: pytest.fail("it chose again")
+    )
     pruner(TOGETHER).prune(str(source), BATCHES, output_dir=output)
     assert files_of(output) == files_of(whole)
 

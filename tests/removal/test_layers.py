@@ -15,7 +15,7 @@ from optimum_fista.model.calibration import CalibrationBatch
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.sensitivity import DenseLoss
 from optimum_fista.removal import layers as module
-from optimum_fista.removal.layers import choose_layers
+from optimum_fista.removal.layers import layers_with_least_loss
 from optimum_fista.removal.model_outline import ModelOutline
 from optimum_fista.removal.shrinking import plan_shrinking
 from optimum_fista.removal.smaller_modules import shrink_model
@@ -29,7 +29,7 @@ def chosen(model, tokens, count, num_tokens=10**6, **options):
     with torch.no_grad():
         layers = find_decoder_layers(model)
         loss = DenseLoss(layers, batches, num_tokens, **options)
-        return choose_layers(loss, ModelOutline(layers), count)
+        return layers_with_least_loss(loss, ModelOutline(layers), count)
 
 
 def loss_with(make, tokens, remaining) -> float:

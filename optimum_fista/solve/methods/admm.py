@@ -216,7 +216,9 @@ class Admm(PruningMethod):
     # Before the mask is frozen.
     ramp_iterations: int = 15
     name: ClassVar[str] = "admm"
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.0, 4.1, 1.8)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=2.0, weight_matrices=4.1, row_blocks=1.8
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense (ValueError); the fields of `self` are the options."""

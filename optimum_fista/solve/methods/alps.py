@@ -52,7 +52,9 @@ class Alps(PruningMethod):
     max_iterations: int = 300
     refit_iterations: int = 10
     name: ClassVar[str] = "alps"
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(4.4, 4.2)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=4.4, weight_matrices=4.2
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense (ValueError); the fields of `self` are the options."""

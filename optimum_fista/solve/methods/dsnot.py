@@ -45,7 +45,9 @@ class Dsnot(PruningMethod):
     threshold: float = 0.1
     name: ClassVar[str] = "dsnot"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.8, 3.7)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=0.8, weight_matrices=3.7
+    )
     takes_columns: ClassVar[bool] = False  # it swaps within rows
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

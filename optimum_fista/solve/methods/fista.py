@@ -68,7 +68,9 @@ class Fista(PruningMethod):
     refit_iterations: int = 20
     name: ClassVar[str] = "fista"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="intra")  # the paper's
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.6, 5.5, 0.3)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=1.6, weight_matrices=5.5, row_blocks=0.3
+    )
     takes_columns: ClassVar[bool] = False  # the l1 norm makes single weights zero
 
     def __post_init__(self) -> None:

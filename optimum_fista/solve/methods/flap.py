@@ -38,7 +38,9 @@ class Flap(PruningMethod):
 
     name: ClassVar[str] = "flap"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(error_correction="none")
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.2, 1.3, 2.6)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=0.2, weight_matrices=1.3, row_blocks=2.6
+    )
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:
         """Prune one operator to `pattern`: returns new weights with their mask; `problem` stays as it is.

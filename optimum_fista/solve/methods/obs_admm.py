@@ -127,7 +127,9 @@ class ObsAdmm(PruningMethod):
         error_correction=0.5, residual_correction=1.0, allocation="fisher"
     )
     # With rounded products: half a weight matrix and a block of rows more than without (`SplitState.round_products`).
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(1.1, 1.7, 4.8)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=1.1, weight_matrices=1.7, row_blocks=4.8
+    )
 
     def __post_init__(self) -> None:
         """Refuse options that make no sense (ValueError); the fields of `self` are the options."""

@@ -43,7 +43,9 @@ class SparseGPT(PruningMethod):
     # Columns whose mask is chosen together.
     block_size: int = 128
     name: ClassVar[str] = "sparsegpt"
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(2.4, 2.0, 1.1)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=2.4, weight_matrices=2.0, row_blocks=1.1
+    )
     # A block can't know how good the columns to its right are.
     takes_columns: ClassVar[bool] = False
 

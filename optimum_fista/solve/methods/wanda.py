@@ -27,7 +27,9 @@ class Wanda(PruningMethod):
 
     name: ClassVar[str] = "wanda"
     defaults: ClassVar[MethodDefaults] = MethodDefaults(scope="row")
-    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(0.2, 1.3, 2.6)
+    memory_factors: ClassVar[MemoryFactors | None] = MemoryFactors(
+        gram_matrices=0.2, weight_matrices=1.3, row_blocks=2.6
+    )
     updates_weights: ClassVar[bool] = False
 
     def prune(self, problem: LayerProblem, pattern: SparsityPattern) -> PrunedOperator:

@@ -172,10 +172,12 @@ def test_a_method_of_the_package_states_what_memory_it_takes(name):
 
 
 def test_the_largest_memory_factors_are_the_largest_of_all_methods_that_state_them(monkeypatch):
-    small = MemoryFactors(9.0, 0.5)
-    large = MemoryFactors(0.5, 9.0, 9.0)
+    small = MemoryFactors(gram_matrices=9.0, weight_matrices=0.5)
+    large = MemoryFactors(gram_matrices=0.5, weight_matrices=9.0, row_blocks=9.0)
     monkeypatch.setattr(METHODS["wanda"], "memory_factors", small)
     monkeypatch.setattr(METHODS["fista"], "memory_factors", large)
     monkeypatch.setattr(METHODS["alps"], "memory_factors", None)
 
-    assert largest_memory_factors() == MemoryFactors(9.0, 9.0, 9.0)
+    assert largest_memory_factors() == MemoryFactors(
+        gram_matrices=9.0, weight_matrices=9.0, row_blocks=9.0
+    )
