@@ -288,3 +288,76 @@ def test_humaneval_keeps_answers_and_scores_them_again(
     words[-3] = 4
     with pytest.raises(SystemExit, match="answers of another model or question"):
         run(script, monkeypatch, *words)
+
+
+MODULE = '''
+def _short(x):
+    """Too short."""
+
+
+@cached
+def half(x, /):
+    """Return half of a number, which need not be even: half of three is 1.5."""
+    return x / 2
+
+
+class Other:
+    def half(self):
+        """Return half of a number, which need not be even: half of three is 1.5."""
+'''
+
+
+def test_conversations_are_about_functions_with_a_docstring(benchmark):
+    script = benchmark("conversations")
+
+    (function,) = script.functions_of(MODULE)
+
+    assert function.name == "half"
+    assert function.head.splitlines()[0] == "def half(x, /):"
+    assert function.head.endswith('half of three is 1.5."""')
+    assert function.head in function.question["content"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_kept"),
+    [
+        ("Here it is:\n```python\ndef half(x):\n    return x / 2\n```\nIt divides.", True),
+        ("def half(x):\n    return x / 2", True),
+        ("```python\ndef third(x):\n    return x / 3\n```", False),
+        ("```python\ndef half(x):\n    return x /\n```", False),
+        ("This function returns half of a number.", False),
+    ],
+)
+def test_only_answers_that_define_the_function_are_kept(benchmark, answer, is_kept):
+    (function,) = benchmark("conversations").functions_of(MODULE)
+
+    assert function.is_defined_by(answer) is is_kept
+
+
+def test_a_model_that_answers_with_code_gives_as_many_conversations_as_asked_for(
+    benchmark, model_with_chat, tmp_path, monkeypatch
+):
+    script = benchmark("conversations")
+    folder, _ = model_with_chat
+    output = tmp_path / "conversations.jsonl"
+    words = [folder, "--tokens", 100, "--batch-size", 2, "--output", output]
+    tokenizer = script.load_model(str(folder), dtype="float32", device="cpu")[1]
+    names = [function.name for function in script.library_functions(script.Path(json.__path__[0]))]
+    answers = iter(
+        [
+            f"def {names[0]}(): pass",
+            "I do not know.",
+            *[f"def {name}(): pass" for name in names[2:]],
+        ]
+    )
+
+    def answer(_, prompts, **__):
+        return [tokenizer(next(answers), add_special_tokens=False)["input_ids"] for _ in prompts]
+
+    monkeypatch.setattr(script, "decode_greedily", answer)
+    monkeypatch.setattr(script.sysconfig, "get_path", lambda _: json.__path__[0])
+    run(script, monkeypatch, *words)
+
+    (messages,) = [json.loads(line)["messages"] for line in output.read_text().splitlines()]
+    assert [message["role"] for message in messages] == ["user", "assistant"]
+    assert messages[1]["content"] == f"def {names[0]}(): pass"
