@@ -131,13 +131,14 @@ def _verify_tensors(folder: Path, model: PreTrainedModel, source: SourceTensors)
     # The shapes of stored tensors, and the parameters as which they are loaded, by their names in the files.
     stored_shapes = {name: tensor.shape for name, tensor in source.stored.items()}
     places = dict(source.places)
+    naming = Naming(model, dequantizer=None)
     if is_packed(folder):
-        naming = Naming(model, dequantizer=None)
         for name, packed in packed_outlines(folder).items():
             stored_shapes[name] = packed.shape
             places[name] = naming.names_of(name).place
 
-    missing = [name for name in described if name not in set(places.values())]
+    filled = set[str]().union(*(naming.filled_by(name, place) for name, place in places.items()))
+    missing = [name for name in described if name not in filled]
     if missing:
         raise VerificationError(f"{missing[0]} is not in the checkpoint.")
     for name in described.keys() & stored_shapes.keys():

@@ -87,6 +87,19 @@ class Naming:
         )
         return new_name
 
+    def filled_by(self, name: str, place: str) -> set[str]:
+        """Return the names of all parameters that get values of the stored tensor `name`; its `place` is one of them.
+
+        There are several if Transformers splits the tensor, such as "query_key_value" into "q_proj", "k_proj" and
+        "v_proj". `place` is that of `names_of`, which has the first of them.
+        """
+        filled = {place}
+        for rule in self._converters:
+            first, *others = rule.target_patterns
+            if first in place and first not in name:
+                filled |= {place.replace(first, other, 1) for other in others}
+        return filled
+
     def is_loaded(self, name: str, place: str) -> bool:
         """Tell whether the model loads the stored tensor `name`; `place` is that of `names_of`.
 
