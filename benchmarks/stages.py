@@ -46,9 +46,9 @@ STAGES = {
     "cross-Gram matrices, records of the dense network": [
         "model.gram:GroupSums.add",
         "model.gram:GroupSums.add_energies",
-        "model.correction:_DenseRecord.see_input",
-        "model.correction:_DenseRecord.see_output",
-        "model.correction:_DenseRecord.add",
+        "model.dense_record:DenseRecord.see_input",
+        "model.dense_record:DenseRecord.see_output",
+        "model.dense_record:DenseRecord.add",
     ],
     "allocation by gradients": ["prune.budgets:share_budgets"],
     "factorizations": [

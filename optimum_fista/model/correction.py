@@ -1,14 +1,13 @@
 """Error correction: on which inputs the operators of a decoder layer are pruned, and which outputs they should have.
 
-`Correction` has the equation; everything that depends on it is in this file. FISTAPruner corrects errors inside a
-decoder layer. Here the attention may be left out of the correction, which saves time, or errors of earlier layers may
-be corrected too. The targets may lie between those of the dense and of the pruned network. The last operator of a layer
-may compensate for the errors of all others. For this, activations of the dense network are kept for one layer: the
-inputs or the outputs of an operator, whichever take less memory.
+`Correction` has the equation. `LayerTargets` makes the layer problems by it: a `DenseRecord` is what it keeps of the
+dense network, and the `LastOperator` is one that compensates for the errors of all others. FISTAPruner corrects errors
+inside a decoder layer. Here the attention may be left out of the correction, which saves time, or errors of earlier
+layers may be corrected too. The targets may lie between those of the dense and of the pruned network.
 
 Letters in comments: `W` is the dense weight of an operator [out, in], `X` its inputs in the dense network, `X*` in the
 network as pruned so far. A group is a list of operators that share their inputs, so they share `X` and `X*`. Tokens are
-rows of tensors here, [tokens, in]; a *record* (`_DenseRecord`) is what is kept of a group's pass in the dense network.
+rows of tensors here, [tokens, in].
 
 For each decoder layer, `LayerTargets` is made while the layer is dense. Then `problems` is called for one group after
 another, and `leave` at the end. Each group that the inputs of a group depend on is pruned before it; groups of
@@ -21,22 +20,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.activations import ActivationStore
+from optimum_fista.model.dense_record import DenseRecord
 from optimum_fista.model.experts import AssignedTokens, ExpertOperator, FusedExperts
-from optimum_fista.model.gram import GroupSums
-from optimum_fista.model.groups import FinishedParts, PartEnd, is_added_to_output
+from optimum_fista.model.finished_parts import FinishedParts
+from optimum_fista.model.groups import PartEnd
 from optimum_fista.model.hooks import operator_input, watching
 from optimum_fista.model.inputs import HiddenStates, LayerActivations
-from optimum_fista.model.operators import Group, LinearOperator
-from optimum_fista.model.precision import quick_products
-from optimum_fista.solve.problem import LayerProblem, relative_norm
+from optimum_fista.model.last_operator import LastOperator, is_added_to_output
+from optimum_fista.model.operators import Group
+from optimum_fista.solve.problem import LayerProblem
 
 Carry = Literal["none", "after_attention", "intra", "full"]
 
@@ -104,63 +103,6 @@ class Correction:
         return HiddenStates(dense=hidden_states, pruned=hidden_states)
 
 
-@dataclass(frozen=True)
-class LastOutputs:
-    """What the last operator of a decoder layer returns with its pruned weights."""
-
-    # squared errors || W* X* - W X ||_F^2, float64: of held-out batches (True) and of the others
-    squared_errors: dict[bool, Tensor]
-    hidden_states: ActivationStore | None  # after the layer, by batch; None if nothing needs these
-
-
-@dataclass
-class LastOperator:
-    """The last operator of a decoder layer: its inputs, and the sums to which its outputs are added, one per batch."""
-
-    operator: LinearOperator
-    activations: LayerActivations
-    # squared norms of the rows of W X, [out], float64: of held-out tokens (True) and of others
-    energies: dict[bool, Tensor]
-    inputs: ActivationStore  # X*
-    rest: ActivationStore | None  # D*; None if the layer's output hidden states are not needed
-    dense_outputs: ActivationStore  # W X in the dense network, [tokens, out]
-
-    _pruned_outputs: LastOutputs | None = None
-
-    @property
-    def pruned_outputs(self) -> LastOutputs:
-        """What the operator returned in `run_pruned`, which comes first."""
-        assert self._pruned_outputs is not None
-        return self._pruned_outputs
-
-    def run_pruned(self) -> None:
-        """Run the operator once on all batches, with the weights that it has now, and keep `pruned_outputs`.
-
-        By batch, `self.inputs` has the operator's inputs `X*` in the pruned network, and `self.dense_outputs` its
-        outputs `W X` [tokens, out] in the dense network. `self.rest` has the rest of the layer's output, to which the
-        operator's output is added. `self.activations` runs the decoder layer.
-        """
-        squared_errors = {
-            held_out: torch.zeros((), dtype=torch.float64, device=self.activations.device)
-            for held_out in (False, True)
-        }
-        hidden_states = None if self.rest is None else self.activations.store()
-        for batch, inputs in enumerate(self.inputs):
-            with quick_products():  # in the precision that the run has chosen
-                output = self.operator.module(inputs)
-            if hidden_states is not None and self.rest is not None:
-                rest = self.rest[batch]
-                hidden_states.append(rest + output.view(rest.shape))
-
-            # without padding; an error that names the operator if there is not a row for every token
-            output = self.activations.rows(output, batch, self.operator)
-            product = self.operator.outputs_without_bias(output)  # W* X*
-            difference = product - self.dense_outputs[batch].to(product.device).float()
-            held_out = self.activations.held_out[batch]
-            squared_errors[held_out] += difference.square().sum(1).double().sum()
-        self._pruned_outputs = LastOutputs(squared_errors, hidden_states)
-
-
 @dataclass
 class GroupProblems:
     """The layer problems of operators that share their inputs."""
@@ -183,13 +125,9 @@ class GroupProblems:
         If the operator has a residual correction (`self.last` is set), it has run with these weights
         (`LastOperator.run_pruned`), and the error is that of this run.
         """
-        if self.last is None:
-            return fit_error if problem.aims_at_dense else problem.output_error(weight)
-        squared_error = self.last.pruned_outputs.squared_errors[held_out]
-        energy = self.last.energies[held_out].sum()
-        # both numbers in one transfer from the device
-        square_of_error, square_of_output = torch.stack([squared_error, energy]).tolist()
-        return relative_norm(square_of_error, square_of_output)
+        if self.last is not None:
+            return self.last.output_error(held_out=held_out)
+        return fit_error if problem.aims_at_dense else problem.output_error(weight)
 
 
 class LayerTargets:
@@ -235,7 +173,7 @@ class LayerTargets:
         self._finished = FinishedParts(activations, groups, ends or {})
         # by the number of the group; each is taken out when the problems of its group are made
         self._records = {
-            number: _DenseRecord(
+            number: DenseRecord(
                 group,
                 activations,
                 is_dense_input=self._sees_dense_inputs(number),
@@ -315,13 +253,11 @@ class LayerTargets:
         if not self._sees_dense_inputs(index):
             self._last = self._sum_pruned_inputs(index, record)
 
-        # Sums are over tokens to fit (False) and over held-out tokens (True), if there are any.
-        sums_to_fit = record.sums[False]
         share = self._correction.dense_share
         weights = [operator.read() for operator in group]
-        fitted = list(sums_to_fit.problems(group, weights, share))
+        fitted = list(record.sums_to_fit.problems(group, weights, share))
 
-        held_out_sums = record.sums.get(True)
+        held_out_sums = record.held_out_sums
         held_out: Iterator[LayerProblem | None]
         if held_out_sums is None or held_out_sums.num_tokens == 0:
             held_out = iter([None] * len(group))
@@ -331,7 +267,7 @@ class LayerTargets:
             held_out = held_out_sums.problems(group, dense_weights, share)
         return GroupProblems(group, fitted, held_out, self._last)
 
-    def _sum_pruned_inputs(self, index: int, record: _DenseRecord) -> LastOperator | None:
+    def _sum_pruned_inputs(self, index: int, record: DenseRecord) -> LastOperator | None:
         """Run the layer as it is now, and sum over `X*` of the group number `index`.
 
         Changes the sums of `record`, which is that of the group, and the outputs of finished parts that are kept
@@ -430,13 +366,13 @@ class LayerTargets:
                 pruned = replace(self.activations, layer=smaller).outputs(entering)
         elif self._last is not None:
             # D* was kept, so only the operator itself runs
-            pruned = self._last.pruned_outputs.hidden_states
+            pruned = self._last.hidden_states
         elif entering is not None:
             with self._finished.skipped(len(self._groups), keep=False):
                 pruned = self.activations.outputs(entering)
         return HiddenStates(self._outputs, pruned)
 
-    def _sum_inputs(self, record: _DenseRecord) -> None:
+    def _sum_inputs(self, record: DenseRecord) -> None:
         """Run the layer up to a group, and add its inputs `X*` to the sums of its `record`."""
         operator = record.group[0]
         if isinstance(operator, ExpertOperator):
@@ -449,7 +385,7 @@ class LayerTargets:
         for batch, (arguments, keywords) in enumerate(calls):
             record.add(batch, operator_input(arguments, keywords))  # [batch, sequence, in]
 
-    def _sum_inputs_of_expert(self, record: _DenseRecord, operator: ExpertOperator) -> None:
+    def _sum_inputs_of_expert(self, record: DenseRecord, operator: ExpertOperator) -> None:
         """Add the inputs `X*` of an expert to the sums of its `record`; `operator` is the first one of the group.
 
         The first group of a mixture runs the layer, and later groups read the tokens that are kept from it
@@ -478,7 +414,7 @@ class LayerTargets:
             self._mixture = (experts, self.activations.assigned_tokens(experts, entering))
         return self._mixture[1]
 
-    def _sum_residual(self, record: _DenseRecord) -> LastOperator:
+    def _sum_residual(self, record: DenseRecord) -> LastOperator:
         """Run the layer to its end, and sum over the inputs and the targets of the last operator.
 
         The operator still has its dense weights. So the run gives its inputs `X*`, its outputs `W X*`, and the layer's
@@ -490,13 +426,16 @@ class LayerTargets:
         """
         activations = self.activations
         operator = record.group[0]
-        energies = {
-            held_out: sums.energies[operator.name] for held_out, sums in record.sums.items()
-        }
+        # squared norms of the rows of W X, [out], from the dense pass
+        energies = record.sums_to_fit.energies[operator.name]
+        held_out_energies = torch.zeros_like(energies)
+        if record.held_out_sums is not None:
+            held_out_energies = record.held_out_sums.energies[operator.name]
         last = LastOperator(
             operator,
             activations,
-            energies=energies,
+            energy=energies.sum(),
+            held_out_energy=held_out_energies.sum(),
             inputs=activations.store(),
             # later layers may start from dense hidden states: then those after this layer are not needed
             rest=None if self.entering.pruned is None else activations.store(),
@@ -533,7 +472,7 @@ class LayerTargets:
     def _add_residual(
         self,
         batch: int,
-        record: _DenseRecord,
+        record: DenseRecord,
         last: LastOperator,
         *,
         weight: Tensor | None,
@@ -607,155 +546,6 @@ def run_unpruned(
     return HiddenStates(dense, activations.outputs(entering.pruned))
 
 
-class _DenseRecord:
-    """Activations of one group in the dense network: enough to form `W X X*^T` with any later `X*`.
-
-    With `is_dense_input`, `X* = X`, so everything is summed in the dense pass. `needs_dense` is that of the
-    `Correction`. Hooks of the dense pass call `see_input` and `see_output`; later passes call `add` or `add_expert`.
-
-    Attributes:
-        group: The operators.
-        batch: The number of the batch that runs in the dense pass; the caller sets it.
-        sums: Over tokens to fit (False), and over held-out ones (True) if there are any.
-        inputs: `X` [tokens, in] by batch, in the model's dtype, or `None`.
-        outputs: Or `W X` of all operators side by side, [tokens, out] by batch, if these are smaller.
-    """
-
-    def __init__(
-        self,
-        group: Group,
-        activations: LayerActivations,
-        *,
-        is_dense_input: bool,
-        needs_dense: bool,
-    ) -> None:
-        """Begin empty, and decide what is kept: inputs `X`, outputs `W X`, or only sums.
-
-        `is_dense_input` says that `X* = X`: everything is summed in the dense pass. Without `needs_dense`, targets need
-        nothing of the dense network. In both cases only sums are kept. `activations` runs the decoder layer, and is not
-        changed. If its `storage` is a folder, a file without a name is made there for what is kept.
-        """
-        self.group = group
-        self.batch = 0  # the number of the batch that runs in the dense pass; the caller sets it
-        self._activations = activations
-        self._is_dense_input = is_dense_input
-        size = group[0].shape[1]
-        self.sums = {
-            held_out: GroupSums(size, activations.device, same_inputs=is_dense_input)
-            # `activations.held_out` is a bool for each batch: there are held-out sums only if a batch is held out.
-            for held_out in sorted({False, *activations.held_out})
-        }
-        self.inputs: ActivationStore | None = None
-        self.outputs: ActivationStore | None = None
-        self._tokens: list[Tensor] = []  # of an expert: which tokens are the rows of X, by batch
-        self._side_by_side: list[Tensor] = []  # outputs of the batch that runs
-        if is_dense_input or not needs_dense:
-            return  # only sums are kept
-
-        num_outputs = sum(operator.shape[0] for operator in group)
-        if self._is_expert:  # by the class of the operators
-            # Experts are many and small: their inputs are kept, and not in files.
-            is_in_files = isinstance(activations.storage, Path)
-            storage = torch.device("cpu") if is_in_files else activations.storage
-            self.inputs = ActivationStore(storage, activations.device)
-        elif num_outputs < size:  # keep what is smaller: outputs of all operators, or their inputs
-            self.outputs = activations.store()
-        else:
-            self.inputs = activations.store()
-
-    @property
-    def _is_expert(self) -> bool:
-        """Whether the operators are of an expert, which gets only some tokens."""
-        return isinstance(self.group[0], ExpertOperator)
-
-    def sums_of(self, batch: int) -> GroupSums:
-        """Return the sums to which the batch with this number is added: those of held-out batches or of the others."""
-        return self.sums[self._activations.held_out[batch]]
-
-    def see_input(self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        """Record the dense inputs of the group; a forward pre-hook of its first operator.
-
-        If `X* = X` (`self._is_dense_input`), the inputs are added to `self.sums`. Otherwise they are appended to the
-        store `self.inputs`, if inputs are kept. The batch that runs is number `self.batch`.
-        """
-        inputs = operator_input(arguments, keywords)
-        tokens = arguments[1] if self._is_expert else None  # as `ExpertLinear` is called
-        rows = self._activations.rows(inputs, self.batch, self.group[0], tokens)
-        if self._is_dense_input:
-            self.sums_of(self.batch).add(rows)
-        elif self.inputs is not None:
-            self.inputs.append(rows, copy=True)  # a copy, because the layer may overwrite them
-            if tokens is not None:
-                self._tokens.append(self._real_tokens(tokens, self.batch))
-
-    def see_output(
-        self, operator: LinearOperator, _: nn.Module, __: object, output: Tensor
-    ) -> None:
-        """Record the dense outputs of one operator, as its forward hook; those of a group come in its order.
-
-        Their energies are added to `self.sums`, by whether the batch is held out. If outputs are kept (`self.outputs`),
-        they wait in `self._side_by_side`, and are appended to the store when the last operator of the group has run.
-        `self.batch` is the number of the batch that runs.
-        """
-        if self._is_dense_input or self._is_expert:
-            # With dense inputs, outputs are known from the Gram matrix. For an expert, `add_expert` computes them.
-            return
-        products = self._activations.rows(output, self.batch, operator)  # without padding
-        products = operator.outputs_without_bias(products)  # W X
-        self.sums_of(self.batch).add_energies(operator.name, products)
-        if self.outputs is not None:
-            # a copy, because the layer may add to the output in place (Falcon)
-            self._side_by_side.append(products.to(output.dtype, copy=True))
-            if operator is self.group[-1]:
-                self.outputs.append(torch.cat(self._side_by_side, dim=1))
-                self._side_by_side.clear()
-
-    def add(self, batch: int, inputs: Tensor) -> None:
-        """Add the inputs `X*` [batch, sequence, in] of a batch, and the dense network's record of it, to `self.sums`.
-
-        `batch` is its number. The record is `self.outputs` or `self.inputs`, or nothing if targets do not need it.
-        """
-        sums = self.sums_of(batch)
-        rows = self._activations.rows(inputs, batch, self.group[0])
-        if self.outputs is not None:
-            dense_outputs = self.outputs[batch].to(rows.device, non_blocking=True)
-            sums.add(rows, "outputs", dense_outputs)
-        elif self.inputs is not None:
-            dense_inputs = self.inputs[batch].to(rows.device, non_blocking=True)
-            sums.add(rows, "inputs", dense_inputs)
-        else:
-            sums.add(rows)
-
-    def add_expert(
-        self, batch: int, inputs: Tensor, tokens: Tensor, dense_weights: Sequence[Tensor]
-    ) -> None:
-        """Add the inputs `X*` [tokens, in] of an expert in a batch, and the dense record of it, to `self.sums`.
-
-        `batch` is the number of the batch. `tokens`, int64, are the tokens of the rows, and `dense_weights` [out, in]
-        the weights of the group's operators. The dense pass has kept `self.inputs`, if targets need them, and which
-        tokens these were (`self._tokens`).
-        """
-        sums = self.sums_of(batch)
-        rows = self._activations.rows(inputs, batch, self.group[0], tokens)
-        if self.inputs is None:
-            sums.add(rows)
-            return
-        # In the dense network other tokens may have reached the expert. A token without a dense input gets `X*`.
-        dense_inputs = _rows_of(
-            self._real_tokens(tokens, batch),
-            recorded=self.inputs[batch].to(rows.device, non_blocking=True),
-            recorded_tokens=self._tokens[batch],
-            others=rows,
-        )
-        for expert, weight in zip(self.group, dense_weights, strict=True):
-            sums.add_energies(expert.name, dense_inputs.float() @ weight.T)
-        sums.add(rows, "inputs", dense_inputs)
-
-    def _real_tokens(self, tokens: Tensor, batch: int) -> Tensor:
-        """Those of the `tokens` of an expert that are not padding."""
-        return self._activations.rows(tokens[:, None], batch, self.group[0], tokens)[:, 0]
-
-
 class _ExpertSums:
     """Collects the sum of the outputs of all experts of a mixture, [tokens, out] of each batch, by a forward hook.
 
@@ -781,18 +571,3 @@ def sum_of_experts(output: Tensor, num_tokens: int) -> Tensor:
     [experts * tokens, out].
     """
     return output.detach().reshape(-1, num_tokens, output.shape[-1]).sum(0)
-
-
-def _rows_of(tokens: Tensor, recorded: Tensor, recorded_tokens: Tensor, others: Tensor) -> Tensor:
-    """Select a row [in] for each token: the recorded one, or if there is none, the one of `others`.
-
-    `recorded` [recorded tokens, in] belongs to `recorded_tokens`, and `others` [tokens, in] to `tokens`. Both lists of
-    tokens are rising.
-    """
-    if not recorded_tokens.numel():
-        return others
-    # Of each token, the row in which it is if it was recorded. A token after all recorded ones would be out of range:
-    # it gets the last row, and is compared with that.
-    rows = torch.searchsorted(recorded_tokens, tokens).clamp_max_(recorded_tokens.numel() - 1)
-    is_recorded = recorded_tokens.index_select(0, rows) == tokens
-    return torch.where(is_recorded[:, None], recorded.index_select(0, rows), others)

@@ -1,20 +1,19 @@
-"""Form of a decoder layer, found by running it: which operators share an input, end a part, or are added to the output.
+"""Groups of operators that share an input, found by running their decoder layer once.
 
 Operators share an input if they are called on the same memory in one pass; together they are a `Group`. So there is no
 list of names for each architecture, as other pruners have it, and an unknown architecture is grouped rightly or its
-operators stay dense. A *part* is a child module of a decoder layer, such as its attention. A module returns a tensor,
-or a tuple: its first tensor is the output that counts here, and the *rest* of the tuple (`Rest`) is kept only to return
-it again. The *version* of a tensor grows if it is changed in place.
+operators stay dense. The same pass shows which operators end a *part* of the layer: a part is a child module of a
+decoder layer, such as its attention. A module returns a tensor, or a tuple: its first tensor is the output that counts
+here, and the *rest* of the tuple (`Rest`) is kept only to return it again. The *version* of a tensor grows if it is
+changed in place.
 
-`trace_groups` is called first, while the layer is dense. `solved_together` says which groups are pruned at once, and
-`FinishedParts` then serves the passes of the layer between which groups are pruned.
+`trace_groups` is called first, while the layer is dense. `solved_together` says which groups are pruned at once.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -24,15 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_fista import internals
 from optimum_fista.model import UnsupportedArchitectureError
-from optimum_fista.model.activations import ActivationStore
 from optimum_fista.model.experts import ExpertOperator, FusedExperts
-from optimum_fista.model.hooks import operator_input, replaced_forwards, watching
-from optimum_fista.model.inputs import LayerActivations, LayerCall
+from optimum_fista.model.hooks import operator_input
+from optimum_fista.model.inputs import LayerCall
 from optimum_fista.model.operators import LINEAR, Group, LinearOperator
 from optimum_fista.solve.linalg import matrices_in_stack
-
-_ROUNDED = 0.5
-"""Largest mean error of a rounded sum, in units of its last place; layers of 172 families that add show at most .29."""
 
 Rest = tuple[Any, ...] | None
 """What a module returns in a tuple after its first tensor, which is only `None`s; `None` if it returns no tuple."""
@@ -287,268 +282,3 @@ def split_output(output: object) -> tuple[Tensor, Rest] | None:
     if returns_more or not isinstance(first, Tensor):
         return None
     return first, rest
-
-
-def _joined(first: Tensor, rest: Rest) -> Any:
-    """Put a tensor and the rest of its tuple together, as the module returned them: the inverse of `split_output`."""
-    return first if rest is None else (first, *rest)
-
-
-def is_added_to_output(
-    activations: LayerActivations, module: nn.Module, hidden_states: Tensor
-) -> bool:
-    """Tell whether the decoder layer's output is something plus the output of one of its modules, on one batch.
-
-    `activations` is the layer with its recorded arguments. `module` is the last operator of the layer, or its mixture
-    of experts. `hidden_states` [batch, sequence, hidden] are those of the first batch.
-
-    The layer runs twice. First zeros take the place of the module's output: what the layer returns then is the rest D.
-    Then a wave takes its place, and the layer must return D plus the wave. The module's own output would not do: it may
-    be smaller than a rounding error of D in half precision. The wave is as large as D. A constant would not do either,
-    because a norm may leave it as it is.
-
-    A hook is on the module while the layer runs; nothing else is changed.
-    """
-    call = activations.calls[0]
-    hidden_states = hidden_states.to(activations.device)
-    outputs: list[Tensor] = []  # of the module
-    with module.register_forward_hook(partial(_replace_by_zeros, outputs)):
-        rest = call.run(activations.layer, hidden_states).float()  # D
-    is_called_once = len(outputs) == 1
-    if not is_called_once or outputs[0].numel() != rest.numel():
-        return False
-
-    # At every token the wave is as large as the rest is there. Some tokens have huge activations: a wave of one size
-    # for all tokens would be lost in their rounding, or drown the others.
-    sizes = rest.abs().amax(-1, keepdim=True)
-    wave = torch.arange(rest.numel(), device=rest.device).float().sin_()
-    wave = wave.view(rest.shape).mul_(sizes).to(outputs[0].dtype)
-    with module.register_forward_hook(partial(_replace_by_wave, wave)):
-        # (D + wave) - D - wave
-        error = call.run(activations.layer, hidden_states).float() - rest - wave.float()
-
-    # relative errors of the tokens; a token of zeros has the error 0, not NaN
-    norms = torch.linalg.vector_norm(wave.float(), dim=-1) + torch.linalg.vector_norm(rest, dim=-1)
-    least_norm = torch.finfo(norms.dtype).tiny
-    errors = torch.linalg.vector_norm(error, dim=-1) / norms.clamp_min(least_norm)
-    rounding = torch.finfo(wave.dtype).eps
-    return bool(errors.mean() <= _ROUNDED * rounding)
-
-
-def _replace_by_zeros(outputs: list[Tensor], _: nn.Module, __: object, output: Tensor) -> Tensor:
-    """Append the output of a module to `outputs`, and replace it by zeros; a forward hook."""
-    outputs.append(output)
-    return torch.zeros_like(output)
-
-
-def _replace_by_wave(wave: Tensor, _: nn.Module, __: object, output: Tensor) -> Tensor:
-    """Replace the output of a module by a wave with as many numbers; a forward hook."""
-    # a clone, because some layers add to it in place
-    return wave.view(output.shape).clone()
-
-
-@dataclass(frozen=True)
-class _PartOutputs:
-    """The outputs of a finished part: the first tensor of every batch, and the rest, which is the same for all."""
-
-    store: ActivationStore
-    rest: Rest
-
-
-class FinishedParts:
-    """Outputs of the finished parts of a decoder layer, such as its attention, kept where activations wait.
-
-    The layer runs from its start for every group of operators. Parts whose operators are all pruned give the same
-    outputs each time: they are kept the first time and handed out afterwards. If a part returns the output of its last
-    operator, as attention does, then even the first time only that operator runs, on the inputs that it was pruned on.
-    Parts that return anything else besides one tensor run again.
-
-    `groups` and `ends` are those of `LayerTrace`, groups in its order.
-
-    The *attention* is the first part of the layer with a linear operator, whatever its name (it may be a Mamba mixer).
-    It counts only if its groups are the first ones, if other groups come after them, and if it returns the output of
-    its last operator unchanged. Otherwise the layer has no attention in this sense.
-
-    Attributes:
-        groups_of_attention: How many of the groups are in the attention; 0 without an attention.
-    """
-
-    def __init__(
-        self,
-        activations: LayerActivations,
-        groups: Sequence[Group],
-        ends: Mapping[str, PartEnd],
-    ) -> None:
-        """Find after which group each part is finished; nothing runs, and nothing is kept yet.
-
-        `activations` is the decoder layer. `groups` are in the order of its `LayerTrace`, and `ends` are those
-        of its `LayerTrace`: by the name of an operator, the part that returns its output unchanged.
-        """
-        self._activations = activations
-        # what finished parts return, by part, as soon as it is kept
-        self._outputs: dict[nn.Module, _PartOutputs] = {}
-        # by part, the inputs of the operator that ends it, until the outputs of the part are kept
-        self._inputs: dict[nn.Module, ActivationStore] = {}
-        # by part, the number of the last group that has operators in it
-        self._last_group: dict[nn.Module, int] = {}
-        # by part, the operator that ends it
-        self._ends: dict[nn.Module, tuple[LinearOperator, Rest]] = {}
-        self.groups_of_attention = 0
-        self._attention = _first_part_with_operators(activations.layer)
-
-        operator_modules = {operator.module for group in groups for operator in group}
-        for part in activations.layer.children():
-            if part in operator_modules:
-                continue
-            inside = set(part.modules())
-            # Groups with an operator in this part. The owner of its weight counts: the module that this package makes
-            # for an expert is none of the layer's.
-            numbers = [
-                number
-                for number, group in enumerate(groups)
-                if any(operator.owner in inside for operator in group)
-            ]
-            if not numbers:
-                continue
-            self._last_group[part] = max(numbers)
-            # The pass that prunes a group stops at its first operator (`arguments_of`), so only the inputs of this one
-            # can be watched.
-            last_operator = groups[max(numbers)][0]
-            end = ends.get(last_operator.name)
-            # A hook that changes inputs has changed the kept ones already, and would change them again.
-            has_hooks = internals.has_forward_pre_hooks(last_operator.module)
-            if end is not None and end.part is part and not has_hooks:
-                self._ends[part] = (last_operator, end.rest)
-            are_first = numbers == list(range(len(numbers)))
-            others_follow = len(numbers) < len(groups)
-            if part is self._attention and part in self._ends and are_first and others_follow:
-                self.groups_of_attention = len(numbers)
-
-    @contextmanager
-    def keeping_inputs_of_attention(self) -> Iterator[None]:
-        """Inside, the dense layer runs whole; keep the inputs of the attention's last operator for later passes.
-
-        Afterwards the attention does not run any more: only this operator runs, on these inputs, with the weights that
-        it has then. The caller must run the layer on every batch, in their order. `self.groups_of_attention` must not
-        be 0. `self._ends` has the operator; its inputs are kept in `self._inputs`, as copies, because the layer may
-        overwrite them.
-        """
-        assert self._attention is not None
-        operator, _ = self._ends[self._attention]
-        inputs = self._activations.store()
-        with watching({operator.module: partial(inputs.append, copy=True)}):
-            yield
-        self._inputs[self._attention] = inputs
-
-    @contextmanager
-    def skipped(self, group: int, *, keep: bool) -> Iterator[None]:
-        """Inside, the layer runs without the parts that are finished before a group.
-
-        The caller must run the layer on every batch, in their order. `group` is the number of a group; the number after
-        that of the last one stands for the layer's end. With `keep`, outputs of finished parts (`self._outputs`), and
-        the inputs of operators that end a part (`self._inputs`), are kept if they are not kept yet. This pays if the
-        layer runs again afterwards.
-
-        `self._last_group` has for each part the number of the last group in the part, and `self._ends` the operator
-        that ends the part. Replaces the forward passes of finished parts and watches operators; both end with the
-        context.
-        """
-        finished = [part for part, last in self._last_group.items() if last < group]
-        layer_pass = _Pass(self._outputs, self._ends)
-        for part in finished:
-            # in the pass, each part takes one tensor for each batch
-            if part in self._outputs:
-                layer_pass.waiting[part] = iter(self._outputs[part].store)
-            elif part in self._inputs:
-                layer_pass.waiting[part] = iter(self._inputs[part])
-            if keep and part not in self._outputs:
-                layer_pass.new_outputs[part] = self._activations.store()
-
-        # Parts that end with this group: their last operators are not pruned yet, but their inputs are final.
-        new_inputs: dict[nn.Module, ActivationStore] = {}
-        callbacks: dict[nn.Module, Callable[[Tensor], None]] = {}
-        for part, last in self._last_group.items():
-            if keep and last == group and part in self._ends:
-                operator, _ = self._ends[part]
-                new_inputs[part] = self._activations.store()
-                callbacks[operator.module] = new_inputs[part].append
-
-        forwards = [partial(layer_pass.run, part, part.forward) for part in finished]
-        with replaced_forwards(finished, forwards), watching(callbacks):
-            yield
-
-        # This line is not reached after an error, so nothing is kept then. Of a part that ran on some batches only,
-        # nothing is kept either. In both cases a later pass runs the part.
-        num_batches = len(self._activations.calls)
-        for part, store in layer_pass.new_outputs.items():
-            if len(store) == num_batches:
-                self._outputs[part] = _PartOutputs(store, layer_pass.rests[part])
-                self._inputs.pop(part, None)  # not needed any more
-        for part, store in new_inputs.items():
-            if len(store) == num_batches:
-                self._inputs[part] = store
-
-
-def _first_part_with_operators(layer: nn.Module) -> nn.Module | None:
-    """Return the first child of a decoder layer that has linear operators inside; `None` if there is no such child."""
-    for part in layer.children():
-        if any(isinstance(module, LINEAR) for module in part.modules()):
-            return part
-    return None
-
-
-class _Pass:
-    """One pass of a decoder layer over all batches, in which finished parts do not run."""
-
-    def __init__(
-        self,
-        outputs: Mapping[nn.Module, _PartOutputs],
-        ends: Mapping[nn.Module, tuple[LinearOperator, Rest]],
-    ) -> None:
-        """Keep the two arguments, which are by part and are only read; all other maps begin empty.
-
-        `outputs` has the first tensor of every batch, and the rest. `ends` has the operator whose output the part
-        returns, and the rest beside it. The caller then fills `waiting` and `new_outputs`, before the layer runs; `run`
-        fills `rests`.
-        """
-        self._outputs = outputs
-        self._ends = ends
-        # what is kept of a finished part, batch after batch: its outputs, or the inputs of the operator that ends it
-        self.waiting: dict[nn.Module, Iterator[Tensor]] = {}
-        # outputs that are to be kept in this pass, by part
-        self.new_outputs: dict[nn.Module, ActivationStore] = {}
-        # what the parts with new outputs returned besides, in the latest batch
-        self.rests: dict[nn.Module, Rest] = {}
-
-    def run(
-        self, part: nn.Module, forward: Callable[..., Any], *arguments: Any, **keywords: Any
-    ) -> Any:
-        """Return what a finished part returns for the next batch, in place of its own forward pass `forward`.
-
-        `self.waiting` yields batch after batch what is kept of a part. If these are its outputs (the part is in
-        `self._outputs`), nothing runs. If they are the inputs of its last operator, only that operator (`self._ends`)
-        runs. If nothing is kept, `forward` runs with the other arguments. The output is appended to the part's store in
-        `self.new_outputs`, if it has one, and its rest is noted in `self.rests`.
-        """
-        if part in self._outputs:
-            stored = self._outputs[part]
-            first = next(self.waiting[part])
-            # A store with buffers makes a copy for each reader. Otherwise this may be the kept tensor itself.
-            is_kept_itself = stored.store.staging is None
-            if is_kept_itself:
-                first = first.clone()  # the layer may overwrite it
-            return _joined(first, stored.rest)
-
-        if part in self.waiting:
-            operator, rest = self._ends[part]
-            first = operator.module(next(self.waiting[part]))  # on its inputs of this batch
-            output = _joined(first, rest)
-        else:
-            output = forward(*arguments, **keywords)
-
-        split = split_output(output)
-        if part in self.new_outputs and split is not None:
-            first, rest = split
-            self.new_outputs[part].append(first, copy=True)
-            self.rests[part] = rest
-        return output

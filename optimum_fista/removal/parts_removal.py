@@ -27,8 +27,8 @@ from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model.active_parameters import active_parameters
 from optimum_fista.model.choice import find_operators, operators_to_prune
 from optimum_fista.model.correction import LayerTargets
-from optimum_fista.model.groups import is_added_to_output
 from optimum_fista.model.inputs import LayerActivations
+from optimum_fista.model.last_operator import is_added_to_output
 from optimum_fista.model.layers import DecoderLayers
 from optimum_fista.model.operators import Group, LinearOperator
 from optimum_fista.model.sensitivity import DenseLoss

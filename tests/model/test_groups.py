@@ -1,24 +1,16 @@
-"""Operators that share an input, by tracing, and parts of a decoder layer that need not run again."""
+"""Operators that share an input, by tracing, and groups that are solved together."""
 
 import pytest
 import torch
-from families import family_model
 from tiny_models import tiny_model
 from torch import Tensor, nn
 from toy_layer import toy_layer
 
 from optimum_fista.model import UnsupportedArchitectureError
 from optimum_fista.model import groups as groups_module
-from optimum_fista.model.calibration import read_batches
 from optimum_fista.model.choice import find_operators
-from optimum_fista.model.groups import (
-    FinishedParts,
-    PartEnd,
-    is_added_to_output,
-    solved_together,
-    trace_groups,
-)
-from optimum_fista.model.inputs import LayerActivations, LayerCall, record_inputs
+from optimum_fista.model.groups import solved_together, trace_groups
+from optimum_fista.model.inputs import LayerCall
 from optimum_fista.model.layers import find_decoder_layers
 from optimum_fista.model.operators import LinearOperator
 
@@ -160,201 +152,6 @@ def test_a_layer_that_overwrites_its_hidden_states_is_refused():
 
     with pytest.raises(UnsupportedArchitectureError, match="Calls overwrites the hidden states"):
         trace(layer, "a", "b", "c")
-
-
-class Part(nn.Module):
-    """A part with one operator that gives out what `form` makes of its output."""
-
-    def __init__(self, form) -> None:
-        super().__init__()
-        self.inner = nn.Linear(4, 4)
-        self.form = form
-        self.runs = 0
-
-    def forward(self, hidden: Tensor, scale: float = 1.0) -> object:
-        self.runs += 1
-        return self.form(self.inner(hidden) * scale)
-
-
-class Layer(nn.Module):
-    """Overwrites what its first part gives out, as Falcon does."""
-
-    def __init__(self, form=lambda output: output) -> None:
-        super().__init__()
-        self.first = Part(form)
-        self.second = Part(lambda output: output)
-        self.last = nn.Linear(4, 4)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        output = self.first(hidden, scale=2.0)
-        output = output[0] if isinstance(output, tuple) else output
-        output += hidden
-        return self.last(self.second(output))
-
-    def groups(self) -> list[list[LinearOperator]]:
-        operators = (self.first.inner, self.second.inner, self.last)
-        return [[LinearOperator(str(index), module)] for index, module in enumerate(operators)]
-
-
-BATCHES = [torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-
-
-def parts_of(layer: Layer, storage=CPU) -> tuple[FinishedParts, LayerActivations]:
-    """The parts of a layer whose operators are pruned in their order, and its activations."""
-    activations = LayerActivations(layer, [CALL] * 3, [None] * 3, storage)
-    trace = trace_groups(layer, {o.name: o for [o] in layer.groups()}, CALL, BATCHES[0])
-    return FinishedParts(activations, trace.groups, trace.ends), activations
-
-
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("form", [lambda output: output, lambda output: (output, None)])
-def test_finished_parts_run_once_more_for_each_batch_and_then_never_again(form, stored, tmp_path):
-    layer = Layer(form)
-    parts, activations = parts_of(layer, tmp_path if stored else CPU)
-    expected = [layer(batch) for batch in BATCHES]
-    layer.first.runs = 0
-    layer.second.runs = 0
-
-    for group, runs in ((0, (3, 3)), (1, (6, 6)), (2, (6, 9)), (3, (6, 9)), (3, (6, 9))):
-        with parts.skipped(group, keep=True):
-            outputs = activations.outputs(BATCHES)
-
-        assert all(map(torch.equal, outputs, expected))
-        assert (layer.first.runs, layer.second.runs) == runs, group
-    assert not {"forward"} & (vars(layer.first).keys() | vars(layer.second).keys())
-
-
-def test_parts_that_return_more_than_one_tensor_are_not_skipped():
-    layer = Layer(lambda output: (output, {"router": output.sum()}))
-    parts, activations = parts_of(layer)
-    layer.first.runs = 0
-    layer.second.runs = 0
-
-    for _ in range(3):
-        with parts.skipped(3, keep=True):
-            activations.outputs(BATCHES)
-
-    assert (layer.first.runs, layer.second.runs) == (9, 3)
-
-
-def test_an_error_leaves_the_parts_as_they_were_and_keeps_nothing():
-    layer = Layer()
-    parts, activations = parts_of(layer)
-
-    def fail_after_one_batch():
-        with parts.skipped(3, keep=True):
-            activations.run(0, BATCHES[0])
-            raise KeyError("caller")
-
-    with pytest.raises(KeyError, match="caller"):
-        fail_after_one_batch()
-
-    assert "forward" not in vars(layer.first)
-    with parts.skipped(3, keep=True):
-        outputs = activations.outputs(BATCHES)
-    assert all(map(torch.equal, outputs, [layer(batch) for batch in BATCHES]))
-
-
-class EndedByItsOperator(Part):
-    """A part that gives out what `form` makes of its last operator's output, without a change."""
-
-    def forward(self, hidden: Tensor, scale: float = 1.0) -> object:
-        self.runs += 1
-        return self.form(self.inner(torch.tanh(hidden * scale)))
-
-
-@pytest.mark.parametrize("stored", [False, True])
-@pytest.mark.parametrize("form", [lambda output: output, lambda output: (output, None)])
-def test_a_part_that_ends_with_an_operator_runs_only_up_to_that(form, stored, tmp_path):
-    layer = Layer()
-    layer.first = EndedByItsOperator(form)
-    parts, activations = parts_of(layer, tmp_path if stored else CPU)
-    with parts.skipped(0, keep=True):
-        list(activations.arguments_of(layer.first.inner, BATCHES))
-    layer.first.inner.weight.mul_(0.5)  # pruned
-
-    for keep in (False, True, True):
-        layer.first.runs = 0
-        with parts.skipped(1, keep=keep):
-            outputs = activations.outputs(BATCHES)
-
-        assert layer.first.runs == 0
-        assert all(map(torch.equal, outputs, [layer(batch) for batch in BATCHES]))
-
-
-def test_a_hook_that_changes_what_an_operator_reads_does_so_once():
-    layer = Layer()
-    layer.first = EndedByItsOperator(lambda output: output)
-    layer.first.inner.register_forward_pre_hook(lambda _, inputs: (2 * inputs[0],))
-    parts, activations = parts_of(layer)
-
-    for group in (0, 1, 2):
-        with parts.skipped(group, keep=True):
-            outputs = activations.outputs(BATCHES)
-
-        assert all(map(torch.equal, outputs, [layer(batch) for batch in BATCHES]))
-
-
-@pytest.mark.parametrize(
-    "form",
-    [lambda y: y.mul_(2), lambda y: y + 1, lambda y: (y, y.sum()), lambda y: y.clone()],
-    ids=["in place", "sum", "two tensors", "copy"],
-)
-def test_a_part_that_changes_its_operators_output_does_not_end_with_it(form):
-    layer = Layer()
-    layer.first = EndedByItsOperator(form)
-    layer.forward = lambda hidden: layer.first(hidden)
-    operator = LinearOperator("inner", layer.first.inner)
-    for made, ends in ((form, {}), (lambda y: (y, None), {"inner": PartEnd(layer.first, (None,))})):
-        layer.first.form = made
-        assert trace_groups(layer, {"inner": operator}, CALL, BATCHES[0]).ends == ends
-
-
-ADDED = {
-    "llama": "mlp.down_proj",
-    "opt": "fc2",
-    "gpt2": "mlp.c_proj",
-    "gpt_neox": "mlp.dense_4h_to_h",
-    "falcon": "mlp.dense_4h_to_h",
-}
-
-
-def added_operators(model, first_token=1.0) -> set[str]:
-    """Operators whose output is added to that of the first decoder layer; the first token's inputs are multiplied."""
-    layers = find_decoder_layers(model)
-    layer_name, layer = next(iter(layers))
-    recorded = record_inputs(layers, read_batches(torch.arange(1, 49).view(4, 12), 64))
-    activations = LayerActivations(layer, recorded.calls[0], recorded.token_masks, CPU)
-    hidden = recorded.hidden_states[0]
-    hidden[:, 0] *= first_token
-    return {
-        name.removeprefix(f"{layer_name}.")
-        for name, operator in find_operators(layer_name, layer).items()
-        if is_added_to_output(activations, operator.module, hidden)
-    }
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("family", [*ADDED, "gemma3_text"])
-def test_the_operator_that_is_added_to_the_output_is_found(family, dtype):
-    added = added_operators(tiny_model(family).to(dtype))
-
-    if family == "gemma3_text":
-        assert added == set(), "its outputs pass a norm first"
-    else:
-        assert ADDED[family] in added
-        assert not any("up" in operator or "q_" in operator for operator in added)
-
-
-def test_huge_activations_of_one_token_do_not_hide_what_comes_later():
-    """In bfloat16 the MLP's answer to the attention is less than what a sum as large as that token's rounds off."""
-    assert added_operators(tiny_model("llama").bfloat16(), first_token=1e4) == {"mlp.down_proj"}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_operator_whose_output_is_scaled_before_the_sum_is_not_found(dtype):
-    """MiniCPM3 multiplies outputs by .99, less than the rounding of the layer's output in bfloat16."""
-    assert "mlp.down_proj" not in added_operators(family_model("minicpm3").to(dtype))
 
 
 def experts_together(family: str, monkeypatch, groups_in_set: int = 100, without: str = "no"):
